@@ -1,0 +1,89 @@
+"""Reads RWKV-6 base models: `.pth` (mapped, never unpickled) or safetensors, and accounts for every tensor."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rwkv_speech.errors import UserError
+
+
+@dataclass(frozen=True)
+class RWKV6Sizes:
+    """Every size of an x060 model, as its tensors' shapes give them."""
+
+    vocab: int
+    n_layer: int
+    C: int
+    H: int
+    ffn: int
+    mix_rank: int
+    decay_rank: int
+
+    @property
+    def N(self) -> int:
+        """Head size."""
+        return self.C // self.H
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], path: str | Path) -> "RWKV6Sizes":
+        """Derive the sizes from a base model's tensors; raises UserError if the file is not an x060 model."""
+        layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+        needed = ("emb.weight", "blocks.0.att.time_faaaa", "blocks.0.att.time_maa_w1", "blocks.0.att.time_decay_w1",
+                  "blocks.0.ffn.key.weight")  # fmt: skip
+        missing = [key for key in needed if key not in tensors]
+        if missing:
+            raise UserError(
+                f"{path}: not an RWKV-6 (x060) model: no tensor {missing[0]!r} among {len(tensors)} tensors; "
+                "take a file named RWKV-x060-World-*.pth"
+            )
+        vocab, channels = tensors["emb.weight"].shape
+        return cls(
+            vocab=vocab,
+            n_layer=len(layers),
+            C=channels,
+            H=tensors["blocks.0.att.time_faaaa"].shape[0],
+            ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
+            mix_rank=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
+            decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
+        )
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a `.pth` or `.safetensors` file, mapped into memory; raises UserError if that cannot be done."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; put the weights there or give another path")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a torch zip of tensors'} "
+            f"({str(error).splitlines()[0]}); download it again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}")
+    return tensors
+
+
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str | Path) -> None:
+    """Raises one UserError that lists every missing, unknown or misshapen tensor."""
+    faults = [f"missing {key}, expected shape {tuple(shape)}" for key, shape in shapes.items() if key not in tensors]
+    faults += [f"unknown {key}, found shape {tuple(x.shape)}" for key, x in tensors.items() if key not in shapes]
+    faults += [
+        f"{key}: found shape {tuple(x.shape)}, expected {tuple(shapes[key])}"
+        for key, x in tensors.items()
+        if key in shapes and x.shape != shapes[key]
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(f"{path}: does not fit RWKV-6 (x060):\n  " + "\n  ".join(faults[:20]) + more)

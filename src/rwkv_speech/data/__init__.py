@@ -1,0 +1,1 @@
+"""Utterances from manifests, folders and Hugging Face sets, made into batches."""

@@ -1,0 +1,120 @@
+"""Synthetic speech with phoneme times, from the eSpeak NG library that the `espeakng-loader` wheel carries.
+
+Only the tiny default and the tests use it; nothing in training or decoding of real models imports it.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchaudio.functional as F
+
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.errors import UserError
+
+# Values of eSpeak NG's public header, speak_lib.h.
+# Synchronous: in the asynchronous modes eSpeak hands over between threads and now and then waits for ever.
+_AUDIO_OUTPUT_SYNCHRONOUS = 2
+_PHONEME_EVENTS, _PHONEME_IPA = 1, 2
+_CHARS_UTF8 = 1
+_EVENT_LIST_TERMINATED, _EVENT_PHONEME, _EVENT_END = 0, 7, 5
+_RATE, _PITCH, _RANGE = 1, 3, 4
+
+
+class _EventId(ctypes.Union):
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    ]
+
+
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A speaker: an eSpeak voice such as "en-us+f3", words per minute, pitch and pitch range (0 to 99)."""
+
+    name: str = "en-us"
+    rate: int = 175
+    pitch: int = 50
+    pitch_range: int = 50
+
+
+@dataclass(frozen=True)
+class Speech:
+    """`samples` (S,) float32 at `sample_rate` Hz; `phonemes` holds (IPA name, first sample) in order of time."""
+
+    samples: np.ndarray
+    sample_rate: int
+    phonemes: list[tuple[str, int]]
+
+    def waveform(self) -> torch.Tensor:
+        """(S,) float32 at the package's sample rate."""
+        return F.resample(torch.from_numpy(self.samples), self.sample_rate, SAMPLE_RATE)
+
+
+class Synthesizer:
+    """Speaks text; eSpeak keeps its state in globals, so one instance serves a whole process.
+
+    Raises UserError if `espeakng-loader` is missing or a voice does not exist.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import espeakng_loader
+        except ImportError as error:
+            raise UserError(
+                "synthetic speech needs the package espeakng-loader, which is not installed; "
+                "install it with: pip install espeakng-loader"
+            ) from error
+        self._lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.sample_rate: int = self._lib.espeak_Initialize(
+            _AUDIO_OUTPUT_SYNCHRONOUS,
+            0,
+            str(espeakng_loader.get_data_path()).encode(),
+            _PHONEME_EVENTS | _PHONEME_IPA,
+        )
+        if self.sample_rate <= 0:
+            raise UserError(f"eSpeak NG did not start with its data in {espeakng_loader.get_data_path()}")
+        self._chunks: list[np.ndarray] = []
+        self._phonemes: list[tuple[str, int]] = []
+        self._callback = _Callback(self._receive)
+        self._lib.espeak_SetSynthCallback(self._callback)
+
+    def _receive(
+        self, wav: "ctypes._Pointer[ctypes.c_short]", count: int, events: "ctypes._Pointer[_Event]"
+    ) -> int:
+        if wav and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(wav, (count,)).astype(np.float32) / 32768.0)
+        i = 0
+        while events[i].type != _EVENT_LIST_TERMINATED:
+            if events[i].type == _EVENT_PHONEME:
+                self._phonemes.append((events[i].id.string.decode("utf-8", "ignore"), events[i].sample))
+            i += 1
+        return 0
+
+    def say(self, text: str, voice: Voice) -> Speech:
+        """Speak `text`; raises UserError for an unknown voice."""
+        if self._lib.espeak_SetVoiceByName(voice.name.encode()) != 0:
+            raise UserError(f"eSpeak NG has no voice {voice.name!r}; examples: en-us, en-gb+f3, de, cmn")
+        for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range)):
+            self._lib.espeak_SetParameter(parameter, value, 0)
+        self._chunks, self._phonemes = [], []
+        data = text.encode()
+        self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None)
+        samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
+        return Speech(samples, self.sample_rate, self._phonemes)

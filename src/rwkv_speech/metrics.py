@@ -1,0 +1,75 @@
+"""Word and character error rates over a corpus."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import jiwer
+
+from rwkv_speech.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Error rates as fractions (0.05 is 5 %), and the counts behind them.
+
+    `wer` and `cer` are of the whole corpus: all edits / all reference words (or characters).
+    `mean_utterance_wer` is the mean of every utterance's own WER, only for comparison with older work.
+    """
+
+    wer: float
+    cer: float
+    substitutions: int
+    insertions: int
+    deletions: int
+    hits: int
+    ref_words: int
+    mean_utterance_wer: float
+    num_utterances: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Give the fields as a JSON-ready dict."""
+        return asdict(self)
+
+
+def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
+    """Compare hypotheses with references, which the caller has normalised alike; white space separates words.
+
+    Every word said against an empty reference is an insertion. A rate without any reference word divides by 1
+    instead: 0.0 when nothing was said, else the number of words inserted, so it is always finite.
+
+    Raises UserError for lists that are empty or of different lengths.
+    """
+    if len(refs) != len(hyps):
+        raise UserError(
+            f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference"
+        )
+    if not refs:
+        raise UserError("no utterance to score; expected at least one reference: check the data given")
+    ref_texts, hyp_texts = [" ".join(t.split()) for t in refs], [" ".join(t.split()) for t in hyps]
+    words = jiwer.process_words(ref_texts, hyp_texts)
+    characters = jiwer.process_characters(ref_texts, hyp_texts)
+
+    utterance_wers = [
+        sum(_edits(chunk) for chunk in chunks) / max(len(ref), 1)
+        for ref, chunks in zip(words.references, words.alignments, strict=True)
+    ]
+    ref_words = words.hits + words.substitutions + words.deletions
+    ref_characters = characters.hits + characters.substitutions + characters.deletions
+    character_edits = characters.substitutions + characters.deletions + characters.insertions
+    return Scores(
+        wer=(words.substitutions + words.deletions + words.insertions) / max(ref_words, 1),
+        cer=character_edits / max(ref_characters, 1),
+        substitutions=words.substitutions,
+        insertions=words.insertions,
+        deletions=words.deletions,
+        hits=words.hits,
+        ref_words=ref_words,
+        mean_utterance_wer=sum(utterance_wers) / len(utterance_wers),
+        num_utterances=len(ref_texts),
+    )
+
+
+def _edits(chunk: jiwer.AlignmentChunk) -> int:
+    if chunk.type == "equal":
+        return 0
+    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)

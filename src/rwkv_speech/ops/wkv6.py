@@ -1,0 +1,147 @@
+"""The public WKV-6 operator and its registration with PyTorch.
+
+A native kernel plugs in here: `wkv6_forward.register_kernel("cuda")` and `wkv6_backward.register_kernel("cuda")` (or "cpu")
+replace the portable form for that device; checks, gradients and fake tensors stay as they are.
+"""
+
+# B batch · T time · H heads · N head size · S sequences of a packed batch
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_speech.ops import wkv6_chunked
+
+
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RWKV-6's recurrence: y_t = (S + v_t (u k_t)^T) r_t, then S <- S diag(exp(-exp(w_t))) + v_t k_t^T.
+
+    r, k, v, w (B, T, H, N), w the raw decay; u (H, N); state (B, H, N, N), axes [value, key], None for zeros.
+    Returns y (B, T, H, N) in r's type and the last state in float32 (float64 for float64 inputs).
+    Packed: with `cu_seqlens` (S + 1,), B = 1, sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1], state (S, H, N, N).
+    Gradients reach all six tensors. Raises ValueError for shapes that do not fit. T may be 0.
+    Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
+    """
+    _check(r, k, v, w, u, state, cu_seqlens)
+    B, _, H, N = r.shape
+    slots = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is None:
+        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        state = torch.zeros(slots, H, N, N, dtype=dtype, device=r.device)
+    return wkv6_forward(r, k, v, w, u, state, cu_seqlens)
+
+
+def _check(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    if r.dim() != 4:
+        raise ValueError(f"wkv6: r must be (B, T, H, N), found {tuple(r.shape)}")
+    B, _, H, N = r.shape
+    for name, x in (("k", k), ("v", v), ("w", w)):
+        if x.shape != r.shape:
+            raise ValueError(f"wkv6: {name} must have r's shape {tuple(r.shape)}, found {tuple(x.shape)}")
+    if u.shape != (H, N):
+        raise ValueError(f"wkv6: u must be (H, N) = {(H, N)}, found {tuple(u.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()):
+        raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
+    slots = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is not None and state.shape != (slots, H, N, N):
+        raise ValueError(f"wkv6: state must be {(slots, H, N, N)}, found {tuple(state.shape)}")
+    devices = {x.device for x in (r, k, v, w, u, state) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"wkv6: all tensors must be on one device, found {sorted(map(str, devices))}")
+
+
+def _packing_index(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor, int]:
+    """Where the T packed tokens go in a padded (S, longest) batch: their rows, their columns, and the longest length."""
+    lengths = cu_seqlens.diff()
+    if len(lengths) and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or int(lengths.min()) < 0):
+        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {T}, found {cu_seqlens.tolist()}")
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+    columns = torch.arange(T, device=cu_seqlens.device) - cu_seqlens[rows]
+    return rows, columns, int(lengths.max()) if len(lengths) else 0
+
+
+def _unpack(x: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    return x.new_zeros(*shape, *x.shape[2:]).index_put((rows, columns), x[0])
+
+
+@torch.library.custom_op("rwkv_speech::wkv6", mutates_args=())
+def wkv6_forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Portable forward: chunks in PyTorch; a packed batch is padded to its longest sequence."""
+    if cu_seqlens is None:
+        return wkv6_chunked.forward(r, k, v, w, u, state)
+    rows, columns, longest = _packing_index(cu_seqlens, r.shape[1])
+    padded = [_unpack(x, rows, columns, (len(state), longest)) for x in (r, k, v)]
+    y, last = wkv6_chunked.forward(*padded, _unpack_decay(w, rows, columns, (len(state), longest)), u, state)
+    return y[rows, columns].unsqueeze(0), last
+
+
+def _unpack_decay(w: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """As `_unpack`, with no decay (a raw decay of minus infinity) in the padding, so that it never touches the state."""
+    return w.new_full((*shape, *w.shape[2:]), -torch.inf).index_put((rows, columns), w[0])
+
+
+@wkv6_forward.register_fake
+def _(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return r.new_empty(r.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("rwkv_speech::wkv6_backward", mutates_args=())
+def wkv6_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Portable backward: the gradients of r, k, v, w, u and state."""
+    if cu_seqlens is None:
+        return wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state)
+    rows, columns, longest = _packing_index(cu_seqlens, r.shape[1])
+    shape = (len(state), longest)
+    dy, r, k, v = (_unpack(x, rows, columns, shape) for x in (dy, r, k, v))
+    w = _unpack_decay(w, rows, columns, shape)
+    *grads, du, dstate = wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state)
+    dr, dk, dv, dw = (g[rows, columns].unsqueeze(0) for g in grads)
+    return dr, dk, dv, dw, du, dstate
+
+
+@wkv6_backward.register_fake
+def _(
+    dy: Tensor,
+    dstate: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    grads = wkv6_backward(dy, dstate, *ctx.saved_tensors)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+
+wkv6_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,47 @@
+"""Optimizer and schedule: two learning rates, one for the adapter and one for the initial state."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from rwkv_speech.errors import UserError
+
+SCHEDULES = ("cosine", "constant")
+
+
+def lr_factor(schedule: str, warmup_steps: int, total_steps: int, final: float = 0.0) -> Callable[[int], float]:
+    """The factor of both learning rates at each optimizer step: a linear warm-up, then cosine decay or a constant.
+
+    Raises UserError for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"--lr_schedule: found {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def make_optimizer(
+    adapter: Iterable[nn.Parameter],
+    initial_state: Iterable[nn.Parameter],
+    lr_adapter: float,
+    lr_state: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW over exactly the trained tensors; weight decay pulls at the adapter only."""
+    return torch.optim.AdamW(
+        [
+            {"params": list(adapter), "lr": lr_adapter, "weight_decay": weight_decay, "name": "adapter"},
+            {"params": list(initial_state), "lr": lr_state, "weight_decay": 0.0, "name": "state"},
+        ],
+        betas=(0.9, 0.99),
+    )

@@ -1,0 +1,225 @@
+"""RWKV-6 (x060, "Finch") over embeddings, with the recurrent state going in and coming out.
+
+Parameters have the names of the published checkpoints:
+    time_maa_{x,w,k,v,r,g}   how much of the previous token each input of the time mix takes ("token shift")
+    time_maa_w1, time_maa_w2 the low-rank map that makes the five mixes depend on the data
+    time_decay, _w1, _w2     the raw decay and its low-rank, data-dependent part
+    time_faaaa               the bonus u of the current token
+Source: Peng et al. 2024 (arXiv:2404.05892).
+"""
+
+# B batch · T time · C channels = H heads · N head size · L layers · S sequences of a packed batch
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_speech.base_weights import RWKV6Sizes, check_tensors, read_tensors
+from rwkv_speech.ops.wkv6 import wkv6
+
+_GROUP_NORM_EPS = 64e-5
+
+
+class State(NamedTuple):
+    """What the model remembers: per layer the recurrent matrices and the two previous tokens of the token shifts."""
+
+    wkv: Tensor  # (L, B, H, N, N) float32, axes [value, key]
+    att_shift: Tensor  # (L, B, C)
+    ffn_shift: Tensor  # (L, B, C)
+
+    def select(self, rows: Tensor) -> "State":
+        """The state of some of the sequences, in the order of `rows`."""
+        return State(*(x[:, rows] for x in self))
+
+
+@dataclass
+class Output:
+    """`logits` (B, T, V) and the `state` after the last token of each sequence."""
+
+    logits: Tensor
+    state: State
+
+
+class Packing(NamedTuple):
+    """Where sequences start and end in a packed batch of one row; empty sequences keep their state."""
+
+    cu_seqlens: Tensor  # (S + 1,)
+    filled: Tensor  # (S',) the sequences that are not empty
+    starts: Tensor  # (S',) their first positions
+    ends: Tensor  # (S',) their last positions
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> "Packing":
+        """From the bounds (S + 1,) of the sequences."""
+        filled = cu_seqlens.diff().nonzero()[:, 0]
+        return cls(cu_seqlens, filled, cu_seqlens[filled], cu_seqlens[filled + 1] - 1)
+
+
+def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """The previous token less the current one, (B, T, C), and each sequence's last token, (B or S, C)."""
+    if packing is None:
+        if x.shape[1] == 0:
+            return x, shift
+        previous = torch.cat((shift[:, None].to(x.dtype), x[:, :-1]), 1)
+        return previous - x, x[:, -1]
+    previous = F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
+    previous = previous.index_copy(1, packing.starts, shift[packing.filled].to(x.dtype)[None])
+    return previous - x, shift.to(x.dtype).index_copy(0, packing.filled, x[0, packing.ends])
+
+
+class TimeMix(nn.Module):
+    """Attention's place: token shift, five data-dependent mixes, WKV-6, group norm, gate."""
+
+    def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int) -> None:
+        super().__init__()
+        self.H, self.N = H, C // H
+        for name in "xwkvrg":
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.zeros(1, 1, C)))
+        self.time_maa_w1 = nn.Parameter(torch.zeros(C, 5 * mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.zeros(5, mix_rank, C))
+        self.time_decay = nn.Parameter(torch.zeros(1, 1, C))
+        self.time_decay_w1 = nn.Parameter(torch.zeros(C, decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.zeros(decay_rank, C))
+        self.time_faaaa = nn.Parameter(torch.zeros(H, self.N))
+        for name in ("receptance", "key", "value", "gate", "output"):
+            self.add_module(name, nn.Linear(C, C, bias=False))
+        self.ln_x = nn.GroupNorm(H, C, eps=_GROUP_NORM_EPS)
+
+    def _mixes(self, x: Tensor, xx: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
+        low_rank = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)
+        mixes = torch.einsum("btfr,frc->fbtc", low_rank.unflatten(-1, (5, -1)), self.time_maa_w2.to(low_rank.dtype))
+        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return tuple(x + xx * (maa + mix) for maa, mix in zip(base, mixes, strict=True))
+
+    def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), wkv (B, H, N, N), shift (B, C) -> output (B, T, C) and the next wkv and shift."""
+        B, T, C = x.shape
+        xx, shift = token_shift(x, shift, packing)
+        xw, xk, xv, xr, xg = self._mixes(x, xx)
+        r, k, v = (
+            part.view(B, T, self.H, self.N) for part in (self.receptance(xr), self.key(xk), self.value(xv))
+        )  # fmt: skip
+        # The raw decay is the exponent of an exponent: it stays in float32 from here to the kernel.
+        w = self.time_decay.float() + (torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).float()
+        y, wkv = wkv6(
+            r, k, v, w.view(B, T, self.H, self.N), self.time_faaaa, wkv, None if packing is None else packing.cu_seqlens
+        )
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        return self.output(y * F.silu(self.gate(xg))), wkv, shift
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: token shift, squared ReLU, gated by the receptance."""
+
+    def __init__(self, C: int, ffn: int) -> None:
+        super().__init__()
+        self.time_maa_k = nn.Parameter(torch.zeros(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.zeros(1, 1, C))
+        self.key = nn.Linear(C, ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(ffn, C, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""
+        xx, shift = token_shift(x, shift, packing)
+        k = F.relu(self.key(x + xx * self.time_maa_k)).square()
+        return torch.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k), shift
+
+
+class Block(nn.Module):
+    """One layer; the first one also normalises the embeddings."""
+
+    def __init__(self, layer: int, sizes: RWKV6Sizes) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(sizes.C)
+        self.ln1, self.ln2 = nn.LayerNorm(sizes.C), nn.LayerNorm(sizes.C)
+        self.att = TimeMix(sizes.C, sizes.H, sizes.mix_rank, sizes.decay_rank)
+        self.ffn = ChannelMix(sizes.C, sizes.ffn)
+
+    def forward(
+        self, x: Tensor, wkv: Tensor, att_shift: Tensor, ffn_shift: Tensor, packing: Packing | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, T, C) and the layer's state -> the same, one layer further."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        out, wkv, att_shift = self.att(self.ln1(x), wkv, att_shift, packing)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
+        return x + out, wkv, att_shift, ffn_shift
+
+
+class RWKV6(nn.Module):
+    """The language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`."""
+
+    def __init__(self, sizes: RWKV6Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.grad_cp = False
+        self.emb = nn.Embedding(sizes.vocab, sizes.C)
+        self.blocks = nn.ModuleList(Block(layer, sizes) for layer in range(sizes.n_layer))
+        self.ln_out = nn.LayerNorm(sizes.C)
+        self.head = nn.Linear(sizes.C, sizes.vocab, bias=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "RWKV6":
+        """Load a `.pth` or `.safetensors` file; sizes come from its tensors.
+
+        Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
+        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size.
+        """
+        tensors = read_tensors(path)
+        sizes = RWKV6Sizes.of(tensors, path)
+        with torch.device("meta"):
+            model = cls(sizes)
+        check_tensors(tensors, {name: p.shape for name, p in model.named_parameters()}, path)
+        model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
+        return model.requires_grad_(False).eval()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids (...) -> embeddings (..., C), as the first block takes them."""
+        return self.emb(input_ids)
+
+    def zero_state(self, batch: int) -> State:
+        """The state before anything was read, for `batch` sequences."""
+        s, p = self.sizes, self.emb.weight
+        wkv = torch.zeros(s.n_layer, batch, s.H, s.N, s.N, dtype=torch.float32, device=p.device)
+        shift = torch.zeros(s.n_layer, batch, s.C, dtype=p.dtype, device=p.device)
+        return State(wkv, shift, shift.clone())
+
+    def hidden(self, inputs_embeds: Tensor, state: State, packing: Packing | None = None) -> tuple[Tensor, State]:
+        """Embeddings (B, T, C) -> normed hidden states (B, T, C), which `head` turns into logits, and the next state."""
+        x, layers = inputs_embeds, []
+        for block, *layer_state in zip(self.blocks, *state, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                x, *layer = torch.utils.checkpoint.checkpoint(block, x, *layer_state, packing, use_reentrant=False)
+            else:
+                x, *layer = block(x, *layer_state, packing)
+            layers.append(layer)
+        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*layers, strict=True)))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Output:
+        """Ids (B, T) or embeddings (B, T, C) -> logits (B, T, V); packed when `cu_seqlens` (S + 1,) is given, then B = 1.
+
+        Raises ValueError unless exactly one of the two inputs is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("RWKV6: give exactly one of input_ids and inputs_embeds")
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if state is None:
+            state = self.zero_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        x, state = self.hidden(x, state, None if cu_seqlens is None else Packing.of(cu_seqlens))
+        return Output(self.head(x), state)

@@ -1,0 +1,111 @@
+"""Sentences of the tiny default: a small grammar over everyday words, digit strings, and made-up words."""
+
+import random
+from collections.abc import Callable
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+_ADJECTIVES = (
+    "good bad big small old new red blue green white black warm cold dark bright clean empty full long short "
+    "happy quiet loud heavy soft strong sweet fresh young tall"
+).split()
+_PEOPLE = "mother father sister brother teacher doctor farmer friend neighbor child woman man".split()
+_ANIMALS = "dog cat horse bird fish cow sheep mouse".split()
+_THINGS = (
+    "house car book table chair window door letter garden river mountain bridge train boat road city village "
+    "kitchen school market flower tree apple bread water milk coffee lamp clock radio phone music picture box"
+).split()
+_ROOMS = "kitchen bedroom bathroom garden office garage hallway".split()
+_DEVICES = "light lamp radio heater television fan music alarm".split()
+_WEATHER = "good bad warm cold dry wet cloudy sunny windy stormy".split()
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_TIMES = "today tomorrow tonight now later".split()
+_PAST = "saw found bought sold opened closed cleaned painted carried followed watched remembered".split()
+_PLACES = "near behind under beside".split()
+_HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
+
+# Words that the language model and the encoder meet in pretraining only, so that a new task has room to grow.
+_EXTRA = (
+    "about after again always answer arrive because before begin believe between breakfast brother button camera "
+    "change cheese chicken circle coat corner count cousin dance decide dinner dollar dream drive early earth "
+    "evening every family finger finish flight floor forest forget glass gold hand heart history hotel hour hundred "
+    "island judge jump kind language laugh learn listen lunch machine maybe measure minute moment money morning "
+    "never north number ocean orange paper people pepper person piano please police pleasure question quick rain "
+    "reason ring room salt season shoulder silver simple sing sleep snow south spoon spring square station stone "
+    "story street sugar summer thank thing thousand thumb together travel treasure under usual valley vision voice "
+    "wait walk which winter wolf wonder world write yellow yes yesterday no"
+).split()
+
+
+def _digits(rng: random.Random) -> str:
+    return " ".join(rng.choices(DIGITS, k=rng.randint(1, 7)))
+
+
+def _weather(rng: random.Random) -> str:
+    return f"the weather {rng.choice(['is', 'was'])} {rng.choice(_WEATHER)} {rng.choice(['and', 'but'])} " + (
+        f"{rng.choice(_WEATHER)} {rng.choice(['today', 'yesterday', 'on ' + rng.choice(_DAYS)])}"
+    )
+
+
+def _command(rng: random.Random) -> str:
+    return (
+        f"{rng.choice(['please ', ''])}turn {rng.choice(['on', 'off'])} the {rng.choice(_DEVICES)} "
+        f"in the {rng.choice(_ROOMS)}{rng.choice(['', ' ' + rng.choice(_TIMES)])}"
+    )
+
+
+def _event(rng: random.Random) -> str:
+    return (
+        f"{rng.choice(['the', 'my', 'your', 'our'])} {rng.choice(_PEOPLE)} {rng.choice(_PAST)} "
+        f"{rng.choice(['a', 'the'])} {rng.choice(_ADJECTIVES)} {rng.choice(_THINGS + _ANIMALS)}"
+    )
+
+
+def _place(rng: random.Random) -> str:
+    return (
+        f"the {rng.choice(_ADJECTIVES)} {rng.choice(_ANIMALS + _PEOPLE)} {rng.choice(['is', 'was', 'sleeps', 'waits'])} "
+        f"{rng.choice(_PLACES)} the {rng.choice(_ADJECTIVES)} {rng.choice(_THINGS)}"
+    )
+
+
+def _meeting(rng: random.Random) -> str:
+    return (
+        f"{rng.choice(['call', 'meet', 'visit', 'ask'])} the {rng.choice(_PEOPLE)} on {rng.choice(_DAYS)} "
+        f"at {rng.choice(_HOURS)}{rng.choice(['', ' thirty', ' fifteen'])}"
+    )
+
+
+def _question(rng: random.Random) -> str:
+    return f"{rng.choice(['where', 'who', 'when'])} {rng.choice(_PAST)} " + (
+        f"{rng.choice(_DIGIT_OR_TWO)} {rng.choice(_ADJECTIVES)} {rng.choice(_PEOPLE)}"
+    )
+
+
+_DIGIT_OR_TWO = [*DIGITS[1:], "many", "some"]
+_GRAMMAR: tuple[Callable[[random.Random], str], ...] = (_digits, _weather, _command, _event, _place, _meeting, _question)
+
+
+def sentence(rng: random.Random) -> str:
+    """One sentence of the default corpus, lower case, without punctuation, 1 to 12 words."""
+    return rng.choice(_GRAMMAR)(rng)
+
+
+def words() -> list[str]:
+    """Every word that the tiny language model knows, sorted; the default corpus uses the greater part of them."""
+    rng = random.Random(0)
+    grammar = {word for _ in range(20000) for word in sentence(rng).split()}
+    return sorted(grammar | set(_EXTRA) | set(DIGITS))
+
+
+def word_salad(rng: random.Random, vocabulary: list[str]) -> str:
+    """Two to eight words in no order, so that nothing can be guessed from the grammar."""
+    return " ".join(rng.choices(vocabulary, k=rng.randint(2, 8)))
+
+
+def made_up_words(rng: random.Random) -> str:
+    """Three to seven pronounceable words that do not exist: every phone in many contexts, for the encoder."""
+    onsets = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr tw v w wh y z".split()
+    vowels = "a e i o u ai ay ea ee ie oa oi oo ou ow oy ar er ir or ur".split()
+    codas = ["", *"b ck d f g k l ll m n nd ng nk nt p r rd rk rn rt s sh sk sp ss st t tch th v x z".split()]
+    syllable = lambda: rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas)  # noqa: E731
+    return " ".join("".join(syllable() for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(3, 7)))

@@ -1,0 +1,137 @@
+"""Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone heard at every frame."""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import WavLMConfig, WavLMModel
+
+from rwkv_speech.audio import num_frames
+from rwkv_speech.tiny.augment import augment
+from rwkv_speech.tiny.speech_pool import LabelledSpeech, speech_pool
+from rwkv_speech.tiny.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
+
+CONFIG = {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "conv_dim": (96, 96, 128, 128, 128, 128, 128),
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "num_conv_pos_embeddings": 32,
+    "num_conv_pos_embedding_groups": 8,
+    "num_buckets": 64,
+    "max_bucket_distance": 200,
+    "layerdrop": 0.0,
+    "hidden_dropout": 0.05,
+    "attention_dropout": 0.05,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "mask_time_prob": 0.2,
+    "mask_time_length": 5,
+}
+_IGNORED = -100
+
+
+def _batches(pool: list[LabelledSpeech], seconds: float, g: torch.Generator) -> list[list[LabelledSpeech]]:
+    """Batches of similar length, about `seconds` each, in random order."""
+    jitter = torch.rand(len(pool), generator=g).tolist()
+    order = sorted(range(len(pool)), key=lambda i: len(pool[i].waveform) * (0.9 + 0.2 * jitter[i]))
+    batches: list[list[LabelledSpeech]] = [[]]
+    for i in order:
+        if sum(len(u.waveform) for u in batches[-1]) > seconds * 16000:
+            batches.append([])
+        batches[-1].append(pool[i])
+    return [batches[i] for i in torch.randperm(len(batches), generator=g).tolist()]
+
+
+def _tensors(batch: list[LabelledSpeech], g: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised waveforms (B, S), their mask (B, S) and the labels (B, F)."""
+    sizes = torch.tensor([len(u.waveform) for u in batch])
+    waveforms = nn.utils.rnn.pad_sequence([torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True)
+    if g is not None:
+        waveforms = augment(waveforms, g)
+    mask = torch.arange(waveforms.shape[1])[None] < sizes[:, None]
+    mean = (waveforms * mask).sum(1, keepdim=True) / sizes[:, None]
+    centred = (waveforms - mean) * mask
+    waveforms = centred / torch.sqrt(centred.pow(2).sum(1, keepdim=True) / sizes[:, None] + 1e-7)
+    labels = torch.full((len(batch), int(num_frames(waveforms.shape[1]))), _IGNORED)
+    for row, utterance in zip(labels, batch, strict=True):
+        row[: len(utterance.labels)] = torch.from_numpy(utterance.labels.astype(np.int64))
+    return waveforms, mask.long(), labels
+
+
+def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> float:
+    model.eval()
+    right = total = 0
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for batch in _batches(pool, 60.0, g):
+            waveforms, mask, labels = _tensors(batch, g)
+            guess = head(model(waveforms, attention_mask=mask).last_hidden_state).argmax(-1)
+            right += int((guess == labels)[labels != _IGNORED].sum())
+            total += int((labels != _IGNORED).sum())
+    model.train()
+    return right / total
+
+
+def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: float, lr: float) -> dict[str, float]:
+    """Trains from random weights, writes `out` (fp16 safetensors and config), returns what the card states."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    started = time.time()
+    pool = speech_pool(hours, TRAIN_VARIANTS, seed)
+    unheard = speech_pool(0.1, TEST_VARIANTS, seed + 1)
+    print(f"{len(pool)} utterances synthesised in {time.time() - started:.0f} s", flush=True)
+    model = WavLMModel(WavLMConfig(**CONFIG))
+    head = nn.Linear(CONFIG["hidden_size"], len(PHONES))  # type: ignore[arg-type]
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    steps = epochs * len(_batches(pool, batch_seconds, g))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 200, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 1e-3)
+    )
+    accuracy, step = 0.0, 0
+    for epoch in range(epochs):
+        model.train()
+        for batch in _batches(pool, batch_seconds, g):
+            waveforms, mask, labels = _tensors(batch, g)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = head(model(waveforms, attention_mask=mask).last_hidden_state)
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % 50 == 0:
+                print(f"step {step}/{steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
+        accuracy = _accuracy(model, head, unheard)
+        print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unheard voices right", flush=True)
+        model.half().save_pretrained(out)
+        model.float()
+    return {"hours": hours, "epochs": epochs, "minutes": (time.time() - started) / 60, "frame_accuracy": accuracy}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the encoder's half of demo/pretrain-tiny.sh."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--hours", type=float, default=5.0)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch_seconds", type=float, default=60.0)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    args = parser.parse_args(argv)
+    print(pretrain(args.out, args.hours, args.epochs, args.seed, args.batch_seconds, args.lr))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

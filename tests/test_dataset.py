@@ -1,0 +1,121 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+from rwkv_speech.data.dataset import BadFileLog, BadSample, Batch, Sample, SpeechDataset, collate
+from rwkv_speech.data.sources import FileSource, Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.tokenizer import WorldTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> WorldTokenizer:
+    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    file.write_text("".join(f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1\n" for i in range(256)))
+    return WorldTokenizer(file)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FileSource:
+    rng = np.random.default_rng(0)
+    utterances = []
+    for i, samples in enumerate((800, 1_600, 500)):
+        soundfile.write(tmp_path / f"{i}.wav", rng.uniform(-0.5, 0.5, samples), 16_000)
+        utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), f"  Text  {i}"))
+    (tmp_path / "bad.wav").write_text("not audio")
+    return FileSource([*utterances, Utterance("bad", str(tmp_path / "bad.wav"), "x")])
+
+
+def test_dataset_gives_samples(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer, label_mode="lower")
+    sample = dataset[1]
+    assert isinstance(sample, Sample) and len(dataset) == 4
+    assert (sample.id, sample.text, sample.index, sample.duration) == ("u1", "text 1", 1, 0.1)
+    assert torch.equal(sample.waveform, source.load(1))
+    assert sample.ids == [byte + 1 for byte in b"text 1"]
+
+
+def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer, max_seconds=0.05)
+    broken = dataset[3]
+    assert isinstance(broken, BadSample) and broken.id == "bad" and not broken.too_long
+    assert "bad.wav" in broken.reason
+    assert isinstance(dataset[0], Sample)
+    long = dataset[1]
+    assert isinstance(long, BadSample) and long.too_long and "0.10 s; the limit is 0.05 s" in long.reason
+
+
+def test_dataset_trusts_a_known_duration_before_decoding(tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, max_seconds=30)
+    found = dataset[0]
+    assert isinstance(found, BadSample) and found.too_long
+
+
+def test_dataset_rejects_an_unknown_label_mode(source: FileSource, tokenizer: WorldTokenizer):
+    with pytest.raises(UserError, match="label mode"):
+        SpeechDataset(source, tokenizer, label_mode="upper")
+
+
+def test_collate_pads_with_zeros_and_packs_text(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer)
+    batch = collate([dataset[i] for i in range(4)])
+    assert len(batch) == 3 and batch.ids == ["u0", "u1", "u2"] and [b.id for b in batch.bad] == ["bad"]
+    assert batch.num_samples.tolist() == [800, 1_600, 500] and batch.waveforms.shape == (3, 1_600)
+    for i, length in enumerate(batch.num_samples.tolist()):
+        assert torch.equal(batch.waveforms[i, :length], source.load(i))
+        assert not batch.waveforms[i, length:].any()
+    texts = [tokenizer.decode(part.tolist()) for part in batch.text_ids.split(batch.text_lengths.tolist())]
+    assert texts == batch.texts == ["Text 0", "Text 1", "Text 2"]
+
+
+def test_collate_of_bad_samples_only_is_empty():
+    batch = collate([BadSample("a", "broken")])
+    assert len(batch) == 0 and batch.waveforms.shape == (0, 0) and batch.text_ids.shape == (0,)
+    assert batch.waveforms.dtype == torch.float32
+    for tensor in (batch.num_samples, batch.text_ids, batch.text_lengths):
+        assert tensor.dtype == torch.int64 and tensor.shape == (0,)
+
+
+def test_batch_to_moves_every_tensor(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer)
+    moved = collate([dataset[0]]).to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert moved.ids == ["u0"]
+
+
+def test_dataset_works_in_data_workers(source: FileSource, tokenizer: WorldTokenizer):
+    loader = DataLoader(SpeechDataset(source, tokenizer), batch_size=2, num_workers=1, collate_fn=collate)
+    batches = list(loader)
+    assert all(isinstance(batch, Batch) for batch in batches)
+    assert [batch.ids for batch in batches] == [["u0", "u1"], ["u2"]]
+
+
+def test_bad_file_log_lists_each_once_and_stops_at_the_limit(tmp_path: Path):
+    path = tmp_path / "run" / "bad.jsonl"
+    log = BadFileLog(path, max_bad=1)
+    log.add([])
+    assert not path.exists()
+    log.add([BadSample("a", "broken\u2028ü"), BadSample("a", "broken\u2028ü")])
+    log.add([BadSample("long", "lasts", too_long=True), BadSample("a", "broken\u2028ü")])
+    assert log.num_bad == 1
+    with pytest.raises(UserError, match="bad.jsonl: 2 recordings .* expected 1 at most"):
+        log.add([BadSample("b", "gone")])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    assert [row["id"] for row in rows] == ["a", "long", "b"] and rows[0]["reason"] == "broken\u2028ü"
+
+
+def test_bad_file_log_continues_a_list_but_counts_anew(tmp_path: Path):
+    path = tmp_path / "bad.jsonl"
+    BadFileLog(path, max_bad=5).add([BadSample("a", "broken\u2028")])
+    resumed = BadFileLog(path, max_bad=1)
+    resumed.add([BadSample("a", "broken")])
+    assert resumed.num_bad == 1 and len(path.read_text().rstrip("\n").split("\n")) == 1
+    path.write_text("something else")
+    with pytest.raises(UserError, match="not a list of bad files"):
+        BadFileLog(path, max_bad=1)
