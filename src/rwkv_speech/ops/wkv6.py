@@ -6,6 +6,7 @@ replace the portable form for that device; checks, gradients and fake tensors st
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from rwkv_speech.ops import wkv6_chunked
 
 
 def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's recurrence: y_t = (S + v_t (u k_t)^T) r_t, then S <- S diag(exp(-exp(w_t))) + v_t k_t^T.
 
@@ -27,11 +34,11 @@ def wkv6(
     """
     _check(r, k, v, w, u, state, cu_seqlens)
     B, _, H, N = r.shape
-    slots = B if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None:
-        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        state = torch.zeros(slots, H, N, N, dtype=dtype, device=r.device)
-    return wkv6_forward(r, k, v, w, u, state, cu_seqlens)
+        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        state = torch.zeros(sequences, H, N, N, dtype=dtype, device=r.device)
+    return wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens)
 
 
 def _check(
@@ -45,7 +52,9 @@ def _check(
             raise ValueError(f"wkv6: {name} must have r's shape {tuple(r.shape)}, found {tuple(x.shape)}")
     if u.shape != (H, N):
         raise ValueError(f"wkv6: u must be (H, N) = {(H, N)}, found {tuple(u.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()):
+    if cu_seqlens is not None and (
+        cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()
+    ):
         raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
@@ -57,36 +66,28 @@ def _check(
         raise ValueError(f"wkv6: all tensors must be on one device, found {sorted(map(str, devices))}")
 
 
-def _packing_index(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor, int]:
-    """Where the T packed tokens go in a padded (S, longest) batch: their rows, their columns, and the longest length."""
-    lengths = cu_seqlens.diff()
-    if len(lengths) and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or int(lengths.min()) < 0):
-        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {T}, found {cu_seqlens.tolist()}")
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
-    columns = torch.arange(T, device=cu_seqlens.device) - cu_seqlens[rows]
-    return rows, columns, int(lengths.max()) if len(lengths) else 0
-
-
-def _unpack(x: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    return x.new_zeros(*shape, *x.shape[2:]).index_put((rows, columns), x[0])
+def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:
+    """How the portable form walks over the tokens; None if there are none."""
+    B, T = r.shape[:2]
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    if bounds is not None and (bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds)):
+        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {T}, found {bounds}")
+    if r.numel() == 0:
+        return None
+    if bounds is None:
+        return wkv6_chunked.plan_dense(B, T)
+    return wkv6_chunked.plan_packed(tuple(b - a for a, b in itertools.pairwise(bounds)), r.device)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6", mutates_args=())
 def wkv6_forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Portable forward: chunks in PyTorch; a packed batch is padded to its longest sequence."""
-    if cu_seqlens is None:
-        return wkv6_chunked.forward(r, k, v, w, u, state)
-    rows, columns, longest = _packing_index(cu_seqlens, r.shape[1])
-    padded = [_unpack(x, rows, columns, (len(state), longest)) for x in (r, k, v)]
-    y, last = wkv6_chunked.forward(*padded, _unpack_decay(w, rows, columns, (len(state), longest)), u, state)
-    return y[rows, columns].unsqueeze(0), last
-
-
-def _unpack_decay(w: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """As `_unpack`, with no decay (a raw decay of minus infinity) in the padding, so that it never touches the state."""
-    return w.new_full((*shape, *w.shape[2:]), -torch.inf).index_put((rows, columns), w[0])
+    """Portable forward: chunks in PyTorch."""
+    plan = _plan(r, cu_seqlens)
+    if plan is None:
+        return r.new_empty(r.shape), state.clone()
+    return wkv6_chunked.forward(r, k, v, w, u, state, plan)
 
 
 @wkv6_forward.register_fake
@@ -109,15 +110,10 @@ def wkv6_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Portable backward: the gradients of r, k, v, w, u and state."""
-    if cu_seqlens is None:
-        return wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state)
-    rows, columns, longest = _packing_index(cu_seqlens, r.shape[1])
-    shape = (len(state), longest)
-    dy, r, k, v = (_unpack(x, rows, columns, shape) for x in (dy, r, k, v))
-    w = _unpack_decay(w, rows, columns, shape)
-    *grads, du, dstate = wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state)
-    dr, dk, dv, dw = (g[rows, columns].unsqueeze(0) for g in grads)
-    return dr, dk, dv, dw, du, dstate
+    plan = _plan(r, cu_seqlens)
+    if plan is None:
+        return *(x.new_zeros(x.shape) for x in (r, k, v, w, u)), dstate.to(state.dtype, copy=True)  # type: ignore[return-value]
+    return wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state, plan)
 
 
 @wkv6_backward.register_fake

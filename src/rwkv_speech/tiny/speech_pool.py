@@ -10,12 +10,13 @@ import torchaudio.functional as F
 
 from rwkv_speech.audio import SAMPLE_RATE, SAMPLES_PER_FRAME, num_frames
 from rwkv_speech.data.synth import Speech, Synthesizer, Voice
-from rwkv_speech.tiny import corpus
+from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES, corpus
 from rwkv_speech.tiny.voices import PHONES, SILENCE, phone, voice
 
 # 22,050 Hz and every rate used below share this factor, which keeps the resampling filters short.
 _RATE_STEP = 450
-_FRAME_CENTRE = 200
+# The middle of the samples that one frame is computed from.
+_FRAME_CENTRE = 430
 
 
 @dataclass
@@ -31,7 +32,7 @@ def frame_labels(speech: Speech, num_samples: int) -> np.ndarray:
     """The phone at the centre of each of the frames that `num_samples` samples at 16 kHz give, (F,) uint8."""
     starts = np.array([start for _, start in speech.phonemes], dtype=np.float64) * num_samples / max(len(speech.samples), 1)
     ids = np.array([PHONES.index(SILENCE), *(PHONES.index(phone(name)) for name, _ in speech.phonemes)], dtype=np.uint8)
-    centres = np.arange(num_frames(num_samples)) * SAMPLES_PER_FRAME + _FRAME_CENTRE
+    centres = np.arange(num_frames(num_samples, CONV_KERNELS, CONV_STRIDES)) * SAMPLES_PER_FRAME + _FRAME_CENTRE
     return ids[np.searchsorted(starts, centres, side="right")]
 
 

@@ -1,0 +1,176 @@
+"""Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
+
+Both name the tensors alike: `language_model.blocks.{i}.att.time_state` (H, N, N) for layer i's initial state and
+`speech_encoder.adapter.{0,2}.{weight,bias}` for the adapter.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rwkv_speech.base_weights import read_tensors
+from rwkv_speech.errors import UserError
+
+FORMAT = "rwkv_speech-1"
+BEST, LAST = "best.safetensors", "last.safetensors"
+_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
+_ADAPTER = "speech_encoder.adapter."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was trained on: all that is needed to use it again."""
+
+    base_model: str
+    base_sha256: str
+    encoder: str
+    vocab_file: str
+    n_layer: int
+    n_embd: int
+    stack: int
+    adapter_hidden: int
+    separator: str
+    task: str = "asr"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tensors of a checkpoint; `origin` is None for a published file, which does not say."""
+
+    path: Path
+    adapter: dict[str, Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
+    time_state: Tensor  # (L, H, N, N)
+    origin: Origin | None
+    ignored: tuple[str, ...]  # names of tensors in the file that are not trained ones
+    metrics: dict[str, Any]
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: a reader sees the old or the new file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def named_tensors(adapter: Mapping[str, Tensor], time_state: Tensor) -> dict[str, Tensor]:
+    """The trained tensors under their published names, on the CPU."""
+    tensors = {f"language_model.blocks.{i}.att.time_state": layer for i, layer in enumerate(time_state)}
+    tensors |= {_ADAPTER + name: tensor for name, tensor in adapter.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def save_trained(
+    path: Path, adapter: Mapping[str, Tensor], time_state: Tensor, origin: Origin, metrics: Mapping[str, Any]
+) -> None:
+    """Write an own checkpoint, atomically."""
+    metadata = {"format": FORMAT, "origin": json.dumps(asdict(origin)), "metrics": json.dumps(dict(metrics))}
+    tensors = named_tensors(adapter, time_state)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_trained(path: str | Path) -> Trained:
+    """Read an own checkpoint or a published `.pth` adapter file.
+
+    Raises UserError naming the file if it holds no adapter or no initial state, or was written by another format.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    states = {int(m[1]): x for name, x in tensors.items() if (m := _STATE.fullmatch(name))}
+    adapter = {name.removeprefix(_ADAPTER): x for name, x in tensors.items() if name.startswith(_ADAPTER)}
+    if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
+        raise UserError(
+            f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} tensors "
+            f"language_model.blocks.*.att.time_state and adapter tensors {sorted(adapter)}; expected one state a "
+            "layer and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
+        )
+    if sorted(states) != list(range(len(states))):
+        raise UserError(f"{path}: the initial states of layers {sorted(set(range(max(states))) - set(states))} are missing")
+    known = {_ADAPTER + name for name in adapter} | {f"language_model.blocks.{i}.att.time_state" for i in states}
+    origin, metrics = _read_metadata(path)
+    return Trained(
+        path=path,
+        adapter=adapter,
+        time_state=torch.stack([states[i] for i in range(len(states))]),
+        origin=origin,
+        ignored=tuple(name for name in tensors if name not in known),
+        metrics=metrics,
+    )
+
+
+def _read_metadata(path: Path) -> tuple[Origin | None, dict[str, Any]]:
+    if path.suffix != ".safetensors":
+        return None, {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: found format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version"
+        )
+    names = {field.name for field in fields(Origin)}
+    origin = {key: value for key, value in json.loads(metadata["origin"]).items() if key in names}
+    return Origin(**origin), json.loads(metadata["metrics"])
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: the file itself, a run's best, else its last, else the only one in the folder.
+
+    Raises UserError naming the folder and the remedy if there is none, or several to choose from.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(file for suffix in ("pth", "safetensors") for file in path.glob(f"*.{suffix}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{path}: found {len(found)} checkpoints ({', '.join(file.name for file in found)}), expected one; "
+            "name the one to use with --checkpoint"
+        )
+    raise UserError(
+        f"{path}: found no trained weights there; expected {BEST}, {LAST} or one published .pth file: train first, "
+        "put a published file there, or name a file with --checkpoint"
+    )
+
+
+def export_published(trained: Trained, path: Path) -> None:
+    """Write the published layout: a `.pth` dictionary of the trained tensors."""
+    tensors = named_tensors(trained.adapter, trained.time_state)
+    write_atomically(path, lambda temporary: torch.save(tensors, temporary))
