@@ -20,9 +20,7 @@ def test_constants_agree_with_the_published_encoder():
 
 
 def test_num_frames_equals_real_convolutions():
-    layers = [
-        torch.nn.Conv1d(1, 1, k, s) for k, s in zip(audio.CONV_KERNELS, audio.CONV_STRIDES, strict=True)
-    ]
+    layers = [torch.nn.Conv1d(1, 1, k, s) for k, s in zip(audio.CONV_KERNELS, audio.CONV_STRIDES, strict=True)]
     stack = torch.nn.Sequential(*layers)
     lengths = [400, 401, 719, 720, 721, 799, 1039, 1040, 16_000, 16_123]
     with torch.no_grad():

@@ -7,7 +7,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv_speech.data.dataset import BadFileLog, BadSample, Batch, Sample, SpeechDataset, collate
+from rwkv_speech.data.dataset import BadFileLog, BadSample, Batch, Fit, Sample, SpeechDataset, collate
 from rwkv_speech.data.sources import FileSource, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -41,17 +41,22 @@ def test_dataset_gives_samples(source: FileSource, tokenizer: WorldTokenizer):
 
 
 def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenizer: WorldTokenizer):
-    dataset = SpeechDataset(source, tokenizer, max_seconds=0.05)
+    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=3, stack=1))
     broken = dataset[3]
     assert isinstance(broken, BadSample) and broken.id == "bad" and not broken.too_long
     assert "bad.wav" in broken.reason
     assert isinstance(dataset[0], Sample)
     long = dataset[1]
-    assert isinstance(long, BadSample) and long.too_long and "0.10 s; the limit is 0.05 s" in long.reason
+    assert (
+        isinstance(long, BadSample)
+        and long.too_long
+        and "0.10 s" in long.reason
+        and "the limit is 3 (--ctx_len)" in long.reason
+    )
 
 
 def test_dataset_trusts_a_known_duration_before_decoding(tokenizer: WorldTokenizer):
-    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, max_seconds=30)
+    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, fit=Fit(300, 5))
     found = dataset[0]
     assert isinstance(found, BadSample) and found.too_long
 

@@ -45,9 +45,7 @@ def test_source_decodes_bytes_and_takes_further_columns():
 
 
 def test_source_resamples_from_the_rate_of_the_bytes():
-    rows = datasets.Dataset.from_dict(
-        {"audio": [{"bytes": flac(400, rate=8_000), "path": None}], "text": ["a"]}
-    )
+    rows = datasets.Dataset.from_dict({"audio": [{"bytes": flac(400, rate=8_000), "path": None}], "text": ["a"]})
     # The column claims 16 kHz; the file knows better.
     rows = rows.cast_column("audio", datasets.Audio(sampling_rate=16_000, decode=False))
     assert len(HuggingFaceSource(rows, Columns()).load(0)) == 800
@@ -56,9 +54,7 @@ def test_source_resamples_from_the_rate_of_the_bytes():
 def test_source_reads_paths_and_names_broken_rows(tmp_path: Path):
     (tmp_path / "a.flac").write_bytes(flac(500))
     paths = [str(tmp_path / "a.flac"), str(tmp_path / "gone.flac"), None]
-    source = HuggingFaceSource(
-        datasets.Dataset.from_dict({"file": paths, "text": ["a"] * 3}), Columns("file")
-    )
+    source = HuggingFaceSource(datasets.Dataset.from_dict({"file": paths, "text": ["a"] * 3}), Columns("file"))
     assert len(source.load(0)) == 500
     with pytest.raises(AudioError, match=r"dataset row 1 \(.*gone.flac\)"):
         source.load(1)
@@ -126,9 +122,7 @@ def write_hub_folder(folder: Path) -> Path:
         for split in ("train.clean", "test.clean", "test.other")
     )
     configs = f"configs:\n- config_name: all\n  data_files:\n{splits}"
-    (folder / "README.md").write_text(
-        f"---\n{configs}- config_name: more\n  data_files: all/*/*.parquet\n---\n"
-    )
+    (folder / "README.md").write_text(f"---\n{configs}- config_name: more\n  data_files: all/*/*.parquet\n---\n")
     return folder
 
 

@@ -177,9 +177,7 @@ def test_open_sources_joins_in_order(tmp_path: Path):
     assert len(open_sources(str(manifest))) == 1
 
 
-@pytest.mark.parametrize(
-    "spec", ["gone.jsonl", "gone", "gone:train", "hf:", "hf:name", "hf:a:b:c:d", "s3:x", "a.wav"]
-)
+@pytest.mark.parametrize("spec", ["gone.jsonl", "gone", "gone:train", "hf:", "hf:name", "hf:a:b:c:d", "s3:x", "a.wav"])
 def test_open_source_lists_the_accepted_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str):
     monkeypatch.chdir(write_audio(tmp_path / "a.wav").parent)
     with pytest.raises(UserError, match="(?s)FILE.jsonl.*FOLDER.*hf:NAME:SPLIT.*librispeech:SPLIT"):

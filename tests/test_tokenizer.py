@@ -10,9 +10,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.tokenizer import WorldTokenizer
 
 BYTES = [f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1" for i in range(256)]
-MULTILINGUAL = (
-    "naïve Straße, 今天天气很好。 мы здесь! こんにちは 👩‍👩‍👧 🏳️‍🌈 हिन्दी עברית <s> \x00\r\n\t don't 12.5%"
-)
+MULTILINGUAL = "naïve Straße, 今天天气很好。 мы здесь! こんにちは 👩‍👩‍👧 🏳️‍🌈 हिन्दी עברית <s> \x00\r\n\t don't 12.5%"
 
 
 @pytest.fixture(scope="module")

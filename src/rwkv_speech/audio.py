@@ -21,8 +21,14 @@ CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 SAMPLES_PER_FRAME = math.prod(CONV_STRIDES)  # 320
 FRAME_RATE = SAMPLE_RATE // SAMPLES_PER_FRAME  # 50 Hz
-# The receptive field of one frame: the shortest input that gives a frame at all.
-MIN_SAMPLES = 1 + sum((k - 1) * math.prod(CONV_STRIDES[:i]) for i, k in enumerate(CONV_KERNELS))  # 400
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """The samples that one frame sees: the shortest input that gives a frame at all."""
+    return 1 + sum((kernel - 1) * math.prod(strides[:i]) for i, kernel in enumerate(kernels))
+
+
+MIN_SAMPLES = receptive_field(CONV_KERNELS, CONV_STRIDES)  # 400
 
 # Lossy containers count their frames to within a codec block or two; a larger gap is a cut-off file.
 _HEADER_SLACK_SECONDS = 0.1
@@ -87,9 +93,7 @@ def audio_seconds(path: str | Path) -> float:
     return float(info.frames / info.samplerate)
 
 
-def _decode(
-    source: str | Path | bytes, label: str, offset: float, duration: float | None
-) -> tuple[np.ndarray, int]:
+def _decode(source: str | Path | bytes, label: str, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
     """Read the segment as (samples, channels) float32 at the file's own rate."""
     if not isinstance(source, bytes):
         _require_file(source, label)
@@ -98,13 +102,10 @@ def _decode(
             rate, total = file.samplerate, file.frames
             start = round(offset * rate)
             if total == 0:
-                raise AudioError(
-                    f"{label}: holds no audio; expected at least one sample: remove it or record it again"
-                )
+                raise AudioError(f"{label}: holds no audio; expected at least one sample: remove it or record it again")
             if start >= total:
                 raise AudioError(
-                    f"{label}: offset {offset} s is past its end; it is {total / rate:.3f} s long: mend the "
-                    "offset"
+                    f"{label}: offset {offset} s is past its end; it is {total / rate:.3f} s long: mend the offset"
                 )
             wanted = total - start if duration is None else min(round(duration * rate), total - start)
             samples = _read_segment(file, start, wanted)

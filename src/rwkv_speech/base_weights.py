@@ -73,8 +73,6 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-
-
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], path: str | Path) -> None:
     """Raises one UserError that lists every missing, unknown or misshapen tensor."""
     faults = [f"missing {key}, expected shape {tuple(shape)}" for key, shape in shapes.items() if key not in tensors]

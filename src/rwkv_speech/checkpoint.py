@@ -118,7 +118,9 @@ def load_trained(path: str | Path) -> Trained:
             "layer and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
     if sorted(states) != list(range(len(states))):
-        raise UserError(f"{path}: the initial states of layers {sorted(set(range(max(states))) - set(states))} are missing")
+        raise UserError(
+            f"{path}: the initial states of layers {sorted(set(range(max(states))) - set(states))} are missing"
+        )
     known = {_ADAPTER + name for name in adapter} | {f"language_model.blocks.{i}.att.time_state" for i in states}
     origin, metrics = _read_metadata(path)
     return Trained(

@@ -3,13 +3,15 @@
 # B batch · S samples · F frames · D encoder width
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rwkv_speech.audio import MIN_SAMPLES, num_frames
+from rwkv_speech.audio import num_frames, receptive_field
 from rwkv_speech.errors import UserError
 
 _VARIANCE_FLOOR = 1e-7
@@ -41,27 +43,31 @@ class SpeechEncoder(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.name = name
         self.do_normalize = do_normalize
-        self.width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        config: Any = model.config
+        self.width: int = config.hidden_size
+        # 400 for the published convolutions, others for others.
+        self.min_samples = receptive_field(config.conv_kernel, config.conv_stride)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "SpeechEncoder":
         """Load by hub id or from a folder; raises UserError naming the id or folder and the remedy."""
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
         from transformers.utils import logging
 
         name = str(name_or_path)
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"encoder {name!r}: not a folder with a config.json, and not to be had from the Hugging Face hub "
-                f"({str(error).splitlines()[0]}); give a folder, or an id such as microsoft/wavlm-large and a network"
+                f"encoder {name!r}: not a folder with a config.json, and not to be had from the Hugging Face "
+                f"hub ({_first_line(error)}); give a folder, or an id such as microsoft/wavlm-large"
             ) from error
         if config.model_type not in _FAMILIES:
             raise UserError(f"encoder {name!r}: found model type {config.model_type!r}, expected one of {_FAMILIES}")
-        model = AutoModel.from_pretrained(name, dtype=torch.float32)
-        return cls(model, name, _wants_normalised(name))
+        if getattr(config, "add_adapter", False):
+            raise UserError(f"encoder {name!r}: shortens its frames itself (add_adapter), expected one that does not")
+        return cls(_load_model(name), name, _wants_normalised(name))
 
     def train(self, mode: bool = True) -> "SpeechEncoder":
         """Stays in evaluation mode whatever a trainer asks for: no dropout, no layer drop, no masking."""
@@ -77,22 +83,25 @@ class SpeechEncoder(nn.Module):
         """waveforms (B, S) in -1..1, num_samples (B,) -> frames (B, F, D) float32 and their lengths (B,)."""
         lengths = self.frame_lengths(num_samples)
         # Shorter than one frame: the encoder sees silence added, and no frame of it is counted.
-        waveforms = nn.functional.pad(waveforms, (0, max(0, MIN_SAMPLES - waveforms.shape[1])))
+        waveforms = nn.functional.pad(waveforms, (0, max(0, self.min_samples - waveforms.shape[1])))
         x = normalise(waveforms, num_samples) if self.do_normalize else waveforms.float()
         config: Any = self.model.config
-        if config.feat_extract_norm == "group":
-            frames = self._forward_group_norm(x, num_samples, lengths)
-        else:
-            # One frame at least is attended, so that no row of the attention is empty.
-            mask = length_mask(num_samples.clamp_min(MIN_SAMPLES), x.shape[1])
-            frames = self.model(x, attention_mask=mask.long()).last_hidden_state
+        with warnings.catch_warnings():
+            # WavLM's attention has a float bias beside its mask, whatever it is given.
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
+            if config.feat_extract_norm == "group":
+                frames = self._forward_group_norm(x, num_samples, lengths)
+            else:
+                # One frame at least is attended, so that no row of the attention is empty.
+                mask = length_mask(num_samples.clamp_min(self.min_samples), x.shape[1])
+                frames = self.model(x, attention_mask=mask.long()).last_hidden_state
         return frames.float(), lengths
 
     def _forward_group_norm(self, x: Tensor, num_samples: Tensor, lengths: Tensor) -> Tensor:
-        """The convolutions normalise over the whole length, padding and all: each utterance passes them alone."""
+        """The convolutions normalise over all that they are given: each utterance passes them alone."""
         model: Any = self.model
         features = [
-            model.feature_extractor(row[None, : max(int(size), MIN_SAMPLES)])[0].transpose(0, 1)
+            model.feature_extractor(row[None, : max(int(size), self.min_samples)])[0].transpose(0, 1)
             for row, size in zip(x, num_samples, strict=True)
         ]
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
@@ -103,9 +112,33 @@ class SpeechEncoder(nn.Module):
         return frames
 
 
+def _load_model(name: str) -> nn.Module:
+    """The model in float32; transformers would draw what the file lacks at random."""
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"encoder {name!r}: its weights cannot be read ({_first_line(error)}); copy or download it again"
+        ) from error
+    # The embedding that masks frames in pretraining is not in every published file, and never used here.
+    missing = sorted(set(report["missing_keys"]) - {"masked_spec_embed"})
+    if missing:
+        raise UserError(
+            f"encoder {name!r}: its weights lack {len(missing)} tensors, {missing[0]} first; expected all of "
+            "them: copy or download it again"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _wants_normalised(name: str) -> bool:
     """The model's own preprocessor settings say so; without them, yes."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     file = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     return bool(json.loads(Path(file).read_text()).get("do_normalize", True)) if file else True

@@ -40,9 +40,7 @@ def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
     Raises UserError for lists that are empty or of different lengths.
     """
     if len(refs) != len(hyps):
-        raise UserError(
-            f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference"
-        )
+        raise UserError(f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference")
     if not refs:
         raise UserError("no utterance to score; expected at least one reference: check the data given")
     ref_texts, hyp_texts = [" ".join(t.split()) for t in refs], [" ".join(t.split()) for t in hyps]

@@ -107,7 +107,13 @@ class TimeMix(nn.Module):
         # The raw decay is the exponent of an exponent: it stays in float32 from here to the kernel.
         w = self.time_decay.float() + (torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).float()
         y, wkv = wkv6(
-            r, k, v, w.view(B, T, self.H, self.N), self.time_faaaa, wkv, None if packing is None else packing.cu_seqlens
+            r,
+            k,
+            v,
+            w.view(B, T, self.H, self.N),
+            self.time_faaaa,
+            wkv,
+            None if packing is None else packing.cu_seqlens,
         )
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         return self.output(y * F.silu(self.gate(xg))), wkv, shift

@@ -43,8 +43,7 @@ class WorldTokenizer:
             ids: list[int] = self._rust.encode(text)
         except UnicodeEncodeError as error:
             raise UserError(
-                f"text {text!r} holds a lone surrogate at character {error.start}; expected valid Unicode: "
-                "mend it"
+                f"text {text!r} holds a lone surrogate at character {error.start}; expected valid Unicode: mend it"
             ) from error
         return ids
 
@@ -126,9 +125,7 @@ def _read_vocab(path: Path) -> dict[int, bytes]:
         # Split at newlines only: str.splitlines would also cut inside literals that hold U+2028 and the like.
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a vocabulary ({error}); expected a UTF-8 text file"
-        ) from error
+        raise UserError(f"{path}: cannot be read as a vocabulary ({error}); expected a UTF-8 text file") from error
     table: dict[int, bytes] = {}
     seen: set[bytes] = set()
     problems: list[str] = []
@@ -145,11 +142,7 @@ def _read_vocab(path: Path) -> dict[int, bytes]:
         table[token_id] = token
         seen.add(token)
     if problems:
-        more = (
-            f"\n  ... and {len(problems) - _MAX_ERRORS_SHOWN} more"
-            if len(problems) > _MAX_ERRORS_SHOWN
-            else ""
-        )
+        more = f"\n  ... and {len(problems) - _MAX_ERRORS_SHOWN} more" if len(problems) > _MAX_ERRORS_SHOWN else ""
         raise UserError(
             f"{path}: {len(problems)} malformed lines; expected `<id> <str or bytes literal> <length in "
             "bytes>`:\n" + "\n".join(problems[:_MAX_ERRORS_SHOWN]) + more

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rwkv_speech.audio import SAMPLE_RATE, AudioError
+from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
 from rwkv_speech.data.sources import Source
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
@@ -75,43 +75,60 @@ class Batch:
 class SpeechDataset(Dataset[Sample | BadSample]):
     """Decodes and tokenises the utterances of a source.
 
-    A broken recording becomes a BadSample, never an exception; so does one of more than `max_seconds`. Raises
+    A broken recording becomes a BadSample, never an exception; so does one that does not `fit`. Raises
     UserError for an unknown `label_mode`.
     """
 
     def __init__(
-        self,
-        source: Source,
-        tokenizer: WorldTokenizer,
-        label_mode: str = "none",
-        max_seconds: float | None = None,
+        self, source: Source, tokenizer: WorldTokenizer, label_mode: str = "none", fit: "Fit | None" = None
     ) -> None:
         normalise_label("", label_mode)  # an unknown mode fails here, not in a data worker
         self._source, self._tokenizer = source, tokenizer
-        self._label_mode, self._max_seconds = label_mode, max_seconds
+        self._label_mode, self._fit = label_mode, fit
 
     def __len__(self) -> int:
         return len(self._source)
 
+    def durations(self) -> list[float | None]:
+        """Seconds of every utterance, None where the source does not know."""
+        return [self._source.utterance(index).duration for index in range(len(self))]
+
     def __getitem__(self, index: int) -> Sample | BadSample:
         found = self._source.utterance(index)
-        if self._is_too_long(found.duration):
-            return self._too_long(found.id, found.duration)
+        text = normalise_label(found.text, self._label_mode)
+        ids = self._tokenizer.encode(text)
+        # A known duration saves the decoding of what is left out anyway.
+        if found.duration is not None and (fault := self._fault(found.duration, ids)):
+            return BadSample(found.id, fault, too_long=True)
         try:
             waveform = self._source.load(index)
         except AudioError as error:
             return BadSample(found.id, str(error))
         duration = len(waveform) / SAMPLE_RATE
-        if self._is_too_long(duration):
-            return self._too_long(found.id, duration)
-        text = normalise_label(found.text, self._label_mode)
-        return Sample(found.id, waveform, text, self._tokenizer.encode(text), duration, index)
+        if fault := self._fault(duration, ids):
+            return BadSample(found.id, fault, too_long=True)
+        return Sample(found.id, waveform, text, ids, duration, index)
 
-    def _is_too_long(self, seconds: float | None) -> bool:
-        return self._max_seconds is not None and seconds is not None and seconds > self._max_seconds
+    def _fault(self, seconds: float, ids: list[int]) -> str | None:
+        return self._fit.fault(seconds, len(ids)) if self._fit else None
 
-    def _too_long(self, name: str, seconds: float | None) -> BadSample:
-        return BadSample(name, f"lasts {seconds:.2f} s; the limit is {self._max_seconds} s", too_long=True)
+
+@dataclass(frozen=True)
+class Fit:
+    """The longest sequence that is learned from: `ctx_len` positions, each audio token `stack` frames."""
+
+    ctx_len: int
+    stack: int
+
+    def fault(self, seconds: float, num_text_ids: int) -> str | None:
+        """Say why an utterance is too long, or None if it fits."""
+        positions = int(seconds * FRAME_RATE) // self.stack + 1 + num_text_ids
+        if positions <= self.ctx_len:
+            return None
+        return (
+            f"lasts {seconds:.2f} s with {num_text_ids} text tokens: {positions} positions; the limit is "
+            f"{self.ctx_len} (--ctx_len)"
+        )
 
 
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
@@ -156,9 +173,7 @@ class BadFileLog:
                 self._listed.add(sample.id)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps({"id": sample.id, "reason": sample.reason}, ensure_ascii=False) + "\n"
-                    )
+                    file.write(json.dumps({"id": sample.id, "reason": sample.reason}, ensure_ascii=False) + "\n")
             if not sample.too_long:
                 self._broken.add(sample.id)
         if self.num_bad > self._max_bad:
@@ -172,10 +187,6 @@ def _listed_ids(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        return {
-            json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
-        }
+        return {json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: is not a list of bad files ({error}); expected JSON lines: move it away"
-        ) from error
+        raise UserError(f"{path}: is not a list of bad files ({error}); expected JSON lines: move it away") from error

@@ -109,9 +109,7 @@ def open_hub(spec: str, columns: Columns) -> HuggingFaceSource:
         # Its transcripts are in capitals, which no language model is used to.
         return HuggingFaceSource(rows, columns, label=spec, label_mode="lower")
     if len(parts) not in (2, 3) or not all(parts):
-        raise UserError(
-            f"data source {spec!r}: {len(parts)} parts after 'hf:'; expected one of:\n{ACCEPTED_FORMS}"
-        )
+        raise UserError(f"data source {spec!r}: {len(parts)} parts after 'hf:'; expected one of:\n{ACCEPTED_FORMS}")
     config = parts[1] if len(parts) == 3 else None
     return HuggingFaceSource(_load_hub(parts[0], config, parts[-1], spec), columns, label=spec)
 
@@ -134,12 +132,9 @@ def open_saved(path: str | Path, split: str | None, columns: Columns) -> Hugging
     names = split.split("+") if split else list(found)
     if not set(names) <= set(found) or (split is None and len(names) != 1):
         raise UserError(
-            f"data source {label!r}: its splits are {', '.join(found)}; expected {path}:SPLIT, SPLIT one of "
-            "them or a+b"
+            f"data source {label!r}: its splits are {', '.join(found)}; expected {path}:SPLIT, SPLIT one of them or a+b"
         )
-    return HuggingFaceSource(
-        datasets.concatenate_datasets([found[name] for name in names]), columns, label=label
-    )
+    return HuggingFaceSource(datasets.concatenate_datasets([found[name] for name in names]), columns, label=label)
 
 
 def _load_hub(name: str, config: str | None, split: str, spec: str) -> datasets.Dataset:
@@ -151,9 +146,7 @@ def _load_hub(name: str, config: str | None, split: str, spec: str) -> datasets.
         if isinstance(builder, Parquet) and files and all(part in files for part in wanted):
             # load_dataset(name, split=...) downloads every split of the configuration: 60 GB for test-clean.
             chosen = {part: list(files[part]) for part in wanted}
-            return datasets.load_dataset(
-                "parquet", data_files=chosen, split=split, features=builder.info.features
-            )
+            return datasets.load_dataset("parquet", data_files=chosen, split=split, features=builder.info.features)
         return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
@@ -168,9 +161,7 @@ def _check_columns(features: datasets.Features, columns: Columns, label: str) ->
     found = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
     for role, name in wanted:
         if name not in features:
-            raise UserError(
-                f"{label}: has no {role} column {name!r}; found: {found}: name the right one of these"
-            )
+            raise UserError(f"{label}: has no {role} column {name!r}; found: {found}: name the right one of these")
     if _kind(features[columns.audio]) not in ("audio", "string", "large_string", "bytes and path"):
         raise UserError(f"{label}: column {columns.audio!r} holds no audio, nor paths to it; found: {found}")
     if columns.text in features and _kind(features[columns.text]) not in ("string", "large_string"):

@@ -17,7 +17,23 @@ from rwkv_speech.errors import UserError
 
 # What libsndfile decodes and people record in; headerless RAW is not among them, for its rate is unknown.
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split()
+    [
+        ".wav",
+        ".flac",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".mp3",
+        ".aiff",
+        ".aif",
+        ".aifc",
+        ".au",
+        ".snd",
+        ".caf",
+        ".w64",
+        ".rf64",
+        ".sph",
+    ]
 )
 MANIFEST_SUFFIXES = frozenset({".jsonl", ".json"})
 _MAX_ERRORS_SHOWN = 20
@@ -164,9 +180,7 @@ def read_manifest(path: str | Path, *, require_text: bool = True) -> list[Uttera
     try:
         content = manifest.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise UserError(
-            f"manifest {path}: cannot be read ({error.strerror}); expected a file of JSON lines"
-        ) from error
+        raise UserError(f"manifest {path}: cannot be read ({error.strerror}); expected a file of JSON lines") from error
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
     line_of_id: dict[str, int] = {}
@@ -219,9 +233,7 @@ def read_folder(path: str | Path, *, require_text: bool = True) -> list[Utteranc
             _summary(f"folder {path}: {len(problems)} of {len(utterances)} audio files lack a text", problems)
         )
     if not utterances:
-        raise UserError(
-            f"folder {path}: holds no audio file; expected any of: {' '.join(sorted(AUDIO_SUFFIXES))}"
-        )
+        raise UserError(f"folder {path}: holds no audio file; expected any of: {' '.join(sorted(AUDIO_SUFFIXES))}")
     return utterances
 
 
@@ -248,9 +260,7 @@ def _parse_row(line: bytes, folder: Path, require_text: bool) -> tuple[dict[str,
     row = {key: value for key, value in row.items() if value is not None}
     required = ["audio_filepath", "text"] if require_text else ["audio_filepath"]
     reasons = [f"lacks {key!r}" for key in required if key not in row]
-    reasons += [
-        _string_fault(key, row[key]) for key in ("audio_filepath", "text", "lang", "task", "id") if key in row
-    ]
+    reasons += [_string_fault(key, row[key]) for key in ("audio_filepath", "text", "lang", "task", "id") if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in ("duration", "offset") if key in row]
     reasons = [reason for reason in reasons if reason]
     named = row.get("audio_filepath")

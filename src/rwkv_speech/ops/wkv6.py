@@ -1,6 +1,6 @@
 """The public WKV-6 operator and its registration with PyTorch.
 
-A native kernel plugs in here: `wkv6_forward.register_kernel("cuda")` and `wkv6_backward.register_kernel("cuda")` (or "cpu")
+A native kernel plugs in here: `wkv6_forward.register_kernel("cuda")` and the same of `wkv6_backward` (or "cpu")
 replace the portable form for that device; checks, gradients and fake tensors stay as they are.
 """
 
@@ -28,7 +28,8 @@ def wkv6(
 
     r, k, v, w (B, T, H, N), w the raw decay; u (H, N); state (B, H, N, N), axes [value, key], None for zeros.
     Returns y (B, T, H, N) in r's type and the last state in float32 (float64 for float64 inputs).
-    Packed: with `cu_seqlens` (S + 1,), B = 1, sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1], state (S, H, N, N).
+    Packed: with `cu_seqlens` (S + 1,), B = 1, state (S, H, N, N); sequence s is tokens cu_seqlens[s] to
+    cu_seqlens[s + 1].
     Gradients reach all six tensors. Raises ValueError for shapes that do not fit. T may be 0.
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
     """
@@ -38,7 +39,8 @@ def wkv6(
     if state is None:
         sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
         state = torch.zeros(sequences, H, N, N, dtype=dtype, device=r.device)
-    return wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens)
+    y, last = wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens)
+    return y, last
 
 
 def _check(
@@ -52,9 +54,7 @@ def _check(
             raise ValueError(f"wkv6: {name} must have r's shape {tuple(r.shape)}, found {tuple(x.shape)}")
     if u.shape != (H, N):
         raise ValueError(f"wkv6: u must be (H, N) = {(H, N)}, found {tuple(u.shape)}")
-    if cu_seqlens is not None and (
-        cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()
-    ):
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()):
         raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
@@ -87,7 +87,7 @@ def wkv6_forward(
     plan = _plan(r, cu_seqlens)
     if plan is None:
         return r.new_empty(r.shape), state.clone()
-    return wkv6_chunked.forward(r, k, v, w, u, state, plan)
+    return wkv6_chunked.forward(wkv6_chunked.Inputs(r, k, v, w, u, state), plan)
 
 
 @wkv6_forward.register_fake
@@ -113,7 +113,7 @@ def wkv6_backward(
     plan = _plan(r, cu_seqlens)
     if plan is None:
         return *(x.new_zeros(x.shape) for x in (r, k, v, w, u)), dstate.to(state.dtype, copy=True)  # type: ignore[return-value]
-    return wkv6_chunked.backward(dy, dstate, r, k, v, w, u, state, plan)
+    return wkv6_chunked.backward(dy, dstate, wkv6_chunked.Inputs(r, k, v, w, u, state), plan)
 
 
 @wkv6_backward.register_fake

@@ -1,31 +1,34 @@
 """WKV-6 with plain PyTorch on any device: forward and backward, in chunks of a few tokens.
 
-Token j reaches a later token i through the decays between them: y_i takes (r_i . d_{j+1} ... d_{i-1} k_j) v_j. Every such
-pair is met once, where a span of 2h tokens is split in halves with j in the earlier one, i in the later one. The decays
-factor at the middle, r_i's since the middle and k_j's up to the middle, so that the pairs of a span are matrix products.
-The spans double from two tokens to the chunk; over whole chunks goes the state, S <- S diag(d_1 ... d_L) + V^T K.
-All factors are products of decays, numbers from 0 to 1: nothing overflows or cancels, however strong the decay.
+Token j reaches a later token i through the decays between them: y_i takes (r_i . d_{j+1} ... d_{i-1} k_j) v_j.
+Every such pair is met once, where a span of 2h tokens is split in halves with j in the earlier one, i in the
+later one. The decays factor at the middle, r_i's since the middle and k_j's up to the middle, so that all pairs
+of a span are matrix products. The spans double from two tokens to the chunk; from chunk to chunk goes the
+state, S <- S diag(d_1 ... d_L) + V^T K. All factors are products of decays, numbers from 0 to 1: nothing
+overflows or cancels, however strong the decay.
 """
 
-# B batch · T time · H heads · N head size · S sequences · L chunk length · C chunks of all sequences, times heads
-# P spans of 2h tokens
+# B batch · T time · H heads · N head size · S sequences · L chunk length
+# C chunks of all sequences and heads · P spans of 2h tokens
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_CHUNK = 32
-_GROUP = 1 << 18  # elements of one tensor
-# 2^-2000 is zero in every type: the bound turns the gradient of such a decay into 0, where 0 * inf would be NaN.
-_MAX_RATE = 2000.0
+_GROUP = 1 << 18  # elements of a tensor: a few such tensors fit a CPU's caches
+# e^-1000 is zero in every type: the bound makes the gradient of such a decay 0, where 0 * inf would be NaN.
+_MAX_RATE = 1000.0
+_LOG2_E = math.log2(math.e)
 
 
 class Plan(NamedTuple):
-    """Where tokens go. Chunks stand in the order of the recurrence: the first one of every sequence, then the second ..."""
+    """Where tokens go. Chunks stand in the recurrence's order: every sequence's first, then the second ones ..."""
 
     length: int  # L
     active: list[int]  # how many sequences have a first chunk, a second chunk ...
@@ -68,6 +71,13 @@ def _chunk_length(longest: int) -> int:
     return min(MAX_CHUNK, 1 << (longest - 1).bit_length())
 
 
+def _split_time(x: Tensor, L: int) -> Tensor:
+    """(B, T, H, N) -> (B, T / L, L, H, N), a view."""
+    B, T, H, N = x.shape
+    strides = x.stride()
+    return x.as_strided((B, T // L, L, H, N), (strides[0], L * strides[1], *strides[1:]))
+
+
 def _to_chunks(x: Tensor, plan: Plan, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
     """(B, T, H, N) -> (C, L, N), `fill` in the slots without a token."""
     B, T, H, N = x.shape
@@ -79,7 +89,7 @@ def _to_chunks(x: Tensor, plan: Plan, dtype: torch.dtype, fill: float = 0.0) -> 
     else:
         whole, rest = divmod(T, L)
         by_step = chunks.view(-1, B, H, L, N)
-        by_step[:whole] = x[:, : whole * L].unflatten(1, (whole, L)).permute(1, 0, 3, 2, 4)
+        by_step[:whole] = _split_time(x[:, : whole * L], L).permute(1, 0, 3, 2, 4)
         if rest:
             by_step[-1, :, :, :rest] = x[:, whole * L :].transpose(1, 2)
             by_step[-1, :, :, rest:] = fill
@@ -96,7 +106,7 @@ def _from_chunks(chunks: Tensor, plan: Plan, out: Tensor) -> None:
         return
     whole, rest = divmod(T, L)
     by_step = chunks.view(-1, B, H, L, N)
-    out[:, : whole * L].unflatten(1, (whole, L)).copy_(by_step[:whole].permute(1, 0, 3, 2, 4))
+    _split_time(out[:, : whole * L], L).copy_(by_step[:whole].permute(1, 0, 3, 2, 4))
     if rest:
         out[:, whole * L :] = by_step[-1, :, :, :rest].transpose(1, 2)
 
@@ -114,7 +124,7 @@ def _in_input_order(state: Tensor, plan: Plan, out: Tensor) -> None:
 
 
 def _head_groups(r: Tensor, plan: Plan) -> list[slice]:
-    """The heads in groups: on a CPU each group's tensors should stay in its caches."""
+    """The heads in groups; on a CPU one group's tensors should stay in its caches."""
     H, N = r.shape[2:]
     size = H if r.is_cuda else max(1, _GROUP // (sum(plan.active) * plan.length * N))
     return [slice(i, min(i + size, H)) for i in range(0, H, size)]
@@ -132,7 +142,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_mix(y: Tensor, scores: Tensor, x: Tensor) -> None:
-    """y (P, h, N) += scores (P, h, h) @ x (P, h, N); one or two terms are faster without the matrix product."""
+    """y (P, h, N) += scores (P, h, h) @ x (P, h, N); a few tokens are faster without the matrix product."""
     h = x.shape[1]
     if h > 2:
         y.add_(torch.bmm(scores, x))
@@ -147,65 +157,73 @@ def _spans(length: int) -> list[int]:
 
 
 def _rate(w: Tensor) -> Tensor:
-    """Minus the base-2 logarithm of the decay exp(-exp(w)), in place; base 2 is three times faster on a CPU."""
-    return w.mul_(math.log2(math.e)).add_(math.log2(math.log2(math.e))).exp2_()
+    """exp(w), in place; on a CPU exp2 beats exp threefold."""
+    return w.mul_(_LOG2_E).exp2_()
 
 
-def _start_states(
-    v: Tensor, k: Tensor, total: Tensor, state: Tensor, active: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The states before each chunk (C, N, N) and those after the last chunks, from k decayed to the end of its chunk."""
-    H, N = state.shape[1:3]
-    starts = torch.empty(len(v), N, N, dtype=v.dtype, device=v.device)
-    begin = 0
-    for sequences in active:
-        chunk = slice(begin, begin + sequences * H)
+def _steps(plan: Plan, H: int) -> list[tuple[slice, int]]:
+    """The chunks of each step of the recurrence and how many sequences they belong to."""
+    ends = list(itertools.accumulate(plan.active))
+    return [(slice((end - n) * H, end * H), n) for end, n in zip(ends, plan.active, strict=True)]
+
+
+def _carry(
+    a: Tensor, b: Tensor, total: Tensor, state: Tensor, steps: Iterable[tuple[slice, int]]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each step's chunks and the states before them; then, in place, state <- state diag(total) + a^T b."""
+    N = state.shape[-1]
+    for chunks, sequences in steps:
         now = state[:sequences].view(-1, N, N)
-        starts[chunk] = now
-        now.mul_(total[chunk]).baddbmm_(v[chunk].transpose(1, 2), k[chunk])
-        begin = chunk.stop
-    return starts, state
+        yield chunks, now
+        now.mul_(total[chunks]).baddbmm_(a[chunks].transpose(1, 2), b[chunks])
 
 
-def forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) in r's type and the states after the last tokens (S, H, N, N) in `state`'s, the type of all sums."""
+class Inputs(NamedTuple):
+    """The tensors of the operator, or their gradients."""
+
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    w: Tensor
+    u: Tensor
+    state: Tensor
+
+    def heads(self, group: slice) -> "Inputs":
+        """Some of the heads, as views."""
+        r, k, v, w = (x[:, :, group] for x in self[:4])
+        return Inputs(r, k, v, w, self.u[group], self.state[:, group])
+
+
+def forward(x: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, N) in r's type and the last states (S, H, N, N) in `state`'s, the type of all sums."""
     if plan.length == 1 and not plan.packed:
-        return _step(r, k, v, w, u, state)
-    y, last = r.new_empty(r.shape), state.new_empty(state.shape)
-    for g in _head_groups(r, plan):
-        inputs = (x[:, :, g] for x in (r, k, v, w))
-        _forward(y[:, :, g], last[:, g], *inputs, u[g], state[:, g], plan)
+        return _step(*x)
+    y, last = x.r.new_empty(x.r.shape), x.state.new_empty(x.state.shape)
+    for group in _head_groups(x.r, plan):
+        _forward(x.heads(group), plan, y[:, :, group], last[:, group])
     return y, last
 
 
-def _forward(
-    y_out: Tensor,
-    last_out: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    plan: Plan,
-) -> None:
-    dtype, (H, N), L = state.dtype, r.shape[2:], plan.length
-    r, k, v = (_to_chunks(x, plan, dtype) for x in (r, k, v))
-    total = _rate(_to_chunks(w, plan, dtype, -torch.inf)).neg_().exp2_()
-    y = (r * k).view(-1, H, L, N).mul_(u.to(dtype)[:, None]).sum(-1).view(-1, L, 1) * v
+def _forward(x: Inputs, plan: Plan, y_out: Tensor, last_out: Tensor) -> None:
+    dtype, H, L, N = x.state.dtype, x.r.shape[2], plan.length, x.r.shape[3]
+    r, k, v = (_to_chunks(part, plan, dtype) for part in (x.r, x.k, x.v))
+    total = _rate(_to_chunks(x.w, plan, dtype, -torch.inf)).mul_(-_LOG2_E).exp2_()
+    y = r * k
+    bonus = y.view(-1, H, L, N).mul_(x.u.to(dtype)[:, None]).sum(-1).view(-1, L, 1)
+    torch.mul(bonus, v, out=y)
     for h in _spans(L):
         (k_earlier, _), (_, r_later) = _halves(k, h), _halves(r, h)
         _add_mix(_halves(y, h)[1], _dots(r_later, k_earlier), _halves(v, h)[0])
         total = _widen(r_later, k_earlier, total)
-    starts, last = _start_states(v, k, total.view(-1, 1, N), _in_order(state, plan), plan.active)
-    _from_chunks(y.baddbmm_(r, starts.transpose(1, 2)), plan, y_out)
+    total, last = total.view(-1, 1, N), _in_order(x.state, plan)
+    for chunks, before in _carry(v, k, total, last, _steps(plan, H)):
+        y[chunks].baddbmm_(r[chunks], before.transpose(1, 2))
+    _from_chunks(y, plan, y_out)
     _in_input_order(last, plan, last_out)
 
 
 def _widen(r_later: Tensor, k_earlier: Tensor, total: Tensor) -> Tensor:
-    """Turns decays as of the middle of each span into decays as of its ends, in place; the decay over the whole spans."""
+    """From decays as of each span's middle to decays as of its ends, in place; returns the whole spans'."""
     total_earlier, total_later = _halves(total, 1)
     r_later *= total_earlier
     k_earlier *= total_later
@@ -220,61 +238,40 @@ def _step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) 
     return y.to(r.dtype)[:, None], last
 
 
-def backward(
-    dy: Tensor,
-    dstate: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of r, k, v, w, u and the initial states, in the types of the inputs."""
-    grads = tuple(x.new_empty(x.shape) for x in (r, k, v, w))
-    g_u, g_state = u.new_empty(u.shape), state.new_empty(state.shape)
-    for g in _head_groups(r, plan):
-        inputs = (x[:, :, g] for x in (r, k, v, w))
-        outputs = [x[:, :, g] for x in grads]
-        g_y, g_last = dy[:, :, g], dstate[:, g]
-        _backward(outputs, g_u[g], g_state[:, g], g_y, g_last, *inputs, u[g], state[:, g], plan)
-    return *grads, g_u, g_state  # type: ignore[return-value]
+def backward(dy: Tensor, dstate: Tensor, x: Inputs, plan: Plan) -> Inputs:
+    """The gradients, in the types of the inputs."""
+    gradients = Inputs(*(part.new_empty(part.shape) for part in x))
+    for group in _head_groups(x.r, plan):
+        _backward(dy[:, :, group], dstate[:, group], x.heads(group), plan, gradients.heads(group))
+    return gradients
 
 
-def _backward(
-    outputs: Sequence[Tensor],
-    g_u_out: Tensor,
-    g_state_out: Tensor,
-    g_y: Tensor,
-    g_last: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    plan: Plan,
-) -> None:
-    dtype, (H, N), L = state.dtype, r.shape[2:], plan.length
-    r, k, v, g_y = (_to_chunks(x, plan, dtype) for x in (r, k, v, g_y))
-    rate = _rate(_to_chunks(w, plan, dtype, -torch.inf))
-    levels, r_start, k_end, total = _climb(r, k, torch.exp2(-rate))
-    starts, _ = _start_states(v, k_end, total, _in_order(state, plan), plan.active)
-    g_after, g_state = _end_gradients(g_y, r_start, total, _in_order(g_last.to(dtype), plan), plan.active)
-    _in_input_order(g_state, plan, g_state_out)
+def _backward(dy: Tensor, dstate: Tensor, x: Inputs, plan: Plan, out: Inputs) -> None:
+    dtype, H = x.state.dtype, x.r.shape[2]
+    r, k, v, g_y = (_to_chunks(part, plan, dtype) for part in (x.r, x.k, x.v, dy))
+    rate = _rate(_to_chunks(x.w, plan, dtype, -torch.inf))
+    levels, r_start, k_end, total = _climb(r, k, torch.mul(rate, -_LOG2_E).exp2_())
+    starts = r.new_empty(len(r), *x.state.shape[2:])
+    for chunks, before in _carry(v, k_end, total, _in_order(x.state, plan), _steps(plan, H)):
+        starts[chunks] = before
 
-    g_r, g_k, g_v = torch.bmm(g_y, starts), torch.bmm(v, g_after), torch.bmm(k_end, g_after.transpose(1, 2))
-    # What passes through the whole chunk; then what the levels add, from the widest to the narrowest.
-    g_log = (g_after.mul_(starts).sum(1, keepdim=True) * total).repeat(1, L, 1)
+    g_r = torch.bmm(g_y, starts)
+    g_k, g_v, g_log = (torch.empty_like(part) for part in (k, v, r))
+    g_state = _in_order(dstate.to(dtype), plan)
+    for chunks, g_after in _carry(g_y, r_start, total, g_state, reversed(_steps(plan, H))):
+        torch.bmm(v[chunks], g_after, out=g_k[chunks])
+        torch.bmm(k_end[chunks], g_after.transpose(1, 2), out=g_v[chunks])
+        # The state passes through the whole chunk; what else the decays carry, each level adds.
+        g_log[chunks] = (starts[chunks] * g_after).sum(1, keepdim=True) * total[chunks]
+    _in_input_order(g_state, plan, out.state)
     for level in reversed(levels):
         _descend(level, g_y, v, g_r, g_k, g_v, g_log)
-    g_u_out.copy_(_add_bonus_gradients(r, k, v, u.to(dtype), g_y, g_r, g_k, g_v))
+    out.u.copy_(_add_bonus_gradients(r, k, v, x.u.to(dtype), g_y, g_r, g_k, g_v))
 
-    # d = exp(-exp(w)): the derivative of log d by w is minus the rate, which is kept in base 2.
-    g_w = g_log.mul_(rate.clamp_(max=_MAX_RATE).mul_(-math.log(2)))
-    for gradient, out in zip((g_r, g_k, g_v, g_w), outputs, strict=True):
-        _from_chunks(gradient, plan, out)
+    # log d = -exp(w) is its own derivative by w.
+    g_w = g_log.mul_(rate.clamp_(max=_MAX_RATE).neg_())
+    for gradient, part in zip((g_r, g_k, g_v, g_w), out, strict=False):
+        _from_chunks(gradient, plan, part)
 
 
 def _add_bonus_gradients(
@@ -303,7 +300,7 @@ class _Level(NamedTuple):
 
 
 def _climb(r: Tensor, k: Tensor, decay: Tensor) -> tuple[list[_Level], Tensor, Tensor, Tensor]:
-    """All levels, narrowest first; r decayed since its chunk's start, k up to its end; the decay over whole chunks."""
+    """All levels, narrowest first; r decayed since its chunk's start, k up to its end; the whole chunk's decay."""
     levels, r, k, total = [], r.clone(), k.clone(), decay
     for h in _spans(r.shape[1]):
         (k_earlier, _), (_, r_later) = _halves(k, h), _halves(r, h)
@@ -313,13 +310,12 @@ def _climb(r: Tensor, k: Tensor, decay: Tensor) -> tuple[list[_Level], Tensor, T
     return levels, r, k, total.view(-1, 1, r.shape[-1])
 
 
-def _descend(
-    level: _Level, g_y: Tensor, v: Tensor, g_r: Tensor, g_k: Tensor, g_v: Tensor, g_log: Tensor
-) -> None:
+def _descend(level: _Level, g_y: Tensor, v: Tensor, g_r: Tensor, g_k: Tensor, g_v: Tensor, g_log: Tensor) -> None:
     """From the gradients of r and k as decayed at a span's ends to those as decayed at its middle, in place.
 
-    g_log, the gradient of the log decay, gets from each pair of tokens exactly when all of the decays between them are ones
-    of a half that the pair spans: no term is added that another must cancel.
+    The gradient of a log decay sums what passes through that token. What g_r and g_k hold before this level
+    belongs to pairs with a token outside the span: it passes through the whole other half, so that g_log only
+    gains such terms, and none has to cancel another.
     """
     h = level.r_later.shape[1]
     (_, g_r_later), (g_k_earlier, _) = _halves(g_r, h), _halves(g_k, h)
@@ -334,19 +330,3 @@ def _descend(
     _add_mix(g_r_later, g_scores, level.k_earlier)
     _add_mix(g_k_earlier, g_scores.transpose(1, 2), level.r_later)
     _add_mix(g_v_earlier, scores.transpose(1, 2), g_y_later)
-
-
-def _end_gradients(
-    g_y: Tensor, r: Tensor, total: Tensor, g_state: Tensor, active: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the states after each chunk (C, N, N) and of the initial ones, from r decayed since its chunk's start."""
-    H, N = g_state.shape[1:3]
-    g_after = torch.empty(len(r), N, N, dtype=r.dtype, device=r.device)
-    stop = len(r)
-    for sequences in reversed(active):
-        chunk = slice(stop - sequences * H, stop)
-        now = g_state[:sequences].view(-1, N, N)
-        g_after[chunk] = now
-        now.mul_(total[chunk]).baddbmm_(g_y[chunk].transpose(1, 2), r[chunk])
-        stop = chunk.start
-    return g_after, g_state

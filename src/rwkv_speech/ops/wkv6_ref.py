@@ -1,6 +1,8 @@
-"""The definition of WKV-6, step by step: slow, readable, differentiable; every other form is tested against it."""
+"""The definition of WKV-6, step by step: slow, readable, differentiable; all other forms answer to it."""
 
 # B batch · T time · H heads · N head size
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def wkv6_ref(
     if cu_seqlens is not None:
         return _packed_ref(r, k, v, w, u, state, cu_seqlens)
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     rows = [x.to(dtype).unbind(1) for x in (r, k, v, w)]
     bonus = u.to(dtype)
     s = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if state is None else state.to(dtype).clone()
@@ -39,7 +41,7 @@ def _packed_ref(
 ) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.tolist()
     parts = [
-        wkv6_ref(*(x[:, a:b] for x in (r, k, v, w)), u, None if state is None else state[i : i + 1])
-        for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+        wkv6_ref(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, None if state is None else state[i : i + 1])
+        for i, (a, b) in enumerate(itertools.pairwise(bounds))
     ]
     return torch.cat([y for y, _ in parts], 1), torch.cat([s for _, s in parts], 0)

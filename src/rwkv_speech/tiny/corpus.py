@@ -82,7 +82,15 @@ def _question(rng: random.Random) -> str:
 
 
 _DIGIT_OR_TWO = [*DIGITS[1:], "many", "some"]
-_GRAMMAR: tuple[Callable[[random.Random], str], ...] = (_digits, _weather, _command, _event, _place, _meeting, _question)
+_GRAMMAR: tuple[Callable[[random.Random], str], ...] = (
+    _digits,
+    _weather,
+    _command,
+    _event,
+    _place,
+    _meeting,
+    _question,
+)
 
 
 def sentence(rng: random.Random) -> str:

@@ -40,10 +40,10 @@ def pronunciations(words: list[str], per_word: int, seed: int) -> dict[str, list
     return said
 
 
-def frames(text: str, said: dict[str, list[Pronunciation]], rng: random.Random) -> list[int]:
-    """The phone of every encoder frame (50 Hz) of `text`, misheard now and then."""
+def frames(text: str, said: dict[str, list[Pronunciation]], rng: random.Random, difficulty: float = 1.0) -> list[int]:
+    """The phone of every encoder frame (50 Hz) of `text`, misheard now and then: at difficulty 1 up to 30 % of them."""
     silence = PHONES.index(SILENCE)
-    slips = rng.uniform(0.0, 0.45) ** 1.5
+    slips = difficulty * rng.uniform(0.0, 0.45) ** 1.5
     tempo = rng.uniform(0.75, 1.4)
     pausing = rng.choice([0.1, 0.1, 0.9])
     labels = [silence] * rng.randint(0, 8)
@@ -72,11 +72,16 @@ def blends(labels: list[int], stack: int) -> np.ndarray:
     return one_hot.reshape(-1, stack, len(PHONES)).mean(1)
 
 
-def sentence(rng: random.Random, vocabulary: list[str]) -> str:
-    """What the prompts say: grammar, digit strings, and words in no order so that listening pays, not guessing."""
+def sentence(rng: random.Random, vocabulary: list[str], difficulty: float = 1.0) -> str:
+    """What the prompts say: grammar, digit strings, and words in no order so that listening pays, not guessing.
+
+    Below difficulty 1 they are cut short, since one word is learned before twelve.
+    """
     kind = rng.random()
-    if kind < 0.3:
-        return corpus.word_salad(rng, vocabulary)
-    if kind < 0.55:
-        return " ".join(rng.choices(corpus.DIGITS, k=rng.randint(1, 8)))
-    return corpus.sentence(rng)
+    if kind < 0.25:
+        text = corpus.word_salad(rng, vocabulary)
+    elif kind < 0.5:
+        text = " ".join(rng.choices(corpus.DIGITS, k=rng.randint(1, 8)))
+    else:
+        text = corpus.sentence(rng)
+    return " ".join(text.split()[: 1 + int(12 * difficulty)])

@@ -53,10 +53,14 @@ def _batches(pool: list[LabelledSpeech], seconds: float, g: torch.Generator) -> 
     return [batches[i] for i in torch.randperm(len(batches), generator=g).tolist()]
 
 
-def _tensors(batch: list[LabelledSpeech], g: torch.Generator, strength: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tensors(
+    batch: list[LabelledSpeech], g: torch.Generator, strength: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised waveforms (B, S), their mask (B, S) and the labels (B, F)."""
     sizes = torch.tensor([len(u.waveform) for u in batch])
-    waveforms = nn.utils.rnn.pad_sequence([torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True)
+    waveforms = nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True
+    )
     waveforms = augment(waveforms, g, strength)
     mask = torch.arange(waveforms.shape[1])[None] < sizes[:, None]
     mean = (waveforms * mask).sum(1, keepdim=True) / sizes[:, None]
@@ -142,7 +146,12 @@ def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: flo
         print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unheard voices right", flush=True)
         model.half().save_pretrained(out)
         model.float()
-    return {"hours": hours, "epochs": epochs, "minutes": (time.time() - started) / 60, "frame_accuracy": accuracy}
+    return {
+        "hours": hours,
+        "epochs": epochs,
+        "minutes": (time.time() - started) / 60,
+        "frame_accuracy": accuracy,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,25 +74,25 @@ class PromptBatches:
         self.separator = tokenizer.encode(SEPARATOR)[0]
         self.phone_ids = torch.tensor([tokenizer.encode(letter)[0] for letter in PHONE_LETTERS[: len(PHONES)]])
 
-    def draw(self, utterances: int) -> tuple[torch.Tensor, splice.Spliced]:
+    def draw(self, utterances: int, difficulty: float) -> tuple[torch.Tensor, splice.Spliced]:
         """The blends of all prompts, (sum of A, phones), and the layout with the labels."""
         prompts, texts = [], []
         for _ in range(utterances):
-            text = sentence(self.rng, self.vocabulary)
-            silent = self.rng.random() < 0.05
-            labels = [] if silent else frames(text, self.said, self.rng)
-            prompts.append(torch.from_numpy(blends(labels, self.rng.choice([2, 3, 3, 4, 5]))))
+            text = sentence(self.rng, self.vocabulary, difficulty)
+            labels = frames(text, self.said, self.rng, difficulty)
+            prompts.append(torch.from_numpy(blends(labels, self.rng.choice([2, 3, 3, 4]))))
             texts.append(torch.tensor(self.tokenizer.encode(text)))
         audio_lengths = torch.tensor([len(p) for p in prompts])
         text_lengths = torch.tensor([len(t) for t in texts])
         return torch.cat(prompts), splice.splice(audio_lengths, torch.cat(texts), text_lengths, self.separator, 0)
 
 
-def _loss(model: RWKV6, batches: PromptBatches, utterances: int, noise: float) -> tuple[torch.Tensor, float]:
+def _loss(model: RWKV6, batches: PromptBatches, utterances: int, difficulty: float) -> tuple[torch.Tensor, float]:
     """Loss per target token of a new batch, and the share of targets guessed right."""
-    prompt, spliced = batches.draw(utterances)
+    prompt, spliced = batches.draw(utterances, difficulty)
     audio = prompt @ model.embed(batches.phone_ids)
-    audio = audio + noise * audio.detach().std() * torch.randn_like(audio)
+    noise = 0.3 * difficulty * batches.rng.random() * audio.detach().std()
+    audio = audio + noise * torch.randn_like(audio)
     x = splice.fill(spliced, audio, model.embed(spliced.token_ids))
     packing = Packing.of(spliced.cu_seqlens)
     hidden, _ = model.hidden(x, model.zero_state(utterances), packing)
@@ -111,7 +111,13 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
     batches = PromptBatches(tokenizer, pronunciations(corpus.words(), 12, seed), seed)
     model = RWKV6(
         RWKV6Sizes(
-            vocab=tokenizer.vocab_size, n_layer=LAYERS, C=CHANNELS, H=HEADS, ffn=CHANNELS * 7 // 2, mix_rank=32, decay_rank=64
+            vocab=tokenizer.vocab_size,
+            n_layer=LAYERS,
+            C=CHANNELS,
+            H=HEADS,
+            ffn=CHANNELS * 7 // 2,
+            mix_rank=32,
+            decay_rank=64,
         )
     )
     initialise(model)
@@ -121,7 +127,7 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
     )
     recent: list[float] = []
     for step in range(1, steps + 1):
-        loss, right = _loss(model, batches, utterances, noise=0.3 * random.Random(step).random())
+        loss, right = _loss(model, batches, utterances, difficulty=min(1.0, step / (0.3 * steps)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -129,9 +135,14 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
         schedule.step()
         recent = [*recent[-49:], right]
         if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps} loss {loss:.3f} right {sum(recent) / len(recent):.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps} loss {loss:.3f} right {sum(recent) / len(recent):.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
         if step % 500 == 0 or step == steps:
-            save_file({name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}, out / "rwkv6.safetensors")
+            save_file(
+                {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}, out / "rwkv6.safetensors"
+            )
     return {"steps": steps, "minutes": (time.time() - started) / 60, "tokens_right": sum(recent) / len(recent)}
 
 
@@ -139,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line of the language model's half of demo/pretrain-tiny.sh."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--utterances", type=int, default=48, help="prompts a step")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--utterances", type=int, default=32, help="prompts a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

@@ -30,7 +30,9 @@ class LabelledSpeech:
 
 def frame_labels(speech: Speech, num_samples: int) -> np.ndarray:
     """The phone at the centre of each of the frames that `num_samples` samples at 16 kHz give, (F,) uint8."""
-    starts = np.array([start for _, start in speech.phonemes], dtype=np.float64) * num_samples / max(len(speech.samples), 1)
+    starts = (
+        np.array([start for _, start in speech.phonemes], dtype=np.float64) * num_samples / max(len(speech.samples), 1)
+    )
     ids = np.array([PHONES.index(SILENCE), *(PHONES.index(phone(name)) for name, _ in speech.phonemes)], dtype=np.uint8)
     centres = np.arange(num_frames(num_samples, CONV_KERNELS, CONV_STRIDES)) * SAMPLES_PER_FRAME + _FRAME_CENTRE
     return ids[np.searchsorted(starts, centres, side="right")]
@@ -46,7 +48,9 @@ def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random)
     text = " ".join(rng.choices(corpus.DIGITS, k=rng.randint(1, 6)))
     samples, phonemes, position = [], [], 0
     for word in text.split():
-        take = synthesizer.say(word, Voice(speaker.name, speaker.rate + rng.randint(-20, 20), speaker.pitch + rng.randint(-8, 8)))
+        take = synthesizer.say(
+            word, Voice(speaker.name, speaker.rate + rng.randint(-20, 20), speaker.pitch + rng.randint(-8, 8))
+        )
         loud = np.flatnonzero(np.abs(take.samples) > 0.02 * np.abs(take.samples).max())
         end = int(loud[-1]) + 1
         gap = int(rng.uniform(0.02, 0.25) * take.sample_rate)

@@ -1,0 +1,47 @@
+"""Print what is said in audio files."""
+
+import sys
+from collections.abc import Sequence
+
+from rwkv_speech.audio import AudioError, load_audio
+from rwkv_speech.config import PredictConfig, exit_code, parse
+from rwkv_speech.errors import UserError
+from rwkv_speech.speech_lm import SpeechLM
+
+
+def predict(config: PredictConfig) -> None:
+    """One line per file: its text, and before it its name if there are several. A broken file does not stop the others."""
+    files = [name for name in config.file_path.split(",") if name]
+    if not files:
+        raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
+    path = config.checkpoint or config.proj_dir
+    model = SpeechLM.from_pretrained(path, config.parts(), config.lm_dtype(), config.torch_device())
+    config.check_sizes(model.origin.n_layer, model.origin.n_embd)
+    broken = []
+    for start in range(0, len(files), config.micro_bsz):
+        readable = {}
+        for name in files[start : start + config.micro_bsz]:
+            try:
+                readable[name] = load_audio(name)
+            except AudioError as error:
+                broken.append(str(error))
+        for name, result in zip(
+            readable,
+            model.transcribe(list(readable.values()), config.micro_bsz, config.max_new_tokens),
+            strict=True,
+        ):
+            print(result.text if len(files) == 1 else f"{name}\t{result.text}")
+            if result.cut:
+                print(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
+    if broken:
+        raise UserError("\n".join(broken))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    config = parse(PredictConfig, argv, __doc__ or "")
+    return exit_code(lambda: predict(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

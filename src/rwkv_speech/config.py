@@ -1,0 +1,206 @@
+"""Every flag of train.py, eval.py and predict.py: dataclasses, and the parser made from them."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from rwkv_speech.data.sources import ACCEPTED_FORMS
+from rwkv_speech.errors import UserError
+from rwkv_speech.optim import SCHEDULES
+from rwkv_speech.speech_lm import Parts
+from rwkv_speech.text import LABEL_MODES
+
+STRATEGIES = ("auto", "ddp")
+PRECISIONS = ("auto", "bf16", "fp32")
+_LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
+
+
+def flag(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """One flag: its default, its line of help, and its choices if there are but a few."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every command needs to know about the model."""
+
+    load_model: str = flag(
+        "", "base model, a .pth or .safetensors file; empty: the checkpoint's, else the embedded 'tiny'"
+    )
+    encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
+    vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
+    proj_dir: str = flag("output", "folder of the run: checkpoints, logs, results")
+    n_layer: int | None = flag(None, "layers of the base model; empty: read from the file, else it must agree")
+    n_embd: int | None = flag(None, "channels of the base model; empty: read from the file, else it must agree")
+    stack: int | None = flag(None, "encoder frames per audio token; empty: 5, or 3 for the tiny model")
+    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for the tiny model")
+    separator: str = flag("#", "the one token between audio and text")
+    device: str = flag("auto", "auto, cpu, cuda, or the number of GPUs")
+    precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
+    micro_bsz: int = flag(4, "utterances per device and step")
+    audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
+    text_column: str = flag("text", "column of the text in a Hugging Face dataset")
+
+    def parts(self, task: str = "asr") -> Parts:
+        """The flags that choose and shape the model's parts."""
+        return Parts(
+            self.load_model,
+            self.encoder,
+            self.vocab_file,
+            self.stack,
+            self.adapter_hidden,
+            self.separator,
+            task,
+        )
+
+    def accelerator(self) -> tuple[str, int]:
+        """("cpu" or "gpu", how many); raises UserError if the machine has fewer GPUs than were asked for."""
+        available = torch.cuda.device_count()
+        if self.device == "cpu" or (self.device == "auto" and not available):
+            return "cpu", 1
+        if self.device in ("auto", "cuda"):
+            wanted = 1
+        elif self.device.isdecimal() and int(self.device) > 0:
+            wanted = int(self.device)
+        else:
+            raise UserError(f"--device: found {self.device!r}, expected auto, cpu, cuda or a number of GPUs")
+        if wanted > available:
+            raise UserError(
+                f"--device: asked for {wanted} GPU(s), found {available}; give a smaller number, or cpu to run without"
+            )
+        return "gpu", wanted
+
+    def torch_device(self) -> torch.device:
+        """The one device of evaluation and prediction."""
+        return torch.device("cuda" if self.accelerator()[0] == "gpu" else "cpu")
+
+    def uses_bf16(self) -> bool:
+        """Whether the language model computes in bfloat16."""
+        return self.precision == "bf16" or (self.precision == "auto" and self.accelerator()[0] == "gpu")
+
+    def lm_dtype(self) -> torch.dtype:
+        """The type of the frozen language model's weights."""
+        return torch.bfloat16 if self.uses_bf16() else torch.float32
+
+    def check_sizes(self, n_layer: int, n_embd: int) -> None:
+        """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
+        for name, said, found in (("n_layer", self.n_layer, n_layer), ("n_embd", self.n_embd, n_embd)):
+            if said is not None and said != found:
+                raise UserError(
+                    f"--{name}: given {said}, but {self.load_model or 'the base model'} has {found}; leave it empty, or "
+                    "give the right file with --load_model"
+                )
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    """train.py"""
+
+    train_data: str = flag("", "what to train on, several separated by commas:\n" + ACCEPTED_FORMS)
+    valid_data: str = flag("", "what to score during training, in the same forms; empty: nothing")
+    label_mode: str = flag("none", "what is done to transcripts before they are learned", LABEL_MODES)
+    task: str = flag("asr", "name of the task, kept in the checkpoint")
+    epoch_count: int = flag(1, "epochs")
+    epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data")
+    epoch_save: int = flag(1, "keep a checkpoint of every this many epochs, beside the best and the last")
+    ctx_len: int = flag(1024, "longest sequence of audio tokens and text; longer utterances are left out and listed")
+    accumulate: int = flag(1, "micro batches per optimizer step")
+    strategy: str = flag("auto", "how several GPUs work together", STRATEGIES)
+    num_nodes: int = flag(1, "machines")
+    grad_cp: int = flag(0, "1: compute the language model's layers again in the backward pass, for less memory")
+    lr_adapter: float = flag(1e-4, "learning rate of the adapter")
+    lr_state: float = flag(1e-2, "learning rate of the initial state")
+    lr_schedule: str = flag("cosine", "course of both learning rates after the warm-up", SCHEDULES)
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    weight_decay: float = flag(0.01, "weight decay of the adapter")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit")
+    seed: int = flag(1, "seed of initial values and of the order of the data")
+    max_bad: int = flag(20, "how many broken recordings may be skipped before the run stops")
+    workers: int = flag(2, "processes that decode audio")
+    init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
+    score_first: int = flag(0, "1: score the validation data before training, too")
+    log_every: int = flag(10, "steps between two lines of the log")
+
+
+@dataclass(frozen=True)
+class EvalConfig(ModelConfig):
+    """eval.py"""
+
+    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself:\n" + ACCEPTED_FORMS)
+    untrained: int = flag(0, "1: score new, untrained weights instead, for comparison")
+    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio")
+    max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops")
+    seed: int = flag(1, "seed of the untrained weights")
+
+
+@dataclass(frozen=True)
+class PredictConfig(ModelConfig):
+    """predict.py"""
+
+    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    file_path: str = flag("", "audio files, separated by commas")
+    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            flags = sorted(option for action in self._actions for option in action.option_strings if option != "-h")
+            message += "\nvalid flags: " + " ".join(flags)
+        super().error(message)
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+    """The flags in `argv` as a `cls`; a bad flag ends the program with code 2 and the valid choices.
+
+    An empty value means the default, so that a script may leave a variable empty.
+    """
+    parser = _Parser(
+        prog=f"{cls.__doc__}",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        default = "" if field.default in (None, "") else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{field.name}",
+            type=_or_default(kind, field.default),
+            default=field.default,
+            choices=field.metadata["choices"],
+            help=(field.metadata["help"] + default).replace("%", "%%"),
+        )
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def _or_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return default if text == "" else kind(text)
+
+    convert.__name__ = getattr(kind, "__name__", "value")
+    return convert
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command: 0 if it ended well, 2 and the message if the user can mend what stopped it."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,187 @@
+"""Training with Lightning: the only file that imports it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rwkv_speech.checkpoint import BEST, LAST
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.dataset import BadFileLog, Batch
+from rwkv_speech.errors import UserError
+from rwkv_speech.metrics import Scores, score
+from rwkv_speech.optim import lr_factor, make_optimizer
+from rwkv_speech.speech_lm import SpeechLM
+from rwkv_speech.text import normalise_score
+
+
+class SpeechModule(pl.LightningModule):
+    """Loss, optimizer and validation of a SpeechLM.
+
+    The gradient of a step is that of the loss summed over the whole global batch (ranks and accumulation), divided
+    by its number of target tokens: how the batch was cut up does not change it.
+    """
+
+    def __init__(self, model: SpeechLM, config: TrainConfig, bad_files: BadFileLog) -> None:
+        super().__init__()
+        self.model, self.config, self.bad_files = model, config, bad_files
+        model.lm.grad_cp = bool(config.grad_cp)
+        self._loss_sum = 0.0
+        self._targets = 0
+        self._hyps: dict[str, tuple[str, str]] = {}
+        self.scores: Scores | None = None
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with two learning rates and one schedule over the optimizer's steps."""
+        c = self.config
+        optimizer = make_optimizer(
+            self.model.adapter.parameters(), [self.model.time_state], c.lr_adapter, c.lr_state, c.weight_decay
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = lr_factor(c.lr_schedule, min(c.warmup_steps, max(1, total // 2)), total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The summed loss of one micro batch; raises UserError before anything is updated if it is not finite."""
+        self.bad_files.add(batch.bad)
+        if len(batch) == 0:
+            # Every rank must take part in the step, with nothing to add to it.
+            return sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
+        loss, targets = self.model.loss_sum(batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {self.global_step}: the loss is {value}, expected a finite number, for the utterances "
+                f"{', '.join(batch.ids)}; no weight was changed by it: listen to them, lower --lr_state and --lr_adapter, "
+                "or set --precision fp32"
+            )
+        self._loss_sum += value
+        self._targets += targets
+        # Lightning divides by the number of accumulated batches; here only the number of targets may divide.
+        return loss * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the gradient of the sum into that of the mean over all target tokens."""
+        totals = torch.tensor([self._loss_sum, self._targets], dtype=torch.float64, device=self.device)
+        if self.trainer.world_size > 1:
+            dist.all_reduce(totals)
+        loss_sum, targets = totals.tolist()
+        self._loss_sum, self._targets = 0.0, 0
+        if not targets:
+            return
+        # Data-parallel training averages over ranks, which the number of ranks undoes.
+        scale = self.trainer.world_size / targets
+        for parameter in self.model.trained_parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self.log("loss", loss_sum / targets, prog_bar=True)
+        self.log("target_tokens", targets)
+        for group in optimizer.param_groups:
+            self.log(f"lr_{group['name']}", group["lr"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Decode one batch."""
+        self.bad_files.add(batch.bad)
+        ids, _ = self.model.generate(batch.waveforms, batch.num_samples)
+        for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
+            self._hyps[name] = (text, self.model.tokenizer.decode(hyp))
+
+    def on_validation_epoch_end(self) -> None:
+        """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
+        gathered = self._hyps
+        if self.trainer.world_size > 1:
+            parts: list[dict[str, tuple[str, str]]] = [{} for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(parts, self._hyps)
+            gathered = {name: pair for part in parts for name, pair in part.items()}
+        self._hyps = {}
+        if not gathered:
+            return
+        refs, hyps = zip(*gathered.values(), strict=True)
+        self.scores = score([normalise_score(x) for x in refs], [normalise_score(x) for x in hyps])
+        self.log("wer", self.scores.wer, prog_bar=True)
+        self.log("cer", self.scores.cer)
+
+
+class TrainedWeights(Callback):
+    """Writes the trained tensors: last after every epoch, best by WER, and one of every `epoch_save` epochs."""
+
+    def __init__(self, folder: Path, epoch_save: int) -> None:
+        self.folder, self.epoch_save = folder, epoch_save
+        self.best_wer = math.inf
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; Lightning calls this after the epoch's validation."""
+        assert isinstance(pl_module, SpeechModule)
+        if not trainer.is_global_zero:
+            return
+        epoch = trainer.current_epoch + 1
+        metrics: dict[str, float | int] = {"epoch": epoch, "step": trainer.global_step}
+        names = [LAST]
+        if epoch % self.epoch_save == 0:
+            names.append(f"epoch-{epoch}.safetensors")
+        if pl_module.scores is not None:
+            metrics["wer"] = pl_module.scores.wer
+            if pl_module.scores.wer < self.best_wer:
+                self.best_wer = pl_module.scores.wer
+                names.append(BEST)
+        for name in names:
+            pl_module.model.save(self.folder / name, **metrics)
+
+
+class _Progress(TQDMProgressBar):
+    """Without the version number that Lightning adds, which says nothing here."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def make_trainer(config: TrainConfig, steps_per_epoch: int) -> pl.Trainer:
+    """The trainer that `config` describes; `steps_per_epoch` counts micro batches of one rank."""
+    accelerator, devices = config.accelerator()
+    folder = Path(config.proj_dir)
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision="bf16-mixed" if config.uses_bf16() else "32-true",
+        max_epochs=config.epoch_count,
+        limit_train_batches=steps_per_epoch,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.grad_clip or None,
+        log_every_n_steps=min(config.log_every, max(1, steps_per_epoch // config.accumulate)),
+        logger=[
+            CSVLogger(folder, name="logs", version="csv"),
+            TensorBoardLogger(folder, name="logs", version="tensorboard"),
+        ],
+        callbacks=[TrainedWeights(folder, config.epoch_save), _Progress(refresh_rate=config.log_every)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def fit(
+    model: SpeechLM, config: TrainConfig, train: DataLoader[Batch], valid: DataLoader[Batch] | None
+) -> SpeechModule:
+    """Train; returns the module with its last scores."""
+    module = SpeechModule(model, config, BadFileLog(Path(config.proj_dir) / "bad_files.jsonl", config.max_bad))
+    trainer = make_trainer(config, config.epoch_steps or len(train))
+    if valid is not None and config.score_first:
+        trainer.validate(module, valid, verbose=False)
+        if trainer.is_global_zero and module.scores:
+            print(f"before training: WER {100 * module.scores.wer:.2f} %")
+        module.scores = None
+    trainer.fit(module, train, valid)
+    return module
