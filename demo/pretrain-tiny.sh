@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes the embedded default again: about an hour on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the shipped one alone
+# and writes rwkv6.safetensors, vocab.txt and wavlm/ into FOLDER.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-$root/output/tiny}
+. "$root/demo/env.sh"
+setup_environment
+"$python" -m rwkv_speech.tiny.pretrain_lm --out "$out"
+"$python" -m rwkv_speech.tiny.pretrain_encoder --out "$out/wavlm"
+echo "written to $out; copy it over src/rwkv_speech/tiny/weights to make it the default"

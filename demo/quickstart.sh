@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything once, on any computer: environment, synthetic speech, training, scores on voices never heard, a prediction.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+run=$root/output/quickstart
+. "$root/demo/env.sh"
+setup_environment
+
+echo "== 1 of 4: synthesising the corpus into $run/data"
+"$python" -m rwkv_speech.tiny.make_corpus --out "$run/data"
+
+echo "== 2 of 4: training the adapter and the initial state of the tiny model"
+"$python" "$root/train.py" --load_model tiny --proj_dir "$run" \
+    --train_data "$run/data/train.jsonl" --valid_data "$run/data/valid.jsonl" \
+    --device cpu --micro_bsz 16 --epoch_count 5 --epoch_save 5 \
+    --lr_adapter 1e-3 --lr_state 1e-2 --warmup_steps 30 --workers 0
+
+echo "== 3 of 4: scoring voices that training never heard: first without training, then with it"
+"$python" "$root/eval.py" --load_model tiny --proj_dir "$run" --device cpu --micro_bsz 16 \
+    --eval_data "$run/data/test.jsonl" --untrained 1 --max_new_tokens 20
+"$python" "$root/eval.py" --proj_dir "$run" --device cpu --micro_bsz 16 --eval_data "$run/data/test.jsonl"
+
+echo "== 4 of 4: predicting one file"
+file=$run/data/test/00000.flac
+"$python" "$root/predict.py" --proj_dir "$run" --device cpu --file_path "$file"
+echo "   (spoken in $file: $(sed -n '1s/.*"text": "\([^"]*\)".*/\1/p' "$run/data/test.jsonl"))"

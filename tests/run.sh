@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lint, types, all tests, in the environment of the quickstart. --soak adds the long tests.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$root/demo/env.sh"
+setup_environment
+marks="not soak"
+if [ "${1:-}" = --soak ]; then
+    marks="soak or not soak"
+    shift
+fi
+cd "$root"
+echo "== ruff"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+echo "== mypy"
+"$python" -m mypy
+echo "== pytest"
+exec "$python" -m pytest -m "$marks" "$@"
