@@ -10,7 +10,10 @@ from rwkv_speech.speech_lm import SpeechLM
 
 
 def predict(config: PredictConfig) -> None:
-    """One line per file: its text, and before it its name if there are several. A broken file does not stop the others."""
+    """One line per file: its text, and before it its name if there are several.
+
+    A broken file does not stop the others; it is named at the end.
+    """
     files = [name for name in config.file_path.split(",") if name]
     if not files:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")

@@ -1,6 +1,5 @@
 """Train the adapter and the initial state of a frozen RWKV-6 that hears through a frozen speech encoder."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from rwkv_speech.checkpoint import find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
 from rwkv_speech.data.dataset import Fit, SpeechDataset
-from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech_lm import SpeechLM
@@ -23,46 +21,30 @@ def train(config: TrainConfig) -> None:
     if not config.train_data:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
     columns = {"audio_column": config.audio_column, "text_column": config.text_column}
-    sources = {name: open_sources(spec, **columns) for name, spec in
-               (("train", config.train_data), ("valid", config.valid_data)) if spec}  # fmt: skip
+    specs = {"train": config.train_data, "valid": config.valid_data}
+    sources = {name: open_sources(spec, **columns) for name, spec in specs.items() if spec}
     pl.seed_everything(config.seed, verbose=False)
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
         start = load_trained(find_checkpoint(config.init_from))
         if start.ignored:
-            print(
-                f"{start.path}: took the trained tensors; left {len(start.ignored)} others, such as {start.ignored[0]}"
-            )
+            print(f"{start.path}: took the trained tensors, left {len(start.ignored)} others: {start.ignored[0]} ...")
         model.load_trained(start)
 
-    world_size = config.accelerator()[1] * config.num_nodes
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    fit_in = Fit(config.ctx_len, model.origin.stack)
-    loaders = {
-        name: make_loader(
-            SpeechDataset(source, model.tokenizer, config.label_mode, fit_in if name == "train" else None),
-            config.micro_bsz,
-            shuffle=name == "train",
-            seed=config.seed,
-            workers=config.workers if name == "train" else 0,
-            rank=rank,
-            world_size=world_size,
+    data = {
+        name: SpeechDataset(
+            source,
+            model.tokenizer,
+            config.label_mode,
+            Fit(config.ctx_len, model.origin.stack) if name == "train" else None,
         )
         for name, source in sources.items()
     }
-    steps = len(loaders["train"])
-    if config.epoch_steps and config.epoch_steps > steps:
-        raise UserError(
-            f"--epoch_steps: given {config.epoch_steps}, but {len(sources['train'])} utterances in batches of "
-            f"{config.micro_bsz} on {world_size} device(s) make {steps}; leave it empty, or give at most that"
-        )
     trained = sum(p.numel() for p in model.trained_parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    print(
-        f"training {trained:,} parameters, {frozen:,} frozen; {len(sources['train'])} utterances, {steps} steps an epoch"
-    )
-    module = fit(model, config, loaders["train"], loaders.get("valid"))
+    print(f"training {trained:,} parameters, {frozen:,} frozen, on {len(data['train'])} utterances")
+    module = fit(model, config, data["train"], data.get("valid"))
     if module.scores:
         print(f"last epoch: WER {100 * module.scores.wer:.2f} % on {config.valid_data}")
     print(f"trained weights are in {Path(config.proj_dir).resolve()}")

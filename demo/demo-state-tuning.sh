@@ -14,11 +14,11 @@ proj_dir=${proj_dir-$root/output}
 n_layer=${n_layer-32}
 n_embd=${n_embd-2560}
 
-# 281,241 utterances / (4 x 4) are 17,577 steps an epoch; empty: all of the data.
+# 281,241 utterances / (4 x 4) are 17,577 steps an epoch; empty: all of the data, counted from the set itself.
 micro_bsz=${micro_bsz-4}
-epoch_steps=${epoch_steps-1000}
-epoch_count=${epoch_count-50}
-epoch_save=${epoch_save-5}
+epoch_steps=${epoch_steps-}
+epoch_count=${epoch_count-5}
+epoch_save=${epoch_save-1}
 ctx_len=${ctx_len-1024}
 device=${device-4}
 grad_cp=${grad_cp-1}

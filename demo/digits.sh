@@ -3,10 +3,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 data=${1:-}
-run=${2:-$root/output/digits}
+
+run=${proj_dir-$root/output/digits}
+epoch_count=${epoch_count-16}
+micro_bsz=${micro_bsz-16}
+
 for part in train valid; do
     if [ ! -f "$data/$part.jsonl" ]; then
-        echo "usage: demo/digits.sh FOLDER [RUN]: expected the manifests train.jsonl and valid.jsonl in FOLDER;" \
+        echo "usage: demo/digits.sh FOLDER: expected the manifests train.jsonl and valid.jsonl in FOLDER;" \
             "'$data/$part.jsonl' is not there" >&2
         exit 2
     fi
@@ -16,9 +20,9 @@ setup_environment
 
 echo "== training on $data/train.jsonl"
 "$python" "$root/train.py" --load_model tiny --proj_dir "$run" --train_data "$data/train.jsonl" \
-    --device cpu --micro_bsz 16 --epoch_count 16 --epoch_save 16 \
+    --device cpu --micro_bsz "$micro_bsz" --epoch_count "$epoch_count" --epoch_save "$epoch_count" \
     --lr_adapter 1e-3 --lr_state 1e-2 --warmup_steps 50 --workers 0
 
 echo "== scoring $data/valid.jsonl"
-"$python" "$root/eval.py" --proj_dir "$run" --checkpoint "$run/last.safetensors" --device cpu --micro_bsz 16 \
+"$python" "$root/eval.py" --proj_dir "$run" --checkpoint "$run/last.safetensors" --device cpu --micro_bsz "$micro_bsz" \
     --eval_data "$data/valid.jsonl"

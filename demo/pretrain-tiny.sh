@@ -4,8 +4,13 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/output/tiny}
+
+steps=${steps-4000}
+hours=${hours-6}
+epoch_count=${epoch_count-4}
+
 . "$root/demo/env.sh"
 setup_environment
-"$python" -m rwkv_speech.tiny.pretrain_lm --out "$out"
-"$python" -m rwkv_speech.tiny.pretrain_encoder --out "$out/wavlm"
+"$python" -m rwkv_speech.tiny.pretrain_lm --out "$out" --steps "$steps"
+"$python" -m rwkv_speech.tiny.pretrain_encoder --out "$out/wavlm" --hours "$hours" --epochs "$epoch_count"
 echo "written to $out; copy it over src/rwkv_speech/tiny/weights to make it the default"

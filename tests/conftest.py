@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rwkv_speech.speech_lm import Parts
-from tiny_models import random_rwkv6_tensors
 
 
 def write_vocab(path: Path) -> Path:
@@ -49,6 +48,8 @@ def write_wavlm(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """Files of a base model, an encoder and a vocabulary, all random, all small."""
+    from tiny_models import random_rwkv6_tensors
+
     folder = tmp_path_factory.mktemp("tiny_parts")
     torch.save(random_rwkv6_tensors(), folder / "base.pth")
     return Parts(

@@ -176,8 +176,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 
 BROKEN = [
     *(f"{fault}.{suffix}" for fault in ("garbage", "cut", "empty") for suffix in ("safetensors", "pth")),
-    *("missing.pth", "layer.pth", "state.pth", "adapter.pth", "more.pth", "list.pth", "uneven.pth"),
-    *("foreign.safetensors", "stripped.safetensors", "headless.safetensors"),
+    *("missing.pth", "layer.pth", "state.pth", "adapter.pth", "more.pth", "list.pth", "foreign.safetensors"),
+    *("uneven.pth", "stripped.safetensors", "headless.safetensors"),
 ]
 
 

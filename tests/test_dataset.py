@@ -41,7 +41,7 @@ def test_dataset_gives_samples(source: FileSource, tokenizer: WorldTokenizer):
 
 
 def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenizer: WorldTokenizer):
-    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=3, stack=1))
+    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=9, stack=1))
     broken = dataset[3]
     assert isinstance(broken, BadSample) and broken.id == "bad" and not broken.too_long
     assert "bad.wav" in broken.reason
@@ -51,7 +51,7 @@ def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenize
         isinstance(long, BadSample)
         and long.too_long
         and "0.10 s" in long.reason
-        and "the limit is 3 (--ctx_len)" in long.reason
+        and "the limit is 9 (--ctx_len)" in long.reason
     )
 
 

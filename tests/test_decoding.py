@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import random_rwkv6_tensors
 from torch import Tensor
 
 from rwkv_speech.decoding import greedy
 from rwkv_speech.rwkv6 import RWKV6, State
-from tiny_models import random_rwkv6_tensors
 
 NEVER = -1  # no token has this id: nothing ends
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from tiny_models import random_rwkv6_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_speech.checkpoint import export_published, load_trained
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech_lm import Parts, SpeechLM
-from tiny_models import random_rwkv6_tensors
 
 SEPARATOR_ID = 1 + ord("#")  # the vocabulary's ids are bytes + 1
 EOS_ID = 0

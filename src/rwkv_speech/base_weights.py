@@ -66,7 +66,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a torch zip of tensors'} "
-            f"({str(error).splitlines()[0]}); download it again"
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}); "
+            "download it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise UserError(f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}")

@@ -63,7 +63,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: a reader sees the old or the new file whole."""
+    """Let `write` fill a temporary file, then put it in place: readers see the old or the new file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -121,6 +121,9 @@ def load_trained(path: str | Path) -> Trained:
         raise UserError(
             f"{path}: the initial states of layers {sorted(set(range(max(states))) - set(states))} are missing"
         )
+    shapes = {tuple(x.shape) for x in states.values()}
+    if len(shapes) > 1:
+        raise UserError(f"{path}: time_state differs in shape between layers: found {sorted(shapes)}, expected one")
     known = {_ADAPTER + name for name in adapter} | {f"language_model.blocks.{i}.att.time_state" for i in states}
     origin, metrics = _read_metadata(path)
     return Trained(
@@ -143,8 +146,13 @@ def _read_metadata(path: Path) -> tuple[Origin | None, dict[str, Any]]:
             f"{path}: found format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version"
         )
     names = {field.name for field in fields(Origin)}
-    origin = {key: value for key, value in json.loads(metadata["origin"]).items() if key in names}
-    return Origin(**origin), json.loads(metadata["metrics"])
+    try:
+        origin = {key: value for key, value in json.loads(metadata["origin"]).items() if key in names}
+        return Origin(**origin), json.loads(metadata["metrics"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: its metadata is damaged ({error}), expected an origin and metrics; take another checkpoint"
+        ) from error
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -40,13 +40,11 @@ class ModelConfig:
     n_layer: int | None = flag(None, "layers of the base model; empty: read from the file, else it must agree")
     n_embd: int | None = flag(None, "channels of the base model; empty: read from the file, else it must agree")
     stack: int | None = flag(None, "encoder frames per audio token; empty: 5, or 3 for the tiny model")
-    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for the tiny model")
+    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for tiny")
     separator: str = flag("#", "the one token between audio and text")
     device: str = flag("auto", "auto, cpu, cuda, or the number of GPUs")
     precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
     micro_bsz: int = flag(4, "utterances per device and step")
-    audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
-    text_column: str = flag("text", "column of the text in a Hugging Face dataset")
 
     def parts(self, task: str = "asr") -> Parts:
         """The flags that choose and shape the model's parts."""
@@ -94,13 +92,19 @@ class ModelConfig:
         for name, said, found in (("n_layer", self.n_layer, n_layer), ("n_embd", self.n_embd, n_embd)):
             if said is not None and said != found:
                 raise UserError(
-                    f"--{name}: given {said}, but {self.load_model or 'the base model'} has {found}; leave it empty, or "
+                    f"--{name}: given {said}, but the model has {found}; leave it empty, or "
                     "give the right file with --load_model"
                 )
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelConfig):
+class _DataConfig(ModelConfig):
+    audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
+    text_column: str = flag("text", "column of the text in a Hugging Face dataset")
+
+
+@dataclass(frozen=True)
+class TrainConfig(_DataConfig):
     """train.py"""
 
     train_data: str = flag("", "what to train on, several separated by commas:\n" + ACCEPTED_FORMS)
@@ -110,7 +114,7 @@ class TrainConfig(ModelConfig):
     epoch_count: int = flag(1, "epochs")
     epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data")
     epoch_save: int = flag(1, "keep a checkpoint of every this many epochs, beside the best and the last")
-    ctx_len: int = flag(1024, "longest sequence of audio tokens and text; longer utterances are left out and listed")
+    ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed")
     accumulate: int = flag(1, "micro batches per optimizer step")
     strategy: str = flag("auto", "how several GPUs work together", STRATEGIES)
     num_nodes: int = flag(1, "machines")
@@ -130,7 +134,7 @@ class TrainConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(ModelConfig):
+class EvalConfig(_DataConfig):
     """eval.py"""
 
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")

@@ -54,7 +54,7 @@ class Evaluation:
                 f"{self.name}: {s.num_utterances} utterances, {s.ref_words} words, {self.audio_seconds / 3600:.3f} h",
                 f"  WER {100 * s.wer:.2f} %   CER {100 * s.cer:.2f} %   "
                 f"(substitutions {s.substitutions}, insertions {s.insertions}, deletions {s.deletions})",
-                f"  mean of per-utterance WER {100 * s.mean_utterance_wer:.2f} %   (for comparison with older reports only)",
+                f"  mean of per-utterance WER {100 * s.mean_utterance_wer:.2f} %   (to compare with older reports)",
                 f"  {self.times_real_time:.1f} times real time",
             )
         )

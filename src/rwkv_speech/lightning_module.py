@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from rwkv_speech.checkpoint import BEST, LAST
 from rwkv_speech.config import TrainConfig
-from rwkv_speech.data.dataset import BadFileLog, Batch
+from rwkv_speech.data.dataset import BadFileLog, Batch, SpeechDataset
+from rwkv_speech.data.loader import make_loader
 from rwkv_speech.errors import UserError
 from rwkv_speech.metrics import Scores, score
 from rwkv_speech.optim import lr_factor, make_optimizer
@@ -29,14 +30,42 @@ class SpeechModule(pl.LightningModule):
     by its number of target tokens: how the batch was cut up does not change it.
     """
 
-    def __init__(self, model: SpeechLM, config: TrainConfig, bad_files: BadFileLog) -> None:
+    def __init__(self, model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> None:
         super().__init__()
-        self.model, self.config, self.bad_files = model, config, bad_files
+        self.model, self.config = model, config
+        self._train_data, self._valid_data = train, valid
+        self.bad_files = BadFileLog(Path(config.proj_dir) / "bad_files.jsonl", config.max_bad)
         model.lm.grad_cp = bool(config.grad_cp)
         self._loss_sum = 0.0
         self._targets = 0
         self._hyps: dict[str, tuple[str, str]] = {}
         self.scores: Scores | None = None
+
+    def _loader(self, dataset: SpeechDataset, shuffle: bool, workers: int) -> DataLoader[Batch]:
+        return make_loader(
+            dataset,
+            self.config.micro_bsz,
+            shuffle=shuffle,
+            seed=self.config.seed,
+            workers=workers,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
+        loader = self._loader(self._train_data, shuffle=True, workers=self.config.workers)
+        if self.config.epoch_steps and self.config.epoch_steps > len(loader):
+            raise UserError(
+                f"--epoch_steps: given {self.config.epoch_steps}, but {len(self._train_data)} utterances in batches of "
+                f"{self.config.micro_bsz} on {self.trainer.world_size} device(s) make {len(loader)}; leave it "
+                "empty, or give at most that"
+            )
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """This rank's share of the validation data, if there is any."""
+        return self._loader(self._valid_data, shuffle=False, workers=0) if self._valid_data else []
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with two learning rates and one schedule over the optimizer's steps."""
@@ -60,8 +89,8 @@ class SpeechModule(pl.LightningModule):
         if not math.isfinite(value):
             raise UserError(
                 f"step {self.global_step}: the loss is {value}, expected a finite number, for the utterances "
-                f"{', '.join(batch.ids)}; no weight was changed by it: listen to them, lower --lr_state and --lr_adapter, "
-                "or set --precision fp32"
+                f"{', '.join(batch.ids)}; no weight was changed by it: listen to them, lower --lr_state and "
+                "--lr_adapter, or set --precision fp32"
             )
         self._loss_sum += value
         self._targets += targets
@@ -145,8 +174,8 @@ class _Progress(TQDMProgressBar):
         return metrics
 
 
-def make_trainer(config: TrainConfig, steps_per_epoch: int) -> pl.Trainer:
-    """The trainer that `config` describes; `steps_per_epoch` counts micro batches of one rank."""
+def make_trainer(config: TrainConfig) -> pl.Trainer:
+    """The trainer that `config` describes."""
     accelerator, devices = config.accelerator()
     folder = Path(config.proj_dir)
     return pl.Trainer(
@@ -156,14 +185,11 @@ def make_trainer(config: TrainConfig, steps_per_epoch: int) -> pl.Trainer:
         strategy=config.strategy,
         precision="bf16-mixed" if config.uses_bf16() else "32-true",
         max_epochs=config.epoch_count,
-        limit_train_batches=steps_per_epoch,
+        limit_train_batches=config.epoch_steps or 1.0,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.grad_clip or None,
-        log_every_n_steps=min(config.log_every, max(1, steps_per_epoch // config.accumulate)),
-        logger=[
-            CSVLogger(folder, name="logs", version="csv"),
-            TensorBoardLogger(folder, name="logs", version="tensorboard"),
-        ],
+        log_every_n_steps=config.log_every,
+        logger=[CSVLogger(folder, "logs", "csv"), TensorBoardLogger(folder, "logs", "tensorboard")],
         callbacks=[TrainedWeights(folder, config.epoch_save), _Progress(refresh_rate=config.log_every)],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -172,16 +198,14 @@ def make_trainer(config: TrainConfig, steps_per_epoch: int) -> pl.Trainer:
     )
 
 
-def fit(
-    model: SpeechLM, config: TrainConfig, train: DataLoader[Batch], valid: DataLoader[Batch] | None
-) -> SpeechModule:
+def fit(model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> SpeechModule:
     """Train; returns the module with its last scores."""
-    module = SpeechModule(model, config, BadFileLog(Path(config.proj_dir) / "bad_files.jsonl", config.max_bad))
-    trainer = make_trainer(config, config.epoch_steps or len(train))
+    module = SpeechModule(model, config, train, valid)
+    trainer = make_trainer(config)
     if valid is not None and config.score_first:
-        trainer.validate(module, valid, verbose=False)
+        trainer.validate(module, verbose=False)
         if trainer.is_global_zero and module.scores:
             print(f"before training: WER {100 * module.scores.wer:.2f} %")
         module.scores = None
-    trainer.fit(module, train, valid)
+    trainer.fit(module)
     return module

@@ -201,7 +201,7 @@ class RWKV6(nn.Module):
         return State(wkv, shift, shift.clone())
 
     def hidden(self, inputs_embeds: Tensor, state: State, packing: Packing | None = None) -> tuple[Tensor, State]:
-        """Embeddings (B, T, C) -> normed hidden states (B, T, C), which `head` turns into logits, and the next state."""
+        """Embeddings (B, T, C) -> normed hidden states (B, T, C), for `head`, and the next state."""
         x, layers = inputs_embeds, []
         for block, *layer_state in zip(self.blocks, *state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -218,7 +218,7 @@ class RWKV6(nn.Module):
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Output:
-        """Ids (B, T) or embeddings (B, T, C) -> logits (B, T, V); packed when `cu_seqlens` (S + 1,) is given, then B = 1.
+        """Ids (B, T) or embeddings (B, T, C) -> logits (B, T, V); packed with `cu_seqlens` (S + 1,), then B = 1.
 
         Raises ValueError unless exactly one of the two inputs is given.
         """

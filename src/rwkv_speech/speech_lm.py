@@ -112,7 +112,7 @@ class SpeechLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "SpeechLM":
-        """Load a run's folder, an own checkpoint, or a published `.pth` (which needs `parts`: it does not name its own).
+        """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts`.
 
         Raises UserError if nothing is there, or if the base model is not the one that the checkpoint was trained on.
         """
@@ -189,7 +189,7 @@ class SpeechLM(nn.Module):
     def generate(
         self, waveforms: Tensor, num_samples: Tensor, max_new_tokens: int | None = None
     ) -> tuple[list[list[int]], list[bool]]:
-        """Greedy token ids of each utterance, and whether each was cut off at `max_new_tokens` (25 a second by default)."""
+        """Greedy token ids of each utterance, and whether each was cut at `max_new_tokens` (25 a second)."""
         if len(num_samples) == 0:
             return [], []
         audio, audio_lengths = self.audio_tokens(waveforms, num_samples)
@@ -197,7 +197,9 @@ class SpeechLM(nn.Module):
         hidden, state = self._hidden(spliced, audio)
         logits = self.lm.head(hidden[spliced.cu_seqlens[1:] - 1])
         limits = [
-            max_new_tokens or max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
+            max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
+            if max_new_tokens is None
+            else max_new_tokens
             for samples in num_samples.tolist()
         ]
         return greedy(self.lm, logits, state, limits, self.tokenizer.eos_id)

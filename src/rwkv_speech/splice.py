@@ -64,7 +64,7 @@ def splice_prompt(audio_lengths: Tensor, separator: int) -> Spliced:
 
 
 def fill(spliced: Spliced, audio_tokens: Tensor, token_embeddings: Tensor) -> Tensor:
-    """audio_tokens (sum of A, C), embeddings of `token_ids` (n, C) -> inputs_embeds (1, T, C), in the embeddings' type."""
+    """audio_tokens (sum of A, C), embeddings of `token_ids` (n, C) -> inputs_embeds (1, T, C)."""
     inputs = token_embeddings.new_empty(len(spliced.labels), token_embeddings.shape[-1])
     inputs = inputs.index_copy(0, spliced.token_positions, token_embeddings)
     return inputs.index_copy(0, spliced.audio_positions, audio_tokens.to(inputs.dtype))[None]

@@ -19,7 +19,7 @@ def make_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Batches of `micro_batch` utterances for one rank; with `shuffle`, in an order that depends on seed and epoch only."""
+    """Batches of `micro_batch` utterances for one rank; the order of a shuffle depends on seed and epoch only."""
     sampler = EpochSampler(len(dataset), seed, shuffle)
     batches = DurationBatchSampler(sampler, dataset.durations(), micro_batch, rank, world_size)
     loader = partial(DataLoader, dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)

@@ -58,12 +58,12 @@ def _check(
         raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
-    slots = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if state is not None and state.shape != (slots, H, N, N):
-        raise ValueError(f"wkv6: state must be {(slots, H, N, N)}, found {tuple(state.shape)}")
-    devices = {x.device for x in (r, k, v, w, u, state) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"wkv6: all tensors must be on one device, found {sorted(map(str, devices))}")
+    sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is not None and state.shape != (sequences, H, N, N):
+        raise ValueError(f"wkv6: state must be {(sequences, H, N, N)}, found {tuple(state.shape)}")
+    for name, x in (("k", k), ("v", v), ("w", w), ("u", u), ("state", state)):
+        if x is not None and x.device != r.device:
+            raise ValueError(f"wkv6: {name} must be on r's device {r.device}, found {x.device}")
 
 
 def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:

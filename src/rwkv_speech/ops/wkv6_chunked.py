@@ -14,7 +14,7 @@ overflows or cancels, however strong the decay.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -305,7 +305,7 @@ def _climb(r: Tensor, k: Tensor, decay: Tensor) -> tuple[list[_Level], Tensor, T
     for h in _spans(r.shape[1]):
         (k_earlier, _), (_, r_later) = _halves(k, h), _halves(r, h)
         total_earlier, total_later = _halves(total, 1)
-        levels.append(_Level(r_later.contiguous(), k_earlier.contiguous(), total_earlier, total_later))
+        levels.append(_Level(r_later.clone(), k_earlier.clone(), total_earlier, total_later))
         total = _widen(r_later, k_earlier, total)
     return levels, r, k, total.view(-1, 1, r.shape[-1])
 

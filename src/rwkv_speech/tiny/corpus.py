@@ -63,7 +63,8 @@ def _event(rng: random.Random) -> str:
 
 def _place(rng: random.Random) -> str:
     return (
-        f"the {rng.choice(_ADJECTIVES)} {rng.choice(_ANIMALS + _PEOPLE)} {rng.choice(['is', 'was', 'sleeps', 'waits'])} "
+        f"the {rng.choice(_ADJECTIVES)} {rng.choice(_ANIMALS + _PEOPLE)} "
+        f"{rng.choice(['is', 'was', 'sleeps', 'waits'])} "
         f"{rng.choice(_PLACES)} the {rng.choice(_ADJECTIVES)} {rng.choice(_THINGS)}"
     )
 
@@ -110,10 +111,18 @@ def word_salad(rng: random.Random, vocabulary: list[str]) -> str:
     return " ".join(rng.choices(vocabulary, k=rng.randint(2, 8)))
 
 
+_ONSETS = (
+    "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr tw v w "
+    "wh y z"
+).split()
+_VOWELS = "a e i o u ai ay ea ee ie oa oi oo ou ow oy ar er ir or ur".split()
+_CODAS = ["", *"b ck d f g k l ll m n nd ng nk nt p r rd rk rn rt s sh sk sp ss st t tch th v x z".split()]
+
+
+def _syllable(rng: random.Random) -> str:
+    return rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+
+
 def made_up_words(rng: random.Random) -> str:
     """Three to seven pronounceable words that do not exist: every phone in many contexts, for the encoder."""
-    onsets = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr tw v w wh y z".split()
-    vowels = "a e i o u ai ay ea ee ie oa oi oo ou ow oy ar er ir or ur".split()
-    codas = ["", *"b ck d f g k l ll m n nd ng nk nt p r rd rk rn rt s sh sk sp ss st t tch th v x z".split()]
-    syllable = lambda: rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas)  # noqa: E731
-    return " ".join("".join(syllable() for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(3, 7)))
+    return " ".join("".join(_syllable(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(3, 7)))

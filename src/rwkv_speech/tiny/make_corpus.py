@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     words = make_corpus(args.out, {"train": args.train, "valid": args.valid, "test": args.test}, args.seed)
-    print(f"{args.train} + {args.valid} + {args.test} utterances over {len(set().union(*words.values()))} words in {args.out}")
+    vocabulary = set().union(*words.values())
+    print(f"{args.train} + {args.valid} + {args.test} utterances over {len(vocabulary)} words in {args.out}")
     return 0
 
 

@@ -6,6 +6,7 @@ be taught to. No audio is involved: only eSpeak NG's phones and durations of sin
 """
 
 import random
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,11 +32,7 @@ def pronunciations(words: list[str], per_word: int, seed: int) -> dict[str, list
             speech = synthesizer.say(word, voice(rng, TRAIN_VARIANTS))
             names = [(phone(name), start / speech.sample_rate) for name, start in speech.phonemes]
             said[word].append(
-                [
-                    (PHONES.index(name), end - start)
-                    for (name, start), (_, end) in zip(names, names[1:], strict=False)
-                    if name != SILENCE
-                ]
+                [(PHONES.index(name), end - start) for (name, start), (_, end) in pairwise(names) if name != SILENCE]
             )
     return said
 

@@ -1,6 +1,7 @@
 """Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone heard at every frame."""
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -88,7 +89,7 @@ def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> 
 
 @torch.no_grad()
 def initialise(model: WavLMModel) -> None:
-    """Start the convolutions as a filter bank: sine and cosine filters on the mel scale, then their smoothed envelopes."""
+    """Start the convolutions as a filter bank: sines and cosines on the mel scale, then their smoothed envelopes."""
     first, *others = (layer.conv.weight for layer in model.feature_extractor.conv_layers)
     channels, _, size = first.shape
     lowest, highest = 80.0, 7600.0
@@ -144,8 +145,7 @@ def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: flo
                 print(f"step {step}/{steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
         accuracy = _accuracy(model, head, unheard)
         print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unheard voices right", flush=True)
-        model.half().save_pretrained(out)
-        model.float()
+        copy.deepcopy(model).half().save_pretrained(out)
     return {
         "hours": hours,
         "epochs": epochs,

@@ -135,10 +135,8 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
         schedule.step()
         recent = [*recent[-49:], right]
         if step % 50 == 0 or step == steps:
-            print(
-                f"step {step}/{steps} loss {loss:.3f} right {sum(recent) / len(recent):.3f} {time.time() - started:.0f} s",
-                flush=True,
-            )
+            share, seconds = sum(recent) / len(recent), time.time() - started
+            print(f"step {step}/{steps} loss {loss:.3f} right {share:.3f} {seconds:.0f} s", flush=True)
         if step % 500 == 0 or step == steps:
             save_file(
                 {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}, out / "rwkv6.safetensors"

@@ -25,7 +25,8 @@ _DROPPED = re.compile("[ˈˌː̪̩ʰ̃ʲ\u200d̥̬ˑ()|]")
 # Phones of rarer accents, written with the symbols of the common ones.
 _SAME = {
     "r": "ɹ", "ɾ": "t", "ʔ": "t", "x": "k", "ɬ": "l", "ɫ": "l", "əl": "l", "n̩": "n", "ʍ": "w",
-    "əʊ": "oʊ", "o": "oʊ", "ʌʊ": "oʊ", "e": "eɪ", "ei": "i", "əɪ": "aɪ", "aɪə": "aɪ", "aɪɚ": "aɪ", "æʊ": "aʊ", "ʌʉ": "aʊ",
+    "əʊ": "oʊ", "o": "oʊ", "ʌʊ": "oʊ", "e": "eɪ", "ei": "i", "əɪ": "aɪ", "aɪə": "aɪ", "aɪɚ": "aɪ",
+    "æʊ": "aʊ", "ʌʉ": "aʊ",
     "ɐ": "ə", "ᵻ": "ɪ", "ɒ": "ɑ", "a": "æ", "aa": "æ", "a:": "æ", "ʉ": "u", "əu": "u",
     "ɚ": "ɜ", "ɜɹ": "ɜ", "ʌɹ": "ɜ", "əɹ": "ɜ", "iə": "ɪɹ", "iɹ": "ɪɹ", "ɪə": "ɪɹ", "ɛə": "ɛɹ", "eə": "ɛɹ",
     "oɹ": "ɔɹ", "oə": "ɔɹ", "ɔə": "ɔɹ", "ɑə": "ɑɹ", "ʊə": "ʊɹ", "ʉɹ": "ʊɹ",
@@ -33,7 +34,7 @@ _SAME = {
 
 
 def phone(ipa: str) -> str:
-    """The plain phone of an eSpeak phoneme name: no stress, no length, accents folded together; all else is a pause, "_"."""
+    """The plain phone of an eSpeak name: no stress, no length; all else is a pause, "_"."""
     plain = _DROPPED.sub("", ipa).strip()
     plain = _SAME.get(plain, plain)
     return plain if plain in PHONES else SILENCE
