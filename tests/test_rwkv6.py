@@ -3,6 +3,7 @@
 # B batch · T time · C channels · L layers · S sequences of a packed batch
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,13 @@ def pip_state(state: State) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pip_rwkv() -> Any:
+def pip_rwkv() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RWKV_JIT_ON", "0")
         environment.setenv("RWKV_CUDA_ON", "0")
         environment.delenv("RWKV_V7_ON", raising=False)
         environment.delenv("RWKV_RESCALE_LAYER", raising=False)
-        return pytest.importorskip("rwkv.model").RWKV
+        yield pytest.importorskip("rwkv.model").RWKV
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -158,7 +159,7 @@ def gradients(model: RWKV6, packed: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_rwkv6_grad_cp_keeps_the_gradients(model: RWKV6, packed: bool):
     calls = []
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     want = gradients(model, packed)
     assert len(calls) == 1
     model.grad_cp = True

@@ -11,6 +11,7 @@ import torch
 from assertions import assert_rms_close
 from torch import Tensor
 
+from rwkv_speech.ops import wkv6_chunked
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
@@ -123,6 +124,13 @@ def test_wkv6_packed_equals_separate_sequences(device: str):
         alone = wkv6(*(x[:, a:b] for x in (r, k, v, w)), u, state[s : s + 1])
         assert_rms_close(f"y of sequence {s}", y[:, a:b], alone[0], 1e-6)
         assert_rms_close(f"state of sequence {s}", last[s : s + 1], alone[1], 1e-6)
+
+
+@pytest.mark.parametrize("group", [1, 2 * 64 * 32 * 2])
+def test_wkv6_equals_reference_for_heads_in_groups(group: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wkv6_chunked, "_GROUP", group)
+    compare(random_inputs(2, 50, 5, 32, torch.float32))
+    compare(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)
 
 
 def test_wkv6_packed_sequences_do_not_see_each_other():

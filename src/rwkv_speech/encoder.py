@@ -47,6 +47,7 @@ class SpeechEncoder(nn.Module):
         self.width: int = config.hidden_size
         # 400 for the published convolutions, others for others.
         self.min_samples = receptive_field(config.conv_kernel, config.conv_stride)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "SpeechEncoder":

@@ -74,6 +74,18 @@ def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tens
 class TimeMix(nn.Module):
     """Attention's place: token shift, five data-dependent mixes, WKV-6, group norm, gate."""
 
+    time_maa_x: Tensor
+    time_maa_w: Tensor
+    time_maa_k: Tensor
+    time_maa_v: Tensor
+    time_maa_r: Tensor
+    time_maa_g: Tensor
+    receptance: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    gate: nn.Linear
+    output: nn.Linear
+
     def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int) -> None:
         super().__init__()
         self.H, self.N = H, C // H
@@ -92,7 +104,9 @@ class TimeMix(nn.Module):
     def _mixes(self, x: Tensor, xx: Tensor) -> tuple[Tensor, ...]:
         """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
         low_rank = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)
-        mixes = torch.einsum("btfr,frc->fbtc", low_rank.unflatten(-1, (5, -1)), self.time_maa_w2.to(low_rank.dtype))
+        mixes = torch.einsum(
+            "btfr,frc->fbtc", torch.unflatten(low_rank, -1, (5, -1)), self.time_maa_w2.to(low_rank.dtype)
+        )
         base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return tuple(x + xx * (maa + mix) for maa, mix in zip(base, mixes, strict=True))
 
@@ -191,7 +205,8 @@ class RWKV6(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., C), as the first block takes them."""
-        return self.emb(input_ids)
+        x: Tensor = self.emb(input_ids)
+        return x
 
     def zero_state(self, batch: int) -> State:
         """The state before anything was read, for `batch` sequences."""
@@ -222,9 +237,12 @@ class RWKV6(nn.Module):
 
         Raises ValueError unless exactly one of the two inputs is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if inputs_embeds is None and input_ids is not None:
+            x = self.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x = inputs_embeds
+        else:
             raise ValueError("RWKV6: give exactly one of input_ids and inputs_embeds")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if state is None:
             state = self.zero_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         x, state = self.hidden(x, state, None if cu_seqlens is None else Packing.of(cu_seqlens))

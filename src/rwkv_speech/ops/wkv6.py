@@ -61,8 +61,9 @@ def _check(
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and state.shape != (sequences, H, N, N):
         raise ValueError(f"wkv6: state must be {(sequences, H, N, N)}, found {tuple(state.shape)}")
-    for name, x in (("k", k), ("v", v), ("w", w), ("u", u), ("state", state)):
-        if x is not None and x.device != r.device:
+    others = {"k": k, "v": v, "w": w, "u": u} | ({} if state is None else {"state": state})
+    for name, x in others.items():
+        if x.device != r.device:
             raise ValueError(f"wkv6: {name} must be on r's device {r.device}, found {x.device}")
 
 
