@@ -20,9 +20,12 @@ def train(config: TrainConfig) -> None:
 
     if not config.train_data:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
-    columns = {"audio_column": config.audio_column, "text_column": config.text_column}
     specs = {"train": config.train_data, "valid": config.valid_data}
-    sources = {name: open_sources(spec, **columns) for name, spec in specs.items() if spec}
+    sources = {
+        name: open_sources(spec, audio_column=config.audio_column, text_column=config.text_column)
+        for name, spec in specs.items()
+        if spec
+    }
     pl.seed_everything(config.seed, verbose=False)
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)

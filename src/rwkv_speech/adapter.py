@@ -18,7 +18,9 @@ class Adapter(nn.Sequential):
         super().__init__(nn.Linear(D * stack, hidden), nn.ReLU(), nn.Linear(hidden, C))
         self.stack = stack
 
-    def forward(self, frames: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override] # Sequential for the names of its parameters
+        self, frames: Tensor, frame_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """frames (B, F, D), lengths (B,) -> packed audio tokens (sum of A, C) and A of each, (B,)."""
         lengths = frame_lengths // self.stack
         B, F, D = frames.shape

@@ -56,7 +56,7 @@ class SpeechEncoder(nn.Module):
         from transformers.utils import logging
 
         name = str(name_or_path)
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def _load_model(name: str) -> nn.Module:
             f"encoder {name!r}: its weights lack {len(missing)} tensors, {missing[0]} first; expected all of "
             "them: copy or download it again"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -67,7 +68,7 @@ class SpeechModule(pl.LightningModule):
         """This rank's share of the validation data, if there is any."""
         return self._loader(self._valid_data, shuffle=False, workers=0) if self._valid_data else []
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with two learning rates and one schedule over the optimizer's steps."""
         c = self.config
         optimizer = make_optimizer(

@@ -167,7 +167,7 @@ class SpeechLM(nn.Module):
     def audio_tokens(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         """waveforms (U, S), num_samples (U,) -> packed audio tokens (sum of A, C) and A of each."""
         frames, lengths = self.encoder(waveforms, num_samples)
-        return self.adapter(frames, lengths)  # type: ignore[no-any-return]
+        return self.adapter(frames, lengths)
 
     def _hidden(self, spliced: splice.Spliced, audio: Tensor) -> tuple[Tensor, State]:
         x = splice.fill(spliced, audio, self.lm.embed(spliced.token_ids))

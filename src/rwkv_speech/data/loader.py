@@ -1,6 +1,6 @@
 """From a source of utterances to batches: what training and evaluation iterate over."""
 
-from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -22,8 +22,12 @@ def make_loader(
     """Batches of `micro_batch` utterances for one rank; the order of a shuffle depends on seed and epoch only."""
     sampler = EpochSampler(len(dataset), seed, shuffle)
     batches = DurationBatchSampler(sampler, dataset.durations(), micro_batch, rank, world_size)
-    loader = partial(DataLoader, dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
-    if workers == 0:
-        return loader()
     # Spawned, not forked: the parent's threads (OpenMP, CUDA) do not survive a fork.
-    return loader(num_workers=workers, persistent_workers=True, multiprocessing_context="spawn", prefetch_factor=4)
+    in_processes: dict[str, Any] = (
+        {"persistent_workers": True, "multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
+    )
+    # torch types a loader by its samples, though it gives what `collate_fn` makes of them.
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory, num_workers=workers, **in_processes
+    )
+    return loader

@@ -5,6 +5,7 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from rwkv_speech.tiny.augment import augment
 from rwkv_speech.tiny.speech_pool import LabelledSpeech, speech_pool
 from rwkv_speech.tiny.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -90,7 +91,8 @@ def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> 
 @torch.no_grad()
 def initialise(model: WavLMModel) -> None:
     """Start the convolutions as a filter bank: sines and cosines on the mel scale, then their smoothed envelopes."""
-    first, *others = (layer.conv.weight for layer in model.feature_extractor.conv_layers)
+    layers: Any = model.feature_extractor.conv_layers
+    first, *others = (layer.conv.weight for layer in layers)
     channels, _, size = first.shape
     lowest, highest = 80.0, 7600.0
     mel = torch.linspace(math.log1p(lowest / 700), math.log1p(highest / 700), channels // 2)
@@ -120,7 +122,7 @@ def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: flo
     print(f"{len(pool)} utterances synthesised in {time.time() - started:.0f} s", flush=True)
     model = WavLMModel(WavLMConfig(**CONFIG))
     initialise(model)
-    head = nn.Linear(CONFIG["hidden_size"], len(PHONES))  # type: ignore[arg-type]
+    head = nn.Linear(CONFIG["hidden_size"], len(PHONES))
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     steps = epochs * len(_batches(pool, batch_seconds, g))

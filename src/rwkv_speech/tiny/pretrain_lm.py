@@ -5,6 +5,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -45,7 +46,8 @@ def initialise(model: RWKV6) -> None:
     channel = torch.arange(sizes.C) / (sizes.C - 1)
     nn.init.uniform_(model.emb.weight, -0.1, 0.1)
     nn.init.orthogonal_(model.head.weight, gain=0.5)
-    for layer, block in enumerate(model.blocks):
+    blocks: Any = model.blocks
+    for layer, block in enumerate(blocks):
         depth, left = layer / max(1, sizes.n_layer - 1), 1 - layer / sizes.n_layer
         att, ffn = block.att, block.ffn
         mix = torch.linspace(0, 1, sizes.C)

@@ -46,7 +46,9 @@ def _resampled(speech: Speech, factor_steps: int) -> torch.Tensor:
 def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random) -> tuple[Speech, str]:
     """Digits spoken one at a time and joined with short pauses, as a dialled number is read out."""
     text = " ".join(rng.choices(corpus.DIGITS, k=rng.randint(1, 6)))
-    samples, phonemes, position = [], [], 0
+    samples: list[np.ndarray] = []
+    phonemes: list[tuple[str, int]] = []
+    position = 0
     for word in text.split():
         take = synthesizer.say(
             word, Voice(speaker.name, speaker.rate + rng.randint(-20, 20), speaker.pitch + rng.randint(-8, 8))
