@@ -27,6 +27,16 @@ echo "== 3 of 4: scoring voices that training never heard: first without trainin
     --eval_data "$run/data/test.jsonl" --untrained 1 --max_new_tokens 20
 "$python" "$root/eval.py" --proj_dir "$run" --device cpu --micro_bsz "$micro_bsz" --eval_data "$run/data/test.jsonl"
 
+"$python" - "$run" <<'PYTHON_END'
+import json
+import pathlib
+import sys
+
+run = pathlib.Path(sys.argv[1])
+untrained, trained = (json.loads((run / f"{name}-test.json").read_text())["wer"] for name in ("untrained", "eval"))
+print(f"== WER on voices never heard: {100 * untrained:.2f} % untrained, {100 * trained:.2f} % trained")
+PYTHON_END
+
 echo "== 4 of 4: predicting one file"
 file=$run/data/test/00000.flac
 "$python" "$root/predict.py" --proj_dir "$run" --device cpu --file_path "$file"

@@ -1,6 +1,8 @@
 """Training with Lightning: the only file that imports it."""
 
+import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +177,22 @@ class _Progress(TQDMProgressBar):
         return metrics
 
 
+def _quieten() -> None:
+    """Keep what Lightning says of itself off the screen; its errors and other warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        r"Found \d+ module\(s\) in eval mode",  # the frozen parts, on purpose
+        "Total length of `list` across ranks is zero",  # no validation data
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+        "The '.*_dataloader' does not have many workers",  # --workers is the user's
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def make_trainer(config: TrainConfig) -> pl.Trainer:
     """The trainer that `config` describes."""
+    _quieten()
     accelerator, devices = config.accelerator()
     folder = Path(config.proj_dir)
     return pl.Trainer(

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_CHUNK = 32
-_GROUP = 1 << 18  # elements of a tensor: a few such tensors fit a CPU's caches
+MAX_CHUNK = 16
+_GROUP = 1 << 20  # elements of a tensor: a few such tensors fit the caches of common CPUs
 # e^-1000 is zero in every type: the bound makes the gradient of such a decay 0, where 0 * inf would be NaN.
 _MAX_RATE = 1000.0
 _LOG2_E = math.log2(math.e)
