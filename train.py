@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_speech.checkpoint import find_checkpoint, load_trained
+from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.sources import open_sources
@@ -30,10 +30,9 @@ def train(config: TrainConfig) -> None:
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
-        start = load_trained(find_checkpoint(config.init_from))
-        if start.ignored:
-            print(f"{start.path}: took the trained tensors, left {len(start.ignored)} others: {start.ignored[0]} ...")
-        model.load_trained(start)
+        model.load_trained(load_trained(find_checkpoint(config.init_from)))
+    if (Path(config.proj_dir) / LAST).exists():
+        print(f"note: {config.proj_dir} holds the checkpoints of an earlier run; they are replaced epoch by epoch")
 
     data = {
         name: SpeechDataset(

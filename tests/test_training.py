@@ -107,6 +107,16 @@ def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tm
     assert changed == {"time_state", *(f"adapter.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias"))}
 
 
+def test_bf16_trains_close_to_fp32_and_evaluates(corpus: Path, tmp_path: Path):
+    exact = trained_step(corpus, tmp_path / "fp32", micro_bsz=8, lr_adapter=1e-3)
+    rough = trained_step(corpus, tmp_path / "bf16", micro_bsz=8, lr_adapter=1e-3, precision="bf16")
+    assert all(x.dtype == torch.float32 and torch.isfinite(x).all() for x in rough.values())
+    name = "language_model.blocks.1.att.time_state"
+    assert torch.nn.functional.cosine_similarity(exact[name].flatten(), rough[name].flatten(), dim=0) > 0.7
+    argv = ["--proj_dir", str(tmp_path / "bf16"), "--device", "cpu", "--precision", "bf16"]
+    assert eval_script.main([*argv, "--eval_data", str(corpus / "test.jsonl")]) == 0
+
+
 def test_grad_cp_gives_the_same_weights(corpus: Path, tmp_path: Path):
     plain = trained_step(corpus, tmp_path / "plain", micro_bsz=8)
     again = trained_step(corpus, tmp_path / "again", micro_bsz=8, grad_cp=1)

@@ -87,7 +87,8 @@ class SpeechEncoder(nn.Module):
         waveforms = nn.functional.pad(waveforms, (0, max(0, self.min_samples - waveforms.shape[1])))
         x = normalise(waveforms, num_samples) if self.do_normalize else waveforms.float()
         config: Any = self.model.config
-        with warnings.catch_warnings():
+        # Whatever a trainer's autocast says, the waveform and the encoder stay in float32.
+        with warnings.catch_warnings(), torch.autocast(x.device.type, enabled=False):
             # WavLM's attention has a float bias beside its mask, whatever it is given.
             warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
             if config.feat_extract_norm == "group":

@@ -37,12 +37,17 @@ class SpeechModule(pl.LightningModule):
         super().__init__()
         self.model, self.config = model, config
         self._train_data, self._valid_data = train, valid
-        self.bad_files = BadFileLog(Path(config.proj_dir) / "bad_files.jsonl", config.max_bad)
         model.lm.grad_cp = bool(config.grad_cp)
         self._loss_sum = 0.0
         self._targets = 0
         self._hyps: dict[str, tuple[str, str]] = {}
         self.scores: Scores | None = None
+
+    def setup(self, stage: str) -> None:
+        """Open the list of bad files, one of each rank."""
+        rank = self.trainer.global_rank
+        name = f"bad_files-rank{rank}.jsonl" if rank else "bad_files.jsonl"
+        self.bad_files = BadFileLog(Path(self.config.proj_dir) / name, self.config.max_bad)
 
     def _loader(self, dataset: SpeechDataset, shuffle: bool, workers: int) -> DataLoader[Batch]:
         return make_loader(

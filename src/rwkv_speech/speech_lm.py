@@ -2,6 +2,7 @@
 
 # U utterances · S samples · A audio tokens · T positions of the packed batch · V vocabulary
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.losses import token_loss_sum
 from rwkv_speech.rwkv6 import RWKV6, Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
 TOKENS_PER_SECOND = 25
@@ -146,6 +149,9 @@ class SpeechLM(nn.Module):
                 f"{trained.path}: does not fit {self.origin.base_model} with encoder {self.origin.encoder}:\n  "
                 + "\n  ".join(wrong)
             )
+        if trained.ignored:
+            logger.warning("%s: left %d tensors that are not trained: %s", trained.path, len(trained.ignored),
+                           ", ".join(trained.ignored))  # fmt: skip
         with torch.no_grad():
             for name, x in wanted.items():
                 x.copy_(found[name])
