@@ -7,15 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rwkv_speech import checkpoint
 from rwkv_speech.checkpoint import (
+    FORMAT,
     Origin,
     Trained,
     export_published,
     find_checkpoint,
     load_trained,
     save_trained,
-    write_atomically,
 )
 from rwkv_speech.errors import UserError
 
@@ -145,9 +144,9 @@ def broken_files(folder: Path) -> dict[str, str]:
     torch.save(uneven, folder / "uneven.pth")
     save_file(published(), folder / "foreign.safetensors")
     origin = {key: value for key, value in asdict(ORIGIN).items() if key != "stack"}
-    stripped = {"format": checkpoint.FORMAT, "origin": json.dumps(origin), "metrics": "{}"}
+    stripped = {"format": FORMAT, "origin": json.dumps(origin), "metrics": "{}"}
     save_file(published(), folder / "stripped.safetensors", stripped)
-    save_file(published(), folder / "headless.safetensors", {"format": checkpoint.FORMAT})
+    save_file(published(), folder / "headless.safetensors", {"format": FORMAT})
     return {
         "garbage.safetensors": "cannot be read as safetensors",
         "cut.safetensors": "cannot be read as safetensors",
@@ -233,45 +232,6 @@ def test_find_checkpoint_ignores_a_half_written_file(tmp_path: Path):
     (tmp_path / "a.pth").touch()
     (tmp_path / ".last.safetensors.x1y2").touch()
     assert find_checkpoint(tmp_path) == tmp_path / "a.pth"
-
-
-def test_write_atomically_makes_folders_and_replaces_whole(tmp_path: Path):
-    path = tmp_path / "new" / "folder" / "a.bin"
-    for content in (b"old", b"newer"):
-        write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
-        assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_write_atomically_that_fails_leaves_the_old_file_only(tmp_path: Path, error: type[BaseException]):
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-
-    def half(temporary: Path) -> None:
-        temporary.write_bytes(b"ne")
-        raise error("disk full")
-
-    with pytest.raises(error, match="disk full"):
-        write_atomically(path, half)
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_write_atomically_shows_nothing_before_it_is_whole(tmp_path: Path):
-    path = tmp_path / "last.safetensors"
-
-    def write(temporary: Path) -> None:
-        assert temporary.parent == tmp_path and temporary != path and not path.exists()
-        temporary.write_bytes(b"whole")
-
-    write_atomically(path, write)
-    assert path.read_bytes() == b"whole"
-
-
-def test_sha256_file_is_the_standard_one(tmp_path: Path):
-    (tmp_path / "a").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert checkpoint.sha256_file(tmp_path / "a") == expected
 
 
 def test_trained_is_what_export_takes(tmp_path: Path):

@@ -4,12 +4,9 @@ Both name the tensors alike: `language_model.blocks.{i}.att.time_state` (H, N, N
 `speech_encoder.adapter.{0,2}.{weight,bias}` for the adapter.
 """
 
-import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from rwkv_speech.base_weights import read_tensors
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_atomically
 
 FORMAT = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -54,36 +52,6 @@ class Trained:
     origin: Origin | None
     ignored: tuple[str, ...]  # names of tensors in the file that are not trained ones
     metrics: dict[str, Any]
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then put it in place: readers see the old or the new file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def named_tensors(adapter: Mapping[str, Tensor], time_state: Tensor) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.checkpoint import write_atomically
 from rwkv_speech.data.dataset import BadFileLog, SpeechDataset
 from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.sources import Source
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_text_atomically
 from rwkv_speech.metrics import Scores, score
 from rwkv_speech.speech_lm import SpeechLM
 from rwkv_speech.text import normalise_score
@@ -65,7 +65,7 @@ class Evaluation:
         numbers = json.dumps(self.summary(), ensure_ascii=False, indent=2) + "\n"
         paths = [folder / f"{stem}.jsonl", folder / f"{stem}.json"]
         for path, text in zip(paths, (lines, numbers), strict=True):
-            write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+            write_text_atomically(path, text)
         return paths
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from rwkv_speech import splice, tiny
 from rwkv_speech.adapter import Adapter
 from rwkv_speech.audio import SAMPLE_RATE, load_audio
-from rwkv_speech.checkpoint import Origin, Trained, find_checkpoint, load_trained, save_trained, sha256_file
+from rwkv_speech.checkpoint import Origin, Trained, find_checkpoint, load_trained, save_trained
 from rwkv_speech.decoding import greedy
 from rwkv_speech.encoder import SpeechEncoder
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import sha256_file
 from rwkv_speech.losses import token_loss_sum
 from rwkv_speech.rwkv6 import RWKV6, Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 import soundfile
 
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.checkpoint import write_atomically
 from rwkv_speech.data.synth import Synthesizer
+from rwkv_speech.files import write_text_atomically
 from rwkv_speech.tiny import corpus
 from rwkv_speech.tiny.voices import TEST_VARIANTS, TRAIN_VARIANTS, voice
 
@@ -36,8 +36,7 @@ def make_corpus(out: Path, sizes: dict[str, int], seed: int) -> dict[str, set[st
             lines.append({"audio_filepath": file, "duration": round(len(waveform) / SAMPLE_RATE, 4), "text": text,
                           "speaker": speaker.name})  # fmt: skip
             words[name] |= set(text.split())
-        content = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(out / f"{name}.jsonl", lambda path, content=content: path.write_text(content))  # type: ignore[misc]
+        write_text_atomically(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return words
 
 
