@@ -40,7 +40,7 @@ class SpeechModule(pl.LightningModule):
         model.lm.grad_cp = bool(config.grad_cp)
         self._loss_sum = 0.0
         self._targets = 0
-        self._hyps: dict[str, tuple[str, str]] = {}
+        self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
         self.scores: Scores | None = None
 
     def setup(self, stage: str) -> None:
@@ -129,20 +129,20 @@ class SpeechModule(pl.LightningModule):
         self.bad_files.add(batch.bad)
         ids, _ = self.model.generate(batch.waveforms, batch.num_samples)
         for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
-            self._hyps[name] = (text, self.model.tokenizer.decode(hyp))
+            self._hyps[name, text] = self.model.tokenizer.decode(hyp)
 
     def on_validation_epoch_end(self) -> None:
         """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
         gathered = self._hyps
         if self.trainer.world_size > 1:
-            parts: list[dict[str, tuple[str, str]]] = [{} for _ in range(self.trainer.world_size)]
+            parts: list[dict[tuple[str, str], str]] = [{} for _ in range(self.trainer.world_size)]
             dist.all_gather_object(parts, self._hyps)
-            gathered = {name: pair for part in parts for name, pair in part.items()}
+            gathered = {key: hyp for part in parts for key, hyp in part.items()}
         self._hyps = {}
         if not gathered:
             return
-        refs, hyps = zip(*gathered.values(), strict=True)
-        self.scores = score([normalise_score(x) for x in refs], [normalise_score(x) for x in hyps])
+        refs = [normalise_score(ref) for _, ref in gathered]
+        self.scores = score(refs, [normalise_score(hyp) for hyp in gathered.values()])
         self.log("wer", self.scores.wer, prog_bar=True)
         self.log("cer", self.scores.cer)
 
