@@ -266,3 +266,38 @@ def test_from_pretrained_names_a_wrong_model_type(tmp_path: Path):
     with pytest.raises(UserError, match=r"model type 'bert', expected one of .*wavlm.*hubert.*wav2vec2") as caught:
         SpeechEncoder.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_from_pretrained_reads_the_older_names_of_weight_norm(tmp_path: Path):
+    """As the published WavLM files have them: weight_g and weight_v."""
+    model = make_model("wavlm", "layer", "seven")
+    save(tmp_path / "new", model)
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    older = {
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): x
+        for name, x in tensors.items()
+    }
+    assert older.keys() - tensors.keys() == {f"encoder.pos_conv_embed.conv.weight_{part}" for part in "gv"}
+    model.config.save_pretrained(tmp_path / "old")  # type: ignore[union-attr, operator]
+    torch.save(older, tmp_path / "old" / "pytorch_model.bin")
+    loaded = SpeechEncoder.from_pretrained(tmp_path / "old").model.state_dict()
+    assert all(torch.equal(x, loaded[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.soak
+def test_a_file_of_wavlm_large_s_shape_loads_and_encodes(tmp_path: Path):
+    config = WavLMConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    save(tmp_path, WavLMModel(config), do_normalize=True)
+    encoder = SpeechEncoder.from_pretrained(tmp_path)
+    assert encoder.width == 1024 and 300e6 < sum(x.numel() for x in encoder.parameters()) < 330e6
+    frames, lengths = encoder(torch.randn(2, 16_000), torch.tensor([16_000, 9_000]))
+    assert frames.shape == (2, 49, 1024) and lengths.tolist() == [49, 27]
