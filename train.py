@@ -1,5 +1,7 @@
 """Train the adapter and the initial state of a frozen RWKV-6 that hears through a frozen speech encoder."""
 
+import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +14,24 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.speech_lm import SpeechLM
 
 
+def with_own_folder(config: TrainConfig) -> TrainConfig:
+    """A --proj_dir without a run's files, unless the run there is to be gone on with; nothing is ever deleted."""
+    folder = Path(config.proj_dir)
+    if config.resume == "yes" or not (folder / LAST).exists():
+        return config
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    free = next(path for path in numbered if not path.exists())
+    print(f"note: {folder} holds an earlier run; --resume no: this one goes into {free}")
+    return dataclasses.replace(config, proj_dir=str(free))
+
+
 def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
     import pytorch_lightning as pl
 
-    from rwkv_speech.lightning_module import fit
+    from rwkv_speech.lightning_run import fit
 
+    config = with_own_folder(config)
     if not config.train_data:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
     specs = {"train": config.train_data, "valid": config.valid_data}
@@ -31,9 +45,6 @@ def train(config: TrainConfig) -> None:
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
         model.load_trained(load_trained(find_checkpoint(config.init_from)))
-    if (Path(config.proj_dir) / LAST).exists():
-        print(f"note: {config.proj_dir} holds the checkpoints of an earlier run; they are replaced epoch by epoch")
-
     data = {
         name: SpeechDataset(
             source,

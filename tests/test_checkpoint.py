@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_speech.checkpoint import (
@@ -239,3 +239,15 @@ def test_trained_is_what_export_takes(tmp_path: Path):
     export_published(trained, tmp_path / "a.pth")
     tensors = torch.load(tmp_path / "a.pth", weights_only=True)
     assert {x.dtype for name, x in tensors.items() if "time_state" in name} == {torch.bfloat16}
+
+
+def test_the_same_checkpoint_is_the_same_file_every_time(tmp_path: Path):
+    """As read by a library of its own, too: the header is rewritten."""
+    origin = Origin("base «é»", "00", "wavlm", "", 1, 32, 2, 16, "#")
+    adapter = {name: torch.randn(3, 5) for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    state = torch.randn(2, 1, 4, 4)
+    for number in range(8):
+        save_trained(tmp_path / f"{number}.safetensors", adapter, state, origin, {"wer": 0.5, "step": 3})
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
+    assert load_trained(tmp_path / "0.safetensors").origin == origin
+    assert torch.equal(load_file(tmp_path / "0.safetensors")["speech_encoder.adapter.0.bias"], adapter["0.bias"])

@@ -7,7 +7,9 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv_speech.data.dataset import BadFileLog, BadSample, Batch, Fit, Sample, SpeechDataset, collate
+from rwkv_speech import encoder
+from rwkv_speech.data.augment import Augment, Augmenter
+from rwkv_speech.data.dataset import BadFileLog, BadSample, Batch, Fit, Sample, SpeechDataset, collate, normalise
 from rwkv_speech.data.sources import FileSource, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -66,6 +68,74 @@ def test_dataset_rejects_an_unknown_label_mode(source: FileSource, tokenizer: Wo
         SpeechDataset(source, tokenizer, label_mode="upper")
 
 
+def test_normalised_waveforms_are_the_encoders(source: FileSource, tokenizer: WorldTokenizer):
+    plain, normalised = (
+        collate([SpeechDataset(source, tokenizer, normalise=flag)[i] for i in range(3)]) for flag in (False, True)
+    )
+    assert normalised.normalised and not plain.normalised
+    expected = encoder.normalise(plain.waveforms, plain.num_samples)
+    torch.testing.assert_close(normalised.waveforms, expected, rtol=1e-6, atol=1e-6)
+    assert normalised.waveforms.dtype == torch.float32
+
+
+@pytest.mark.parametrize("waveform", [torch.zeros(500), torch.ones(1), torch.rand(300_000) * 1e-4 + 0.9])
+def test_normalise_of_silence_offsets_and_single_samples(waveform: torch.Tensor):
+    kept = waveform.clone()
+    expected = encoder.normalise(waveform[None], torch.tensor([len(waveform)]))[0]
+    torch.testing.assert_close(normalise(waveform), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(waveform, kept)
+
+
+def test_augmented_samples_depend_on_the_epoch(source: FileSource, tokenizer: WorldTokenizer):
+    augmenter = Augmenter(Augment(speed=(0.9, 1.1), volume_db=(-6.0, 6.0)), seed=1)
+    dataset = SpeechDataset(source, tokenizer, augment=augmenter)
+    samples = [dataset[epoch, 1] for epoch in range(6)]
+    assert all(torch.allclose(s.waveform, augmenter(source.load(1), e, 1)) for e, s in enumerate(samples))
+    assert {len(s.waveform) for s in samples} == {1_455, 1_778}
+    assert all(s.duration == len(s.waveform) / 16_000 for s in samples)
+    assert torch.equal(dataset[1].waveform, samples[0].waveform)  # a plain index is epoch 0
+
+
+def test_fit_counts_the_changed_duration(source: FileSource, tokenizer: WorldTokenizer):
+    # 0.1 s are 5 frames; at half the speed they are 10.
+    fit = Fit(ctx_len=5 + 1 + 6, stack=1)
+    slow = Augmenter(Augment(speed=(0.5,)), 0)
+    assert isinstance(SpeechDataset(source, tokenizer, fit=fit)[1], Sample)
+    long = SpeechDataset(source, tokenizer, fit=fit, augment=slow)[1]
+    assert isinstance(long, BadSample) and long.too_long and "0.20 s" in long.reason
+    known = FileSource([Utterance("a", "/gone.wav", "Text 1", 0.1)])  # before anything is decoded
+    assert isinstance(SpeechDataset(known, tokenizer, fit=fit, augment=slow)[0], BadSample)
+    assert SpeechDataset(known, tokenizer, fit=fit, augment=slow)[0].too_long
+
+
+def test_durations_are_the_longest_that_may_come(tokenizer: WorldTokenizer):
+    source = FileSource([Utterance("a", "/a.wav", "", 3.0), Utterance("b", "/b.wav", "")])
+    for speed, seconds in (((), 3.0), ((0.75, 1.5), 4.0), ((1.5,), 2.0)):
+        found = SpeechDataset(source, tokenizer, augment=Augmenter(Augment(speed=speed), 0)).durations()
+        assert found.dtype == np.float32 and found[0] == seconds and np.isnan(found[1])
+
+
+def test_noise_that_cannot_be_decoded_stops(tokenizer: WorldTokenizer, tmp_path: Path):
+    soundfile.write(tmp_path / "noise.wav", np.ones(8_000) / 2, 16_000)
+    augmenter = Augmenter(Augment(noise_dir=str(tmp_path)), 0)
+    (tmp_path / "noise.wav").write_text("broken since")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        SpeechDataset(_Memory(), tokenizer, augment=augmenter)[0]
+
+
+class _Memory:
+    """One second of a constant."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def utterance(self, index: int) -> Utterance:
+        return Utterance("memory", None, "text")
+
+    def load(self, index: int) -> torch.Tensor:
+        return torch.full((16_000,), 0.5)
+
+
 def test_collate_pads_with_zeros_and_packs_text(source: FileSource, tokenizer: WorldTokenizer):
     dataset = SpeechDataset(source, tokenizer)
     batch = collate([dataset[i] for i in range(4)])
@@ -92,6 +162,14 @@ def test_batch_to_moves_every_tensor(source: FileSource, tokenizer: WorldTokeniz
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4 and all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.ids == ["u0"]
+
+
+def test_batch_pins_every_tensor(source: FileSource, tokenizer: WorldTokenizer, monkeypatch: pytest.MonkeyPatch):
+    # Memory can be pinned only beside an accelerator; which tensors are asked to is the same everywhere.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    pinned = collate([SpeechDataset(source, tokenizer)[0]]).pin_memory()
+    tensors = [value for value in vars(pinned).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4 and all(tensor.device.type == "meta" for tensor in tensors)
 
 
 def test_dataset_works_in_data_workers(source: FileSource, tokenizer: WorldTokenizer):

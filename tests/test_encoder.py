@@ -1,78 +1,24 @@
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    HubertConfig,
-    HubertModel,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2Model,
-    WavLMConfig,
-    WavLMModel,
-)
+from assertions import rms_error
+from tiny_encoders import FAMILIES, batch_of, feature_extractor, large_shaped, make_model, save, sound
+from torch import nn
 
+from rwkv_speech import tiny
 from rwkv_speech.audio import CONV_KERNELS, CONV_STRIDES, MIN_SAMPLES, receptive_field
 from rwkv_speech.encoder import SpeechEncoder, normalise
 from rwkv_speech.errors import UserError
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    "wavlm": (WavLMConfig, WavLMModel),
-    "hubert": (HubertConfig, HubertModel),
-    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
-}
-CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "seven": {},
-    "three": {
-        "conv_dim": (16,) * 3,
-        "conv_kernel": (160, 8, 8),
-        "conv_stride": (20, 4, 4),
-        "num_feat_extract_layers": 3,
-    },
-}
 # (family, normalisation of the convolutions, convolutions)
 KINDS = [
     *((family, norm, "seven") for family in FAMILIES for norm in ("layer", "group")),
     ("wavlm", "layer", "three"),
     ("hubert", "group", "three"),
 ]
-
-
-def make_model(family: str, norm: str, convolutions: str) -> nn.Module:
-    """A tiny model whose weights are large enough for attention, positions and biases to matter."""
-    config_class, model_class = FAMILIES[family]
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "conv_dim": (16,) * 7,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4,
-        "num_buckets": 32,
-        "max_bucket_distance": 64,
-        "conv_bias": True,
-        "feat_extract_norm": norm,
-        "do_stable_layer_norm": norm == "layer",
-    }
-    torch.manual_seed(0)
-    model = model_class(config_class(**(sizes | CONVOLUTIONS[convolutions])))
-    with torch.no_grad():
-        for x in model.parameters():
-            x.copy_(torch.randn_like(x) * 0.3 if x.dim() > 1 else x + 0.3 * torch.randn_like(x))
-    return model.eval()
-
-
-def save(folder: Path, model: Any, **preprocessor: bool) -> Path:
-    model.save_pretrained(folder)
-    if preprocessor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
@@ -86,22 +32,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def wavlm() -> SpeechEncoder:
     return SpeechEncoder(make_model("wavlm", "layer", "seven"), "wavlm")
-
-
-def sound(samples: int, seed: int = 0) -> Tensor:
-    """Noise off zero, so that normalising it matters."""
-    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)) + 0.02
-
-
-def batch_of(lengths: list[int], padding: float = 0.0) -> tuple[Tensor, Tensor]:
-    waveforms = [sound(samples, seed) for seed, samples in enumerate(lengths)]
-    return nn.utils.rnn.pad_sequence(waveforms, batch_first=True, padding_value=padding), torch.tensor(lengths)
-
-
-def feature_extractor(waveform: Tensor) -> Tensor:
-    """transformers' own normalisation of one utterance, (1, S)."""
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
-    return extractor(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
 
 
 def test_normalise_equals_the_feature_extractor():
@@ -151,6 +81,91 @@ def test_padding_without_care_would_show(pair: tuple[SpeechEncoder, Any]):
     assert (padded - alone).abs().max() > 1e-2
 
 
+def test_forward_of_normalised_waveforms_does_not_normalise_again(wavlm: SpeechEncoder):
+    waveforms, num_samples = batch_of([3_000, 1_500])
+    want, _ = wavlm(waveforms, num_samples)
+    got, _ = wavlm(normalise(waveforms, num_samples), num_samples, normalised=True)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    plain, _ = wavlm(waveforms, num_samples, normalised=True)
+    assert rms_error(plain, want) > 1e-2
+
+
+def test_forward_does_not_depend_on_a_trainer_s_autocast(wavlm: SpeechEncoder):
+    waveforms, num_samples = batch_of([1_500, 3_000])
+    want, _ = wavlm(waveforms, num_samples)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = wavlm(waveforms, num_samples)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_convolutions_over_several_utterances_equal_each_alone(wavlm: SpeechEncoder, rows: int):
+    waveforms, num_samples = batch_of([1_500, 400, 4_000, 0, 2_777])
+    features = wavlm._convolve(waveforms, num_samples, rows)
+    assert features.shape == (5, 12, 16)
+    for row, samples in enumerate(num_samples.tolist()):
+        if samples:
+            alone = wavlm.model.feature_extractor(waveforms[row : row + 1, :samples])[0].T
+            torch.testing.assert_close(features[row, : len(alone)], alone, rtol=0, atol=1e-5)
+
+
+def test_convolutions_take_as_much_at_once_as_fills_a_gpu(wavlm: SpeechEncoder):
+    cuda = torch.device("cuda")
+    assert [wavlm._rows_at_once(seconds * 16_000, cuda) for seconds in (2, 6, 15, 40)] == [15, 5, 2, 1]
+    assert wavlm._rows_at_once(400, torch.device("cpu")) == 1
+    assert SpeechEncoder(make_model("wavlm", "group", "three"), "group")._rows_at_once(400, cuda) == 1
+
+
+def test_bfloat16_of_wavlm_large_s_shape_differs_by_less_than_a_hundredth():
+    model = large_shaped(layers=4)
+    exact = SpeechEncoder(copy.deepcopy(model), "large")
+    narrow = SpeechEncoder(model, "large", dtype=torch.bfloat16)
+    waveforms, num_samples = batch_of([16_000, 9_000])
+    (want, lengths), (got, _) = exact(waveforms, num_samples), narrow(waveforms, num_samples)
+    assert got.dtype == torch.float32 and lengths.tolist() == [49, 27]
+    for row, length in enumerate(lengths.tolist()):
+        assert 1e-4 < rms_error(got[row, :length], want[row, :length]) < 1e-2
+
+
+def test_bfloat16_of_the_pretrained_tiny_encoder_differs_by_less_than_a_hundredth():
+    exact, narrow = (SpeechEncoder.from_pretrained(tiny.ENCODER, dtype) for dtype in (torch.float32, torch.bfloat16))
+    waveforms, num_samples = batch_of([16_000, 9_000])
+    (want, lengths), (got, _) = exact(waveforms, num_samples), narrow(waveforms, num_samples)
+    for row, length in enumerate(lengths.tolist()):
+        assert rms_error(got[row, :length], want[row, :length]) < 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_keeps_convolutions_and_norms_in_float32(family: str):
+    encoder: Any = SpeechEncoder(make_model(family, "layer", "three"), family, dtype=torch.bfloat16)
+    layer = encoder.model.encoder.layers[1]
+    assert layer.attention.q_proj.weight.dtype == layer.feed_forward.output_dense.weight.dtype == torch.bfloat16
+    assert layer.layer_norm.weight.dtype == encoder.model.encoder.layer_norm.weight.dtype == torch.float32
+    outside = [x for name, x in encoder.model.named_parameters() if not name.startswith("encoder.")]
+    assert {x.dtype for x in outside} == {torch.float32}
+
+
+def test_bfloat16_of_a_batch_is_near_each_alone():
+    encoder = SpeechEncoder(large_shaped(layers=1), "large", dtype=torch.bfloat16)
+    waveforms, num_samples = batch_of([9_000, 0, 3_000])
+    frames, lengths = encoder(waveforms, num_samples)
+    assert torch.isfinite(frames).all()
+    for row in (0, 2):
+        alone, [length] = encoder(waveforms[row : row + 1, : num_samples[row]], num_samples[row : row + 1])
+        assert length == lengths[row] and rms_error(frames[row, :length], alone[0]) < 1e-2
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(UserError, match=r"encoder 'w': dtype torch.float16, expected one of .*bfloat16"):
+        SpeechEncoder(make_model("wavlm", "layer", "three"), "w", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("family", ["hubert", "wav2vec2"])
+def test_the_families_without_a_bias_use_transformers_own_fused_attention(family: str, tmp_path: Path):
+    encoder: Any = SpeechEncoder.from_pretrained(save(tmp_path, make_model(family, "layer", "three")))
+    assert encoder.model.config._attn_implementation == "sdpa"
+
+
 def test_forward_of_short_inputs_only_gives_no_frame(pair: tuple[SpeechEncoder, Any]):
     encoder, _ = pair
     waveforms, num_samples = batch_of([encoder.min_samples - 1, 0, 1])
@@ -189,27 +204,6 @@ def test_forward_keeps_no_graph(wavlm: SpeechEncoder):
     assert not frames.requires_grad and frames.grad_fn is None
 
 
-def test_from_pretrained_reads_float32_whatever_the_file_holds(tmp_path: Path):
-    folder = save(tmp_path, make_model("wavlm", "layer", "seven").half())
-    encoder = SpeechEncoder.from_pretrained(folder)
-    assert {x.dtype for x in encoder.parameters()} == {torch.float32}
-    assert encoder(*batch_of([800]))[0].dtype == torch.float32
-
-
-@torch.no_grad()
-def test_from_pretrained_respects_do_normalize(tmp_path: Path):
-    model: Any = make_model("wavlm", "layer", "seven")
-    plain = SpeechEncoder.from_pretrained(save(tmp_path, model, do_normalize=False))
-    waveform = sound(2_000)[None]
-    frames, _ = plain(waveform, torch.tensor([2_000]))
-    torch.testing.assert_close(frames, model(waveform).last_hidden_state, rtol=0, atol=1e-5)
-    (tmp_path / "preprocessor_config.json").unlink()
-    by_default = SpeechEncoder.from_pretrained(tmp_path)
-    expected = model(feature_extractor(waveform[0])).last_hidden_state
-    torch.testing.assert_close(by_default(waveform, torch.tensor([2_000]))[0], expected, rtol=0, atol=1e-5)
-    assert (expected - frames).abs().max() > 1e-2
-
-
 @torch.no_grad()
 def test_forward_without_normalising_ignores_what_stands_in_the_padding():
     encoder = SpeechEncoder(make_model("hubert", "group", "seven"), "hubert", do_normalize=False)
@@ -218,86 +212,3 @@ def test_forward_without_normalising_ignores_what_stands_in_the_padding():
     alone, _ = encoder(waveforms[1:, :1_500], num_samples[1:])
     assert lengths.tolist() == [0, 4]
     torch.testing.assert_close(frames[1, :4], alone[0], rtol=0, atol=1e-4)
-
-
-def test_from_pretrained_names_a_folder_that_is_not_there(tmp_path: Path):
-    with pytest.raises(UserError, match="give a folder, or an id such as microsoft/wavlm-large") as caught:
-        SpeechEncoder.from_pretrained(tmp_path / "gone")
-    assert str(tmp_path / "gone") in str(caught.value)
-
-
-def test_from_pretrained_names_a_folder_without_weights(tmp_path: Path):
-    make_model("wavlm", "layer", "seven").config.save_pretrained(tmp_path)  # type: ignore[union-attr, operator]
-    with pytest.raises(UserError, match="weights") as caught:
-        SpeechEncoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_from_pretrained_names_weights_that_cannot_be_read(tmp_path: Path):
-    save(tmp_path, make_model("wavlm", "layer", "seven"))
-    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match="weights") as caught:
-        SpeechEncoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_from_pretrained_names_weights_that_are_not_all_there(tmp_path: Path):
-    model: Any = make_model("wavlm", "layer", "seven")
-    save(tmp_path, model)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["masked_spec_embed"]  # not in every published file, and not needed
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    SpeechEncoder.from_pretrained(tmp_path)
-    del tensors["encoder.layers.1.attention.k_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lack 1 tensors, encoder\.layers\.1\.attention\.k_proj\.weight") as caught:
-        SpeechEncoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_from_pretrained_refuses_an_encoder_with_an_adapter_of_its_own(tmp_path: Path):
-    Wav2Vec2Config(add_adapter=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="add_adapter"):
-        SpeechEncoder.from_pretrained(tmp_path)
-
-
-def test_from_pretrained_names_a_wrong_model_type(tmp_path: Path):
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model type 'bert', expected one of .*wavlm.*hubert.*wav2vec2") as caught:
-        SpeechEncoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_from_pretrained_reads_the_older_names_of_weight_norm(tmp_path: Path):
-    """As the published WavLM files have them: weight_g and weight_v."""
-    model = make_model("wavlm", "layer", "seven")
-    save(tmp_path / "new", model)
-    tensors = load_file(tmp_path / "new" / "model.safetensors")
-    older = {
-        name.replace("parametrizations.weight.original0", "weight_g").replace(
-            "parametrizations.weight.original1", "weight_v"
-        ): x
-        for name, x in tensors.items()
-    }
-    assert older.keys() - tensors.keys() == {f"encoder.pos_conv_embed.conv.weight_{part}" for part in "gv"}
-    model.config.save_pretrained(tmp_path / "old")  # type: ignore[union-attr, operator]
-    torch.save(older, tmp_path / "old" / "pytorch_model.bin")
-    loaded = SpeechEncoder.from_pretrained(tmp_path / "old").model.state_dict()
-    assert all(torch.equal(x, loaded[name]) for name, x in model.state_dict().items())
-
-
-@pytest.mark.soak
-def test_a_file_of_wavlm_large_s_shape_loads_and_encodes(tmp_path: Path):
-    config = WavLMConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
-    save(tmp_path, WavLMModel(config), do_normalize=True)
-    encoder = SpeechEncoder.from_pretrained(tmp_path)
-    assert encoder.width == 1024 and 300e6 < sum(x.numel() for x in encoder.parameters()) < 330e6
-    frames, lengths = encoder(torch.randn(2, 16_000), torch.tensor([16_000, 9_000]))
-    assert frames.shape == (2, 49, 1024) and lengths.tolist() == [49, 27]

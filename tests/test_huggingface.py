@@ -44,6 +44,18 @@ def test_source_decodes_bytes_and_takes_further_columns():
     assert [source.utterance(i).duration for i in (1, 2)] == [None, None]
 
 
+def test_durations_are_nan_where_unknown():
+    rows = make_rows(4, duration=[0.5, None, -1.0, 2.0])
+    np.testing.assert_array_equal(
+        HuggingFaceSource(rows, Columns()).durations(), np.array([0.5, np.nan, np.nan, 2], np.float32)
+    )
+    chosen = HuggingFaceSource(rows.select([3, 0]), Columns()).durations()
+    assert chosen.dtype == np.float32 and chosen.tolist() == [2, 0.5]
+    assert HuggingFaceSource(make_rows(2, duration=[1, 3]), Columns()).durations().tolist() == [1, 3]
+    for unknown in (make_rows(2), make_rows(2, duration=["1", "2"])):
+        assert np.isnan(HuggingFaceSource(unknown, Columns()).durations()).tolist() == [True, True]
+
+
 def test_source_resamples_from_the_rate_of_the_bytes():
     rows = datasets.Dataset.from_dict({"audio": [{"bytes": flac(400, rate=8_000), "path": None}], "text": ["a"]})
     # The column claims 16 kHz; the file knows better.
@@ -93,6 +105,17 @@ def test_source_text_is_optional_for_prediction():
         HuggingFaceSource(with_gap, Columns())
     with pytest.raises(UserError, match="holds no row"):
         HuggingFaceSource(make_rows().select([]), Columns())
+
+
+def test_identity_names_kept_bytes_but_no_paths(tmp_path: Path):
+    make_rows().save_to_disk(tmp_path / "one")
+    make_rows().map(lambda row: {"text": "changed"}).save_to_disk(tmp_path / "other")
+    names = [open_source(str(tmp_path / "one")).utterance(i).identity for i in (0, 1, 2)]
+    assert len(set(names)) == 3
+    assert [open_source(str(tmp_path / "one")).utterance(i).identity for i in (0, 1, 2)] == names
+    assert open_source(str(tmp_path / "other")).utterance(0).identity not in names
+    paths = datasets.Dataset.from_dict({"audio": ["/a.wav"], "text": ["a"]})
+    assert HuggingFaceSource(paths, Columns()).utterance(0).identity is None
 
 
 def test_open_source_reads_saved_datasets(tmp_path: Path):

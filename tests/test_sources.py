@@ -1,132 +1,26 @@
-import json
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from manifests import write_audio, write_manifest
 
 from rwkv_speech.audio import AudioError
+from rwkv_speech.data import sources
+from rwkv_speech.data.manifest_table import TableSource
+from rwkv_speech.data.mixture import Part
 from rwkv_speech.data.sources import (
     ConcatSource,
     FileSource,
     Utterance,
     open_source,
     open_sources,
+    parts_of,
     read_folder,
-    read_manifest,
 )
 from rwkv_speech.errors import UserError
-
-
-def write_audio(file: Path, samples: int = 800, rate: int = 16_000) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(file, np.linspace(-0.5, 0.5, samples, dtype=np.float32), rate)
-    return file
-
-
-def write_manifest(file: Path, *rows: dict[str, Any] | str | bytes) -> Path:
-    lines = [row if isinstance(row, (bytes, str)) else json.dumps(row) for row in rows]
-    file.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
-    return file
-
-
-def test_read_manifest_reads_every_key(tmp_path: Path):
-    write_audio(tmp_path / "clips" / "a.wav")
-    outside = write_audio(tmp_path / "b.flac")
-    manifest = write_manifest(
-        tmp_path / "m.jsonl",
-        {"audio_filepath": "clips/a.wav", "text": "héllo", "duration": 0.05, "speaker": "x"},
-        "",
-        {"audio_filepath": str(outside), "text": "", "offset": 0, "lang": "en", "task": "asr", "id": "b"},
-    )
-    first, second = read_manifest(manifest)
-    assert first == Utterance("clips/a.wav", str(tmp_path / "clips" / "a.wav"), "héllo", 0.05)
-    assert second == Utterance("b", str(outside), "", None, 0.0, "en", "asr")
-
-
-def test_read_manifest_takes_byte_order_mark_crlf_and_null(tmp_path: Path):
-    write_audio(tmp_path / "a.wav")
-    line = json.dumps({"audio_filepath": "a.wav", "text": "x", "duration": None, "lang": None})
-    (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
-    assert [u.text for u in read_manifest(tmp_path / "m.json")] == ["x"]
-
-
-BAD_ROWS: list[tuple[dict[str, Any] | str | bytes, str]] = [
-    ("{not json", "is not JSON"),
-    ("[1]", "is not a JSON object but list"),
-    ("[" * 100_000, "is not JSON"),
-    (b'{"audio_filepath": "a.wav", "text": "\xff"}', "is not UTF-8"),
-    ({"audio_filepath": "a.wav"}, "lacks 'text'"),
-    ({"text": "x"}, "lacks 'audio_filepath'"),
-    ({"audio_filepath": "a.wav", "text": None}, "lacks 'text'"),
-    ({"audio_filepath": "a.wav", "text": 5}, "'text' is 5, expected a string"),
-    ({"audio_filepath": ["a.wav"], "text": "x"}, "'audio_filepath' is"),
-    ({"audio_filepath": "a.wav", "text": "x", "lang": 1}, "'lang' is 1"),
-    ({"audio_filepath": "a.wav", "text": "x", "id": 1}, "'id' is 1"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": -1}, "'duration' is -1, expected above 0"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": 0}, "'duration' is 0"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": float("nan")}, "'duration' is nan"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": 10**400}, "'duration' is 1000"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": True}, "'duration' is True"),
-    ({"audio_filepath": "a.wav", "text": "x", "duration": "2"}, "'duration' is '2'"),
-    ({"audio_filepath": "a.wav", "text": "x", "offset": -0.1}, "'offset' is -0.1, expected 0 or more"),
-    ({"audio_filepath": "gone.wav", "text": "x"}, "no such audio file .*gone.wav"),
-    ({"audio_filepath": "a\0.wav", "text": "x"}, "no such audio file"),
-    ('{"audio_filepath": "a.wav", "text": "\\ud800"}', "lone surrogate"),
-]
-
-
-@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_read_manifest_names_the_bad_line(tmp_path: Path, row: dict[str, Any] | str | bytes, reason: str):
-    write_audio(tmp_path / "a.wav")
-    good = {"audio_filepath": "a.wav", "text": "x"}
-    manifest = write_manifest(tmp_path / "m.jsonl", good, row)
-    with pytest.raises(UserError, match=f"m.jsonl: 1 of 2 lines are bad.*\n  line 2: .*{reason}"):
-        read_manifest(manifest)
-
-
-def test_read_manifest_names_every_bad_line_at_once(tmp_path: Path):
-    write_audio(tmp_path / "a.wav")
-    same_id = {"audio_filepath": "a.wav", "text": "x", "id": "one"}
-    rows = [same_id, same_id, {"audio_filepath": "gone.wav", "offset": -1}]
-    with pytest.raises(UserError) as caught:
-        read_manifest(write_manifest(tmp_path / "m.jsonl", *rows, *["?"] * 23))
-    lines = str(caught.value).split("\n")
-    assert "25 of 26" in lines[0] and "id 'one' is already that of line 1" in lines[1]
-    assert all(part in lines[2] for part in ("line 3", "lacks 'text'", "'offset'", "no such audio file"))
-    assert len(lines) == 22 and lines[-1] == "  ... and 5 more"
-
-
-def test_read_manifest_rejects_an_empty_or_missing_file(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no utterance"):
-        read_manifest(write_manifest(tmp_path / "m.jsonl", "", "  "))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_manifest(tmp_path / "gone.jsonl")
-
-
-def test_read_manifest_text_is_optional_for_prediction(tmp_path: Path):
-    write_audio(tmp_path / "a.wav")
-    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "a.wav"})
-    assert read_manifest(manifest, require_text=False)[0].text == ""
-
-
-def test_read_manifest_default_ids_are_unique(tmp_path: Path):
-    write_audio(tmp_path / "a.wav")
-    write_audio(tmp_path / "b.wav")
-    rows: list[dict[str, Any]] = [
-        {"audio_filepath": "a.wav", "offset": 0},
-        {"audio_filepath": "a.wav", "offset": 1.5},
-        {"audio_filepath": "./a.wav"},
-        {"audio_filepath": "a.wav", "offset": 1.5},
-        {"audio_filepath": "b.wav"},
-        {"audio_filepath": "b.wav", "id": "a.wav@0"},
-    ]
-    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *[{**row, "text": "x"} for row in rows]))
-    ids = [utterance.id for utterance in found]
-    assert len(set(ids)) == len(ids)
-    assert ids[1] == "a.wav@1.5" and ids[5] == "a.wav@0"
 
 
 def test_read_folder_pairs_audio_with_text(tmp_path: Path):
@@ -182,6 +76,40 @@ def test_open_source_lists_the_accepted_forms(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(write_audio(tmp_path / "a.wav").parent)
     with pytest.raises(UserError, match="(?s)FILE.jsonl.*FOLDER.*hf:NAME:SPLIT.*librispeech:SPLIT"):
         open_source(spec)
+
+
+def test_open_sources_weighs_its_parts(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    row = {"audio_filepath": "a.wav", "text": "x"}
+    one = write_manifest(tmp_path / "one.jsonl", row)
+    two = write_manifest(tmp_path / "two@2.jsonl", row, row)
+    joined = open_sources(f"{one}@0.5, {two},{two}@3")
+    assert parts_of(joined) == [Part(1, Fraction(1, 2)), Part(2), Part(2, Fraction(3))]
+    assert parts_of(open_sources(f"{one}@2")) == [Part(1, Fraction(2))]
+    assert parts_of(open_sources(str(two))) == [Part(2)]
+    with pytest.raises(UserError, match="two@2.jsonl@0': weight 0; expected above 0"):
+        open_sources(f"{one},{two}@0")
+    with pytest.raises(UserError, match="gone.jsonl': no such file"):
+        open_sources("gone.jsonl@2")
+
+
+def test_durations_are_nan_where_unknown(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    rows = [{"audio_filepath": "a.wav", "text": "x", "duration": seconds} for seconds in (0.5, None, 2)]
+    manifest = write_manifest(tmp_path / "m.jsonl", *rows)
+    durations = open_sources(f"{manifest},{manifest}").durations()
+    assert durations.dtype == np.float32
+    np.testing.assert_array_equal(durations, np.array([0.5, np.nan, 2.0] * 2, np.float32))
+    assert ConcatSource([]).durations().shape == (0,)
+
+
+def test_open_source_keeps_a_big_manifest_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_audio(tmp_path / "a.wav")
+    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "a.wav", "text": "x", "duration": 0.05})
+    assert isinstance(open_source(str(manifest)), FileSource)
+    monkeypatch.setattr(sources, "BIG_MANIFEST", 10)
+    found = open_source(str(manifest))
+    assert isinstance(found, TableSource) and len(found.load(0)) == 800
 
 
 def test_open_sources_rejects_an_empty_list():

@@ -96,7 +96,7 @@ def test_accumulation_does_not_change_the_gradient(corpus: Path, tmp_path: Path,
 
 
 def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tmp_path: Path):
-    from rwkv_speech.lightning_module import fit
+    from rwkv_speech.lightning_run import fit
 
     model = SpeechLM.build(Parts("tiny"))
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -278,7 +278,7 @@ def test_transcribe_from_python(corpus: Path, run: Path):
 
 
 def test_module_rejects_more_steps_than_data(corpus: Path, tmp_path: Path):
-    from rwkv_speech.lightning_module import fit
+    from rwkv_speech.lightning_run import fit
 
     model = SpeechLM.build(Parts(tiny.NAME))
     config = TrainConfig(proj_dir=str(tmp_path), device="cpu", micro_bsz=8, workers=0, epoch_steps=2)

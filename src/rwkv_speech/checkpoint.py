@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rwkv_speech.base_weights import read_tensors
@@ -67,7 +67,18 @@ def save_trained(
     """Write an own checkpoint, atomically."""
     metadata = {"format": FORMAT, "origin": json.dumps(asdict(origin)), "metrics": json.dumps(dict(metrics))}
     tensors = named_tensors(adapter, time_state)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    content = _ordered(save(tensors, metadata))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header sorted: the same tensors and metadata are then the same bytes every time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(ordered) > size:
+        raise ValueError(f"a safetensors header of {size} bytes became {len(ordered)}")
+    return content[:8] + ordered.ljust(size) + content[8 + size :]
 
 
 def load_trained(path: str | Path) -> Trained:

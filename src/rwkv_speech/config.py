@@ -17,7 +17,8 @@ from rwkv_speech.optim import SCHEDULES
 from rwkv_speech.speech_lm import Parts
 from rwkv_speech.text import LABEL_MODES
 
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+YES_NO = ("yes", "no")
 PRECISIONS = ("auto", "bf16", "fp32")
 _LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
 
@@ -61,14 +62,19 @@ class ModelConfig:
     def accelerator(self) -> tuple[str, int]:
         """("cpu" or "gpu", how many); raises UserError if the machine has fewer GPUs than were asked for."""
         available = torch.cuda.device_count()
-        if self.device == "cpu" or (self.device == "auto" and not available):
+        name, colon, count = self.device.partition(":")
+        if name == "cpu" and (not colon or (count.isdecimal() and int(count) > 0)):
+            return "cpu", int(count or 1)
+        if self.device == "auto" and not available:
             return "cpu", 1
         if self.device in ("auto", "cuda"):
             wanted = 1
         elif self.device.isdecimal() and int(self.device) > 0:
             wanted = int(self.device)
         else:
-            raise UserError(f"--device: found {self.device!r}, expected auto, cpu, cuda or a number of GPUs")
+            raise UserError(
+                f"--device: found {self.device!r}, expected auto, cpu, cpu:N (processes), cuda or a number of GPUs"
+            )
         if wanted > available:
             raise UserError(
                 f"--device: asked for {wanted} GPU(s), found {available}; give a smaller number, or cpu to run without"
@@ -115,6 +121,9 @@ class TrainConfig(_DataConfig):
     epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data")
     epoch_save: int = flag(1, "keep a checkpoint of every this many epochs, beside the best and the last")
     ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed")
+    batch_seconds: float | None = flag(
+        None, "seconds of audio per device and micro batch, padding included, instead of --micro_bsz"
+    )
     accumulate: int = flag(1, "micro batches per optimizer step")
     strategy: str = flag("auto", "how several GPUs work together", STRATEGIES)
     num_nodes: int = flag(1, "machines")
@@ -128,9 +137,18 @@ class TrainConfig(_DataConfig):
     seed: int = flag(1, "seed of initial values and of the order of the data")
     max_bad: int = flag(20, "how many broken recordings may be skipped before the run stops")
     workers: int = flag(2, "processes that decode audio")
+    resume: str = flag(
+        "yes", "yes: go on where the run in --proj_dir stopped; no: start anew, in a new folder if there is one", YES_NO
+    )
+    save_steps: int = flag(500, "optimizer steps between two points to resume from, beside one after every epoch")
+    wandb: str = flag("", "project of Weights & Biases to log to; empty: none")
     init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
     score_first: int = flag(0, "1: score the validation data before training, too")
     log_every: int = flag(10, "steps between two lines of the log")
+
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed's engine holds the gradients and the optimizer."""
+        return self.strategy.startswith("deepspeed")
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,22 @@
-"""Training with Lightning: the only file that imports it."""
+"""Training with Lightning: the module. This file and lightning_callbacks.py alone import Lightning and DeepSpeed."""
 
-import logging
 import math
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rwkv_speech.checkpoint import BEST, LAST
+from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import BadFileLog, Batch, SpeechDataset
 from rwkv_speech.data.loader import make_loader
+from rwkv_speech.data.streaming import StreamLoader
 from rwkv_speech.errors import UserError
 from rwkv_speech.metrics import Scores, score
 from rwkv_speech.optim import lr_factor, make_optimizer
@@ -26,21 +24,44 @@ from rwkv_speech.speech_lm import SpeechLM
 from rwkv_speech.text import normalise_score
 
 
+class StepLoader:
+    """Groups this rank's micro batches: each item is what one optimizer step accumulates."""
+
+    def __init__(self, batches: "DataLoader[Batch] | StreamLoader", accumulate: int) -> None:
+        self._batches, self._accumulate = batches, accumulate
+        # Where Lightning sets the epoch.
+        self.sampler: Any = batches.sampler if isinstance(batches, StreamLoader) else batches.batch_sampler.sampler  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self._batches) // self._accumulate
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self._batches)
+        while step := [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]:
+            yield step
+
+
 class SpeechModule(pl.LightningModule):
     """Loss, optimizer and validation of a SpeechLM.
 
-    The gradient of a step is that of the loss summed over the whole global batch (ranks and accumulation), divided
-    by its number of target tokens: how the batch was cut up does not change it.
+    A step's gradient is that of the loss summed over the whole global batch (ranks and accumulation), divided by its
+    number of target tokens, which all ranks know before the first backward pass: how the batch was cut up does not
+    change it, whatever engine adds up the gradients.
     """
+
+    automatic_optimization = False
+    strict_loading = False  # a saved state holds the trained tensors alone
 
     def __init__(self, model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> None:
         super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
         self.model, self.config = model, config
         self._train_data, self._valid_data = train, valid
         model.lm.grad_cp = bool(config.grad_cp)
-        self._loss_sum = 0.0
-        self._targets = 0
+        self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
         self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
+        self.validated: list[dict[str, str]] = []
         self.scores: Scores | None = None
 
     def setup(self, stage: str) -> None:
@@ -49,31 +70,50 @@ class SpeechModule(pl.LightningModule):
         name = f"bad_files-rank{rank}.jsonl" if rank else "bad_files.jsonl"
         self.bad_files = BadFileLog(Path(self.config.proj_dir) / name, self.config.max_bad)
 
-    def _loader(self, dataset: SpeechDataset, shuffle: bool, workers: int) -> DataLoader[Batch]:
-        return make_loader(
-            dataset,
-            self.config.micro_bsz,
-            shuffle=shuffle,
-            seed=self.config.seed,
-            workers=workers,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained tensors alone: frozen weights are in no checkpoint."""
+        trained = {id(x) for x in self.model.trained_parameters()}
+        wanted = {name for name, x in self.named_parameters() if id(x) in trained}
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in wanted}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> StepLoader:
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
-        loader = self._loader(self._train_data, shuffle=True, workers=self.config.workers)
-        if self.config.epoch_steps and self.config.epoch_steps > len(loader):
+        c = self.config
+        loader = StepLoader(
+            make_loader(
+                self._train_data,
+                c.micro_bsz,
+                c.batch_seconds,
+                shuffle=True,
+                seed=c.seed,
+                workers=c.workers,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                accumulate=c.accumulate,
+                pin_memory=self.device.type == "cuda",
+            ),
+            c.accumulate,
+        )
+        if c.epoch_steps and c.epoch_steps > len(loader):
             raise UserError(
-                f"--epoch_steps: given {self.config.epoch_steps}, but {len(self._train_data)} utterances in batches of "
-                f"{self.config.micro_bsz} on {self.trainer.world_size} device(s) make {len(loader)}; leave it "
+                f"--epoch_steps: given {c.epoch_steps}, but {len(self._train_data)} utterances in batches of "
+                f"{c.micro_bsz} on {self.trainer.world_size} device(s) make {len(loader)}; leave it "
                 "empty, or give at most that"
             )
+        loader.sampler.set_state(*self.start)
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """This rank's share of the validation data, if there is any."""
-        return self._loader(self._valid_data, shuffle=False, workers=0) if self._valid_data else []
+        if not self._valid_data:
+            return []
+        return make_loader(
+            self._valid_data,
+            self.config.micro_bsz,
+            shuffle=False,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with two learning rates and one schedule over the optimizer's steps."""
@@ -86,48 +126,82 @@ class SpeechModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The summed loss of one micro batch; raises UserError before anything is updated if it is not finite."""
-        self.bad_files.add(batch.bad)
-        if len(batch) == 0:
-            # Every rank must take part in the step, with nothing to add to it.
-            return sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
-        loss, targets = self.model.loss_sum(batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"step {self.global_step}: the loss is {value}, expected a finite number, for the utterances "
-                f"{', '.join(batch.ids)}; no weight was changed by it: listen to them, lower --lr_state and "
-                "--lr_adapter, or set --precision fp32"
-            )
-        self._loss_sum += value
-        self._targets += targets
-        # Lightning divides by the number of accumulated batches; here only the number of targets may divide.
-        return loss * self.trainer.accumulate_grad_batches
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the gradient of the sum into that of the mean over all target tokens."""
-        totals = torch.tensor([self._loss_sum, self._targets], dtype=torch.float64, device=self.device)
+    def _summed(self, *numbers: float) -> list[float]:
+        """Each number added up over all ranks."""
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)
-        loss_sum, targets = totals.tolist()
-        self._loss_sum, self._targets = 0.0, 0
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def training_step(self, step: list[Batch], batch_idx: int) -> None:
+        """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
+        for batch in step:
+            self.bad_files.add(batch.bad)
+        # An utterance's targets are its text and the end of text.
+        targets, seconds, padded = self._summed(
+            sum(len(batch.text_ids) + len(batch) for batch in step),
+            sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE,
+            sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE,
+        )
+        losses = [self._backward(batch, targets, last=batch is step[-1]) for batch in step]
+        loss_sum = float(self._summed(float(torch.stack(losses).sum()))[0])
+        if not math.isfinite(loss_sum):
+            ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
+            raise UserError(
+                f"step {self.global_step}: the loss is {loss_sum}, expected a finite number, for the utterances "
+                f"{', '.join(ids) or 'of another rank'}; no weight was changed by it: listen to them, lower "
+                "--lr_state and --lr_adapter, or set --precision fp32"
+            )
+        rates = self._update(targets)
+        self.log_dict({"loss": loss_sum / max(targets, 1), "target_tokens": targets, "audio_seconds": seconds,
+                       "padding": 1 - seconds / padded if padded else 0.0, **rates})  # fmt: skip
+
+    def _backward(self, batch: Batch, targets: float, last: bool) -> Tensor:
+        """Add one micro batch's share to the gradients; its summed loss."""
+        if len(batch):
+            loss, _ = self.model.loss_sum(
+                batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
+            )
+        else:  # every rank must take part, with nothing to add
+            loss = sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
+        # Data-parallel training averages over ranks (DeepSpeed also over micro batches), which their number undoes.
+        scale = self.trainer.world_size / max(targets, 1)
+        if self.config.uses_deepspeed():
+            scale *= self.config.accumulate
+        strategy: Any = self.trainer.strategy
+        if last or not hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1:
+            self.manual_backward(loss * scale)
+        else:
+            with strategy.block_backward_sync():
+                self.manual_backward(loss * scale)
+        return loss.detach()
+
+    def _update(self, targets: float) -> dict[str, float]:
+        """The optimizer's and the schedule's step; what is logged of them."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         if not targets:
-            return
-        # Data-parallel training averages over ranks, which the number of ranks undoes.
-        scale = self.trainer.world_size / targets
-        for parameter in self.model.trained_parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        self.log("loss", loss_sum / targets, prog_bar=True)
-        self.log("target_tokens", targets)
-        for group in optimizer.param_groups:
-            self.log(f"lr_{group['name']}", group["lr"])
+            optimizer.zero_grad()
+            return rates
+        if self.config.uses_deepspeed():
+            optimizer.step()  # the engine clips, steps and clears by itself, at the last micro batch
+            norm = self.trainer.model.get_global_grad_norm()  # type: ignore[union-attr, operator]
+        else:
+            parameters = [p for p in self.model.trained_parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        return {**rates, "grad_norm": float(norm or 0.0)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode one batch."""
         self.bad_files.add(batch.bad)
-        ids, _ = self.model.generate(batch.waveforms, batch.num_samples)
+        ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
         for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
             self._hyps[name, text] = self.model.tokenizer.decode(hyp)
 
@@ -142,92 +216,11 @@ class SpeechModule(pl.LightningModule):
         if not gathered:
             return
         refs = [normalise_score(ref) for _, ref in gathered]
-        self.scores = score(refs, [normalise_score(hyp) for hyp in gathered.values()])
-        self.log("wer", self.scores.wer, prog_bar=True)
+        hyps = [normalise_score(hyp) for hyp in gathered.values()]
+        self.validated = [
+            {"id": name, "ref": ref, "hyp": hyp} for (name, _), ref, hyp in zip(gathered, refs, hyps, strict=True)
+        ]
+        self.scores = score(refs, hyps)
+        # The same number on every rank, so that all decide alike by it.
+        self.log("wer", self.scores.wer, prog_bar=True, rank_zero_only=False)
         self.log("cer", self.scores.cer)
-
-
-class TrainedWeights(Callback):
-    """Writes the trained tensors: last after every epoch, best by WER, and one of every `epoch_save` epochs."""
-
-    def __init__(self, folder: Path, epoch_save: int) -> None:
-        self.folder, self.epoch_save = folder, epoch_save
-        self.best_wer = math.inf
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save; Lightning calls this after the epoch's validation."""
-        assert isinstance(pl_module, SpeechModule)
-        if not trainer.is_global_zero:
-            return
-        epoch = trainer.current_epoch + 1
-        metrics: dict[str, float | int] = {"epoch": epoch, "step": trainer.global_step}
-        names = [LAST]
-        if epoch % self.epoch_save == 0:
-            names.append(f"epoch-{epoch}.safetensors")
-        if pl_module.scores is not None:
-            metrics["wer"] = pl_module.scores.wer
-            if pl_module.scores.wer < self.best_wer:
-                self.best_wer = pl_module.scores.wer
-                names.append(BEST)
-        for name in names:
-            pl_module.model.save(self.folder / name, **metrics)
-
-
-class _Progress(TQDMProgressBar):
-    """Without the version number that Lightning adds, which says nothing here."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-def _quieten() -> None:
-    """Keep what Lightning says of itself off the screen; its errors and other warnings stay."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (
-        r"Found \d+ module\(s\) in eval mode",  # the frozen parts, on purpose
-        "Total length of `list` across ranks is zero",  # no validation data
-        r"The number of training batches \(\d+\) is smaller than the logging interval",
-        "The '.*_dataloader' does not have many workers",  # --workers is the user's
-        "`isinstance.treespec, LeafSpec.` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def make_trainer(config: TrainConfig) -> pl.Trainer:
-    """The trainer that `config` describes."""
-    _quieten()
-    accelerator, devices = config.accelerator()
-    folder = Path(config.proj_dir)
-    return pl.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision="bf16-mixed" if config.uses_bf16() else "32-true",
-        max_epochs=config.epoch_count,
-        limit_train_batches=config.epoch_steps or 1.0,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.grad_clip or None,
-        log_every_n_steps=config.log_every,
-        logger=[CSVLogger(folder, "logs", "csv"), TensorBoardLogger(folder, "logs", "tensorboard")],
-        callbacks=[TrainedWeights(folder, config.epoch_save), _Progress(refresh_rate=config.log_every)],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-
-
-def fit(model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> SpeechModule:
-    """Train; returns the module with its last scores."""
-    module = SpeechModule(model, config, train, valid)
-    trainer = make_trainer(config)
-    if valid is not None and config.score_first:
-        trainer.validate(module, verbose=False)
-        if trainer.is_global_zero and module.scores:
-            print(f"before training: WER {100 * module.scores.wer:.2f} %")
-        module.scores = None
-    trainer.fit(module)
-    return module

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,17 @@ class Parts:
             stack=self.stack or (tiny.STACK if embedded else 5),
             adapter_hidden=self.adapter_hidden or (tiny.ADAPTER_HIDDEN if embedded else 2048),
         )
+
+
+class Prepared(NamedTuple):
+    """What was done to a batch's audio already: its waveforms have zero mean and unit variance, or are frames."""
+
+    normalised: bool = False
+    frames: Tensor | None = None  # (U, F, D)
+    frame_lengths: Tensor | None = None  # (U,)
+
+
+NOTHING_PREPARED = Prepared()
 
 
 class SpeechLM(nn.Module):
@@ -171,9 +182,13 @@ class SpeechLM(nn.Module):
         zero = self.lm.zero_state(batch)
         return zero._replace(wkv=self.time_state[:, None].expand(-1, batch, -1, -1, -1))
 
-    def audio_tokens(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+    def audio_tokens(
+        self, waveforms: Tensor, num_samples: Tensor, prepared: Prepared = NOTHING_PREPARED
+    ) -> tuple[Tensor, Tensor]:
         """waveforms (U, S), num_samples (U,) -> packed audio tokens (sum of A, C) and A of each."""
-        frames, lengths = self.encoder(waveforms, num_samples)
+        if prepared.frames is not None and prepared.frame_lengths is not None:
+            return self.adapter(prepared.frames.float(), prepared.frame_lengths)
+        frames, lengths = self.encoder(waveforms, num_samples, prepared.normalised)
         return self.adapter(frames, lengths)
 
     def _hidden(self, spliced: splice.Spliced, audio: Tensor) -> tuple[Tensor, State]:
@@ -183,10 +198,15 @@ class SpeechLM(nn.Module):
         return hidden[0], state
 
     def loss_sum(
-        self, waveforms: Tensor, num_samples: Tensor, text_ids: Tensor, text_lengths: Tensor
+        self,
+        waveforms: Tensor,
+        num_samples: Tensor,
+        text_ids: Tensor,
+        text_lengths: Tensor,
+        prepared: Prepared = NOTHING_PREPARED,
     ) -> tuple[Tensor, int]:
         """The summed loss of a batch, float32, and its number of target tokens (text and end of text)."""
-        audio, audio_lengths = self.audio_tokens(waveforms, num_samples)
+        audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
         spliced = splice.splice(audio_lengths, text_ids, text_lengths, self.separator_id, self.tokenizer.eos_id)
         hidden, _ = self._hidden(spliced, audio)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
@@ -194,12 +214,16 @@ class SpeechLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, waveforms: Tensor, num_samples: Tensor, max_new_tokens: int | None = None
+        self,
+        waveforms: Tensor,
+        num_samples: Tensor,
+        max_new_tokens: int | None = None,
+        prepared: Prepared = NOTHING_PREPARED,
     ) -> tuple[list[list[int]], list[bool]]:
         """Greedy token ids of each utterance, and whether each was cut at `max_new_tokens` (25 a second)."""
         if len(num_samples) == 0:
             return [], []
-        audio, audio_lengths = self.audio_tokens(waveforms, num_samples)
+        audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
         spliced = splice.splice_prompt(audio_lengths, self.separator_id)
         hidden, state = self._hidden(spliced, audio)
         logits = self.lm.head(hidden[spliced.cu_seqlens[1:] - 1])

@@ -4,24 +4,38 @@ B batch · S samples · L text tokens
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
-from rwkv_speech.data.sources import Source
+from rwkv_speech.data.augment import Augmenter
+from rwkv_speech.data.feature_cache import FeatureCache, content_key, identity_of
+from rwkv_speech.data.mixture import Part
+from rwkv_speech.data.sources import Source, parts_of
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech_lm import Prepared
 from rwkv_speech.text import normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
+
+_VARIANCE_FLOOR = 1e-7  # as in the encoder
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds."""
+    """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds.
+
+    `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
+    `frames` (F, D) instead, and the waveform is empty.
+    """
 
     id: str
     waveform: Tensor
@@ -29,6 +43,8 @@ class Sample:
     ids: list[int]
     duration: float
     index: int
+    normalised: bool = False
+    frames: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,10 @@ class Batch:
     num_samples (B,) int64, S of each
     text_ids    (sum of L,) int64, the texts' ids one after another, no end of text
     text_lengths (B,) int64, L of each
+    normalised  whether the waveforms have zero mean and unit variance
+    frames      (B, F_max, D) the encoder's frames in the feature cache's type, zero after each utterance's own F; where
+                they are given, the waveforms are (B, 0)
+    frame_lengths (B,) int64, F of each
     """
 
     ids: list[str]
@@ -57,57 +77,139 @@ class Batch:
     text_lengths: Tensor
     texts: list[str]
     bad: list[BadSample]
+    normalised: bool = False
+    frames: Tensor | None = None
+    frame_lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def prepared(self) -> Prepared:
+        """What the model need not do any more."""
+        return Prepared(self.normalised, self.frames, self.frame_lengths)
+
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device."""
-        return replace(
-            self,
-            waveforms=self.waveforms.to(device),
-            num_samples=self.num_samples.to(device),
-            text_ids=self.text_ids.to(device),
-            text_lengths=self.text_lengths.to(device),
-        )
+        """Copy the tensors to a device; from pinned memory the copy runs beside what the device does."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Copy the tensors to page-locked memory; a loader with `pin_memory` calls this."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
+
+def normalise(waveform: Tensor) -> Tensor:
+    """Zero mean and unit variance, (S,) float32: what encoder.normalise makes of an utterance in a batch."""
+    centred = waveform - waveform.mean()
+    # The sum of torch's own squares, not a dot product, whose rounding error is 40 times as large.
+    return centred.div_(torch.sqrt(centred.square().mean() + _VARIANCE_FLOOR))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as a data worker does: sums and convolutions round differently with other numbers of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class SpeechDataset(Dataset[Sample | BadSample]):
-    """Decodes and tokenises the utterances of a source.
+    """Decodes, augments, normalises and tokenises the utterances of a source.
 
-    A broken recording becomes a BadSample, never an exception; so does one that does not `fit`. Raises
-    UserError for an unknown `label_mode`.
+    An utterance is asked for as (epoch, index), or as its index alone, which is epoch 0: persistent workers keep
+    their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
+
+    A broken recording becomes a BadSample, never an exception; so does one that does not `fit`. With a feature `cache`,
+    which feature_fill.fill has filled, samples hold frames, and audio is decoded only where the source cannot say
+    whether it changed. Raises UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
     """
 
     def __init__(
-        self, source: Source, tokenizer: WorldTokenizer, label_mode: str = "none", fit: "Fit | None" = None
+        self,
+        source: Source,
+        tokenizer: WorldTokenizer,
+        label_mode: str = "none",
+        fit: "Fit | None" = None,
+        *,
+        normalise: bool = False,
+        augment: Augmenter | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         normalise_label("", label_mode)  # an unknown mode fails here, not in a data worker
-        self._source, self._tokenizer = source, tokenizer
+        if cache and augment and augment.settings.flags_on:
+            raise UserError(
+                f"--feature_cache: cannot keep the frames of audio that {' and '.join(augment.settings.flags_on)} "
+                "change anew every epoch; leave out one or the other"
+            )
+        self.source, self._tokenizer = source, tokenizer
         self._label_mode, self._fit = label_mode, fit
+        self._normalise, self._augment, self._cache = normalise, augment, cache
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
-    def durations(self) -> list[float | None]:
-        """Seconds of every utterance, None where the source does not know."""
-        return [self._source.utterance(index).duration for index in range(len(self))]
+    def durations(self) -> NDArray[np.float32]:
+        """Seconds of every utterance at the slowest speed that may be drawn, (N,), NaN where they are not known."""
+        return self.source.durations() / np.float32(self._augment.slowest if self._augment else 1.0)
 
-    def __getitem__(self, index: int) -> Sample | BadSample:
-        found = self._source.utterance(index)
+    def parts(self) -> list[Part]:
+        """The runs of utterances that have weights of their own."""
+        return parts_of(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample | BadSample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with _one_thread():
+            return self._sample(epoch, index)
+
+    def _sample(self, epoch: int, index: int) -> Sample | BadSample:
+        found = self.source.utterance(index)
         text = normalise_label(found.text, self._label_mode)
         ids = self._tokenizer.encode(text)
+        speed = self._augment.speed(epoch, index) if self._augment else 1.0
         # A known duration saves the decoding of what is left out anyway.
-        if found.duration is not None and (fault := self._fault(found.duration, ids)):
+        if found.duration is not None and (fault := self._fault(found.duration / speed, ids)):
             return BadSample(found.id, fault, too_long=True)
         try:
-            waveform = self._source.load(index)
+            if self._cache:
+                return self._cached_sample(self._cache, Sample(found.id, torch.empty(0), text, ids, 0.0, index))
+            waveform = self.source.load(index)
         except AudioError as error:
             return BadSample(found.id, str(error))
+        # Outside the handler: noise that cannot be decoded is no fault of this utterance.
+        if self._augment:
+            waveform = self._augment(waveform, epoch, index)
         duration = len(waveform) / SAMPLE_RATE
         if fault := self._fault(duration, ids):
             return BadSample(found.id, fault, too_long=True)
-        return Sample(found.id, waveform, text, ids, duration, index)
+        if self._normalise:
+            waveform = normalise(waveform)
+        return Sample(found.id, waveform, text, ids, duration, index, self._normalise)
+
+    def _cached_sample(self, cache: FeatureCache, sample: Sample) -> Sample | BadSample:
+        """Add the duration and the kept frames; raises AudioError, and UserError if there are none."""
+        key = cache.key_of(identity_of(self.source, sample.index))
+        if key is None:
+            waveform = self.source.load(sample.index)
+            if fault := self._fault(len(waveform) / SAMPLE_RATE, sample.ids):
+                return BadSample(sample.id, fault, too_long=True)  # and was not kept
+            key = content_key(waveform)
+        kept = cache.get(key)
+        if kept is None:
+            raise UserError(
+                f"--feature_cache: {cache.folder} lacks the frames of {sample.id}; expected all of them: start again, "
+                "and what is missing is computed"
+            )
+        duration = kept.num_samples / SAMPLE_RATE
+        if fault := self._fault(duration, sample.ids):
+            return BadSample(sample.id, fault, too_long=True)
+        return replace(sample, duration=duration, frames=kept.frames)
 
     def _fault(self, seconds: float, ids: list[int]) -> str | None:
         return self._fit.fault(seconds, len(ids)) if self._fit else None
@@ -134,19 +236,29 @@ class Fit:
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     """Pad the usable samples into a Batch and pass the others on in `bad`."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
-    num_samples = torch.tensor([len(sample.waveform) for sample in good], dtype=torch.int64)
-    waveforms = torch.zeros(len(good), int(num_samples.max()) if good else 0)
-    for row, sample in zip(waveforms, good, strict=True):
-        row[: len(sample.waveform)] = sample.waveform
+    frames = [sample.frames for sample in good if sample.frames is not None]
     return Batch(
         ids=[sample.id for sample in good],
-        waveforms=waveforms,
-        num_samples=num_samples,
+        waveforms=_padded([sample.waveform for sample in good]) if good else torch.empty(0, 0),
+        num_samples=torch.tensor([round(sample.duration * SAMPLE_RATE) for sample in good], dtype=torch.int64),
         text_ids=torch.tensor([token for sample in good for token in sample.ids], dtype=torch.int64),
         text_lengths=torch.tensor([len(sample.ids) for sample in good], dtype=torch.int64),
         texts=[sample.text for sample in good],
         bad=[sample for sample in samples if isinstance(sample, BadSample)],
+        normalised=all(sample.normalised for sample in good),
+        frames=_padded(frames) if frames else None,
+        frame_lengths=torch.tensor([len(rows) for rows in frames], dtype=torch.int64) if frames else None,
     )
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    """B of (S, ...) -> (B, S_max, ...), zero after each one's own S."""
+    first = tensors[0]
+    padded = torch.empty(len(tensors), max(map(len, tensors)), *first.shape[1:], dtype=first.dtype)
+    for row, tensor in zip(padded, tensors, strict=True):
+        row[: len(tensor)] = tensor
+        row[len(tensor) :] = 0
+    return padded
 
 
 class BadFileLog:

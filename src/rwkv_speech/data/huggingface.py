@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.parquet.parquet import Parquet
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
-from rwkv_speech.data.sources import ACCEPTED_FORMS, Utterance
+from rwkv_speech.data.sources import ACCEPTED_FORMS
+from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
 
@@ -62,6 +66,9 @@ class HuggingFaceSource:
         if len(dataset) == 0:
             raise UserError(f"{label}: holds no row; expected at least one")
         self._audio = dataset.select_columns([columns.audio])
+        first = self._audio[0][columns.audio]
+        # A path would name a file that can change beside the dataset.
+        self._holds_bytes = isinstance(first, dict) and first["bytes"] is not None
         known = [name for name in (columns.text, "id", "duration", "lang", "task") if name in features]
         self._rows = dataset.select_columns([name for name in known if name != columns.audio])
         self._has_ids = "id" in features and max(Counter(dataset["id"]).values()) == 1
@@ -81,7 +88,19 @@ class HuggingFaceSource:
             duration=float(duration) if is_known and duration is not None else None,
             lang=_string_or_none(row.get("lang")),
             task=_string_or_none(row.get("task")),
+            identity=f"{self._audio._fingerprint}#{index}" if self._holds_bytes else None,
         )
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every row, (N,), NaN where they are not known."""
+        unknown = np.full(len(self), np.nan, np.float32)
+        if "duration" not in self._rows.column_names:
+            return unknown
+        column = self._rows.select_columns(["duration"]).with_format("arrow")[:].column("duration")
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            return unknown
+        found = column.to_numpy().astype(np.float32)
+        return np.where(found > 0, found, unknown)
 
     def load(self, index: int) -> Tensor:
         """Decode one row to float32 (S,), 16 kHz mono; raises AudioError."""

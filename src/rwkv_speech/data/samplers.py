@@ -1,115 +1,86 @@
-"""Which utterances in which order: pure functions of (seed, epoch), the same on every rank."""
+"""The micro batches of one rank, as a data loader asks for them."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch.utils.data import Sampler
 
+from rwkv_speech.data.mixture import Part
+from rwkv_speech.data.plan import EpochPlan, Floats
 from rwkv_speech.errors import UserError
 
 
-class EpochSampler(Sampler[int]):
-    """Every index once per epoch: in order, or shuffled by a generator seeded with (seed, epoch) only."""
+class BatchSampler(Sampler[list[int]]):
+    """One rank's share of an EpochPlan: micro batch `a` of a step is the step's slot a * world_size + rank.
 
-    def __init__(self, num_items: int, seed: int, shuffle: bool) -> None:
-        self.num_items, self.seed, self.shuffle = num_items, seed, shuffle
-        self.epoch = 0
+    So the same `world_size * accumulate` micro batches make each optimizer step however they are dealt: one rank that
+    accumulates four sees what two ranks see that accumulate two. Over all ranks every utterance comes exactly once per
+    epoch (or as often as its part's weight says), shuffled or not; all ranks have equally many micro batches, some of
+    them empty if there are fewer utterances than slots. The length is that of a whole epoch, the same for every epoch,
+    wherever this one starts.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(self.num_items))
-        order: list[int] = torch.randperm(self.num_items, generator=self.generator("items")).tolist()
-        return iter(order)
-
-    def __len__(self) -> int:
-        return self.num_items
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Seed a generator for one use of this epoch."""
-        # torch's CPU generator keeps only 32 bits of its seed, so the parts are hashed together rather than
-        # shifted.
-        digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{purpose}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-class DurationBatchSampler(Sampler[list[int]]):
-    """Batches of up to `micro_batch` indices of like duration, for one rank of `world_size`.
-
-    Shuffling: the epoch's order is cut into pools of `pool` batches per rank, each pool is sorted by
-    duration and cut into batches, and the batches of the epoch are shuffled. Without shuffling the batches
-    follow the source's order. Consecutive batches of all ranks come from the same stretch, so that ranks
-    have alike much to do.
-
-    All ranks have the same number of batches, and of items in each. One rank sees every item exactly once.
-    With several, a remainder of fewer than `world_size` items is left out of a shuffled epoch (other ones
-    every epoch, so ranks stay disjoint), and filled up with the first items again without shuffling (so
-    nothing is left out).
-
-    `durations` are seconds; None (as a whole, or for some items, which then count as 0) where they are not
-    known. Lightning calls `set_epoch` on `.sampler` by itself. Raises UserError for fewer items than ranks.
+    `durations` (N,) seconds, NaN where unknown; `micro_batch`, `batch_seconds` and `parts` as in EpochPlan. Raises
+    UserError for limits that cannot be used and for fewer utterances than ranks.
     """
 
     def __init__(
         self,
-        sampler: EpochSampler,
-        durations: Sequence[float | None] | None,
+        durations: Floats,
         micro_batch: int,
+        batch_seconds: float | None = None,
+        *,
+        parts: Sequence[Part] | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        pool: int = 50,
+        accumulate: int = 1,
     ) -> None:
-        if durations is not None and len(durations) != len(sampler):
-            raise ValueError(f"{len(durations)} durations for {len(sampler)} items")
-        if micro_batch < 1 or pool < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"micro_batch {micro_batch}, pool {pool}, rank {rank} of {world_size}")
-        if len(sampler) < world_size:
+        if accumulate < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}, accumulate {accumulate}")
+        if len(durations) < world_size:
             raise UserError(
-                f"data: {len(sampler)} utterances cannot be shared among {world_size} processes; expected "
+                f"data: {len(durations)} utterances cannot be shared among {world_size} processes; expected "
                 "one each at least: give more data or fewer devices"
             )
-        self.sampler = sampler
-        self._durations = durations
-        self._micro_batch, self._rank, self._world_size, self._pool = micro_batch, rank, world_size, pool
+        self._plan = EpochPlan(
+            durations,
+            micro_batch,
+            batch_seconds,
+            parts=parts,
+            slots=world_size * accumulate,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
+        self.epoch = 0
+        self._first_step = 0
+
+    @property
+    def sampler(self) -> "BatchSampler":
+        """Itself: `set_epoch` is what Lightning calls, and only on a batch sampler's `.sampler`."""
+        return self
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of every epoch."""
+        return self._plan.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches are given next."""
-        self.sampler.set_epoch(epoch)
+        """Choose the epoch whose batches are given next, from its start unless it was chosen already."""
+        if epoch != self.epoch:
+            self.set_state(epoch, 0)
+
+    def set_state(self, epoch: int, step: int) -> None:
+        """Continue an epoch behind its first `step` optimizer steps; nothing of them is read."""
+        if not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(f"step {step} of {self.steps_per_epoch}")
+        self.epoch, self._first_step = epoch, step
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Each group holds the batches of all ranks at one step; taking every n-th item shares a sorted
-        # group evenly.
-        for group in self._groups():
-            yield group[self._rank :: self._world_size]
+        planned = self._plan.epoch(self.epoch)
+        for step in range(self._first_step, self.steps_per_epoch):
+            for slot in range(self._rank, self._world_size * self._accumulate, self._world_size):
+                yield planned.batch(step, slot)
 
     def __len__(self) -> int:
-        return -(-self._num_shared() // (self._micro_batch * self._world_size))
-
-    def _num_shared(self) -> int:
-        """Count the items of an epoch over all ranks, a multiple of the number of ranks."""
-        remainder = len(self.sampler) % self._world_size
-        if remainder == 0:
-            return len(self.sampler)
-        return len(self.sampler) - remainder + (0 if self.sampler.shuffle else self._world_size)
-
-    def _groups(self) -> list[list[int]]:
-        order = list(self.sampler)
-        shared = self._num_shared()
-        order = (order + order)[:shared]
-        size = self._micro_batch * self._world_size
-        if not self.sampler.shuffle:
-            return [order[i : i + size] for i in range(0, shared, size)]
-        groups: list[list[int]] = []
-        for start in range(0, shared, size * self._pool):
-            pooled = order[start : start + size * self._pool]
-            pooled.sort(key=self._duration)
-            groups += [pooled[i : i + size] for i in range(0, len(pooled), size)]
-        shuffled = torch.randperm(len(groups), generator=self.sampler.generator("batches")).tolist()
-        return [groups[i] for i in shuffled]
-
-    def _duration(self, index: int) -> float:
-        return (self._durations[index] or 0.0) if self._durations is not None else 0.0
+        return self.steps_per_epoch * self._accumulate

@@ -1,0 +1,232 @@
+"""The frozen encoder's frames on disk, so that it hears every recording once.
+
+Frames are kept by the content of the decoded audio, in safetensors files; a list beside them says which content each
+source file had, so that an unchanged file is not decoded again.
+"""
+
+# S samples · F frames · D encoder width
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rwkv_speech.audio import FRAME_RATE
+from rwkv_speech.data.sources import Source
+from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+# bfloat16 first: training in bf16 loses nothing by it, for the adapter's first layer rounds its input so anyway.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SHARD_BYTES = 512 << 20
+_REMEDY = "start again, and what is missing is computed again"
+
+
+def content_key(waveform: Tensor) -> str:
+    """Name a waveform (S,) float32 by its bytes."""
+    return hashlib.sha256(waveform.contiguous().numpy().data).hexdigest()[:32]
+
+
+def identity_of(source: Source, index: int) -> str | None:
+    """Name the recording of an utterance without decoding it, by its file, segment, size and time of change.
+
+    None where the source keeps the bytes itself and cannot tell, or the file is not there.
+    """
+    found = source.utterance(index)
+    if found.audio is None:
+        return found.identity
+    try:
+        status = os.stat(found.audio)
+    except OSError:
+        return None
+    return json.dumps([found.audio, found.offset, found.duration, status.st_size, status.st_mtime_ns])
+
+
+class Frames(NamedTuple):
+    """What is kept of one recording: frames (F, D), and S, the number of its samples."""
+
+    frames: Tensor
+    num_samples: int
+
+
+class _Place(NamedTuple):
+    shard: Path
+    first: int
+    num_frames: int
+    num_samples: int
+    checksum: int
+
+
+class FeatureCache:
+    """The frames of one encoder in a folder; `encoder_key` is whatever tells it from others, `dtype` one of DTYPES.
+
+    Processes that write take different `writer` numbers; `refresh` shows them what the others wrote. Raises UserError
+    for another dtype. A damaged shard is named in the log and removed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder_key: str,
+        dtype: str = "bfloat16",
+        *,
+        writer: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"--feature_dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[dtype]
+        self.folder = Path(folder) / f"{hashlib.sha256(encoder_key.encode()).hexdigest()[:16]}-{dtype}"
+        self._writer, self._shard_bytes = writer, shard_bytes
+        self._waiting: dict[str, Frames] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what is there now."""
+        self._places: dict[str, _Place] = {}
+        self._key_of: dict[str, str] = {}
+        self._open: dict[Path, Any] = {}
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            self._places.update(_read_rows(shard))
+        for listed in sorted(self.folder.glob("*.jsonl")):
+            self._key_of.update(_read_list(listed))
+
+    def key_of(self, identity: str | None) -> str | None:
+        """The content key of a recording whose frames are here, if its source file is known and unchanged."""
+        key = self._key_of.get(_digest(identity)) if identity is not None else None
+        return key if key in self._places else None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places or key in self._waiting
+
+    def get(self, key: str) -> Frames | None:
+        """Read the frames of a content key from the mapped file, or None if they are not here.
+
+        Raises UserError naming a shard whose bytes are not those that were written, which is then removed.
+        """
+        place = self._places.get(key)
+        if place is None:
+            return None
+        try:
+            if place.shard not in self._open:
+                self._open[place.shard] = safe_open(place.shard, "pt").get_slice("frames")
+            frames: Tensor = self._open[place.shard][place.first : place.first + place.num_frames]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{place.shard}: cannot be read any more ({error}); {_REMEDY}") from error
+        if _checksum(frames) != place.checksum:
+            place.shard.unlink(missing_ok=True)
+            raise UserError(
+                f"{place.shard}: is damaged, its bytes are not those that were written, and was removed; {_REMEDY}"
+            )
+        return Frames(frames, place.num_samples)
+
+    def put(self, key: str, frames: Tensor, num_samples: int) -> None:
+        """Keep frames (F, D); they are on disk once a shard is full or `flush` is called."""
+        self._waiting[key] = Frames(frames.to("cpu", self.dtype, copy=True), num_samples)
+        if sum(kept.frames.nbytes for kept in self._waiting.values()) >= self._shard_bytes:
+            self.flush()
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed run of this writer left of a shard."""
+        for temporary in self.folder.glob(f".{self._writer:04d}-*"):
+            temporary.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        """Write what waits as one shard, whole or not at all."""
+        if not self._waiting:
+            return
+        rows = [(key, len(frames), samples, _checksum(frames)) for key, (frames, samples) in self._waiting.items()]
+        packed = torch.cat([kept.frames for kept in self._waiting.values()])
+        name = hashlib.sha256("".join(self._waiting).encode()).hexdigest()[:16]
+        shard = self.folder / f"{self._writer:04d}-{name}.safetensors"
+        write_atomically(shard, lambda path: save_file({"frames": packed}, path, {"rows": json.dumps(rows)}))
+        self._waiting = {}
+        self._places.update(_places(shard, rows))
+
+    def remember(self, identity: str, key: str) -> None:
+        """List which content a source file has."""
+        if self._key_of.get(_digest(identity)) == key:
+            return
+        self._key_of[_digest(identity)] = key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self._writer:04d}.jsonl").open("a") as file:
+            # The line break comes first: a line that a killed run left unfinished stays by itself.
+            file.write("\n" + json.dumps([_digest(identity), key]))
+
+    def estimate(self, durations: NDArray[np.float32], width: int) -> int:
+        """The bytes that the frames of recordings of these seconds take; unknown ones (NaN) count as the mean.
+
+        Raises UserError if the disk has less space.
+        """
+        known = durations[~np.isnan(durations)]
+        seconds = float(known.sum(dtype=np.float64)) * len(durations) / max(1, len(known))
+        size = round(seconds * FRAME_RATE) * width * self.dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise UserError(
+                f"--feature_cache: {seconds / 3600:.1f} h of audio take {size / 1e9:.1f} GB as {self.dtype}, found "
+                f"{free / 1e9:.1f} GB free in {self.folder}; give a folder on a larger disk, or leave the flag out"
+            )
+        return size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # mapped files are not picklable; a data worker maps them itself
+
+
+def _digest(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def _checksum(frames: Tensor) -> int:
+    return zlib.crc32(frames.contiguous().view(torch.uint8).numpy().data)
+
+
+def _places(shard: Path, rows: Sequence[tuple[str, int, int, int]]) -> dict[str, _Place]:
+    """Where each key's frames lie in a shard."""
+    places, first = {}, 0
+    for key, num_frames, num_samples, checksum in rows:
+        places[key] = _Place(shard, first, num_frames, num_samples, checksum)
+        first += num_frames
+    return places
+
+
+def _read_rows(shard: Path) -> dict[str, _Place]:
+    """What a shard holds; a damaged one is named and removed, and holds nothing."""
+    try:
+        with safe_open(shard, "pt") as file:
+            rows = json.loads(file.metadata()["rows"])
+            found = file.get_slice("frames").get_shape()[0]
+        if found != sum(num_frames for _, num_frames, _, _ in rows):
+            raise ValueError(f"it holds {found} frames")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: is damaged (%s) and was removed; its utterances are computed again", shard, error)
+        shard.unlink(missing_ok=True)
+        return {}
+    return _places(shard, rows)
+
+
+def _read_list(listed: Path) -> dict[str, str]:
+    """Which content each source file had; a line that a killed run left unfinished is left out."""
+    known = {}
+    for line in listed.read_text().split("\n"):
+        try:
+            identity, key = json.loads(line)
+        except ValueError:
+            continue
+        known[identity] = key
+    return known

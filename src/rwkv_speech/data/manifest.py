@@ -1,0 +1,150 @@
+"""Manifests of JSON lines: what a line may hold, and reading a whole file that fits into memory."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.errors import UserError
+
+JSON_SUFFIXES = frozenset({".jsonl", ".json"})
+TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+STRINGS = ("audio_filepath", "text", "lang", "task", "id")
+SECONDS = ("duration", "offset")
+_MAX_ERRORS_SHOWN = 20
+
+
+def read_manifest(path: str | Path, *, require_text: bool = True) -> list[Utterance]:
+    """Read a manifest of JSON lines.
+
+    Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s),
+    `lang`, `task`, `id`; others are ignored. An id that is not given is made of the path, unique.
+
+    Raises UserError that lists every bad line with its number.
+    """
+    manifest = Path(path)
+    folder = manifest.parent.absolute()
+    try:
+        content = manifest.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise unreadable(manifest, error) from error
+    problems: list[str] = []
+    rows: list[dict[str, Any]] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        row, reasons = parse_line(line, require_text)
+        named, given = row.get("audio_filepath"), row.get("id")
+        if isinstance(named, str) and not os.path.isfile(audio := os.path.join(folder, named)):
+            reasons.append(no_audio(audio))
+        if isinstance(given, str) and line_of_id.setdefault(given, number) != number:
+            reasons.append(repeated_id(given, f"line {line_of_id[given]}"))
+        if reasons:
+            problems.append(f"line {number}: {'; '.join(reasons)}")
+        rows.append(row)
+    if problems:
+        raise UserError(summary(f"manifest {path}: {len(problems)} of {len(rows)} lines are bad", problems))
+    if not rows:
+        raise holds_nothing(manifest)
+    uses = Counter(row["audio_filepath"] for row in rows)
+    used = {hash(given) for given in line_of_id}
+    return [_utterance(row, folder, uses[row["audio_filepath"]] > 1, used) for row in rows]
+
+
+def parse_line(line: bytes, require_text: bool) -> tuple[dict[str, Any], list[str]]:
+    """Parse one line to its row, without the keys that are null, and what is wrong with it."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return {}, ["is not UTF-8"]
+    except (ValueError, RecursionError) as error:
+        return {}, [f"is not JSON ({error})"]
+    if not isinstance(row, dict):
+        return {}, [f"is not a JSON object but {type(row).__name__}"]
+    row = {key: value for key, value in row.items() if value is not None}
+    return row, row_faults(row, require_text)
+
+
+def row_faults(row: dict[str, Any], require_text: bool) -> list[str]:
+    """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
+    required = ["audio_filepath", "text"] if require_text else ["audio_filepath"]
+    reasons = [f"lacks {key!r}" for key in required if key not in row]
+    reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
+    reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
+    return [reason for reason in reasons if reason]
+
+
+def make_id(name: str, offset: float, recurs: bool, used: set[int]) -> str:
+    """Make an id of a path as the manifest names it, with offset or count where it recurs.
+
+    `used` holds the hashes of the ids so far, for ten million ids themselves would fill the memory; the new one
+    joins them.
+    """
+    stem = f"{name}@{offset:g}" if recurs else name
+    made, count = stem, 2
+    while hash(made) in used:
+        made, count = f"{stem}#{count}", count + 1
+    used.add(hash(made))
+    return made
+
+
+def no_audio(path: str) -> str:
+    """Say that a row's audio is not there."""
+    return f"no such audio file {path}"
+
+
+def repeated_id(given: str, place: str) -> str:
+    """Say that a row's id is that of an earlier one."""
+    return f"id {given!r} is already that of {place}"
+
+
+def summary(head: str, problems: list[str], total: int | None = None) -> str:
+    """A heading and the first of `total` problems, which are all of `problems` by default."""
+    shown = "".join(f"\n  {problem}" for problem in problems[:_MAX_ERRORS_SHOWN])
+    rest = (len(problems) if total is None else total) - _MAX_ERRORS_SHOWN
+    return f"{head}: mend or remove them:{shown}" + (f"\n  ... and {rest} more" if rest > 0 else "")
+
+
+def unreadable(manifest: Path, error: OSError) -> UserError:
+    """What to raise for a manifest that cannot be opened."""
+    return UserError(f"manifest {manifest}: cannot be read ({error.strerror}); expected a file of JSON lines")
+
+
+def holds_nothing(manifest: Path) -> UserError:
+    """What to raise for a manifest without utterances."""
+    return UserError(f"manifest {manifest}: holds no utterance; expected one JSON object per line")
+
+
+def _utterance(row: dict[str, Any], folder: Path, recurs: bool, used: set[int]) -> Utterance:
+    name, offset = row["audio_filepath"], float(row.get("offset", 0.0))
+    return Utterance(
+        id=row["id"] if "id" in row else make_id(name, offset, recurs, used),
+        audio=os.path.join(folder, name),
+        text=row.get("text", ""),
+        duration=float(row["duration"]) if "duration" in row else None,
+        offset=offset,
+        lang=row.get("lang"),
+        task=row.get("task"),
+    )
+
+
+def _string_fault(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        return f"{key!r} is {value!r}, expected a string"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return f"{key!r} holds a lone surrogate, expected valid Unicode"
+    return ""
+
+
+def _seconds_fault(key: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"{key!r} is {value!r}, expected a number of seconds"
+    # Comparisons, so that NaN and integers too large for a float fail as well.
+    lowest_fits = value > 0 if key == "duration" else value >= 0
+    if not (lowest_fits and value < 1e9):
+        return f"{key!r} is {value!r}, expected {'above 0' if key == 'duration' else '0 or more'} and finite"
+    return ""

@@ -1,0 +1,332 @@
+"""Tar shards in WebDataset's layout as a source: KEY.flac (or .wav ...) beside KEY.txt or KEY.json.
+
+A shard's members are listed once, from their headers, in an index file; afterwards any utterance is one read at its
+place in the shard. Only the index's line ends and the durations stay in memory, 12 bytes an utterance.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkv_speech.audio import AudioError, load_audio
+from rwkv_speech.data.manifest import row_faults, summary
+from rwkv_speech.data.sources import AUDIO_SUFFIXES
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BLOCK = 512
+# Behind its end mark an archive is filled up to a record, of 10 KB customarily.
+_MAX_PADDING = 1 << 20
+# More is what a header says that was written before the end was known.
+_MAX_SECONDS = 1e6
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An indexed shard.
+
+    `stamp` tells it from a changed one; `ends` (N + 1,) is where the lines of its index start and end; `durations` (N,)
+    are seconds, NaN where unknown.
+    """
+
+    path: str
+    stamp: list[int]
+    index: str
+    ends: NDArray[np.int64]
+    durations: NDArray[np.float32]
+
+
+class TarSource:
+    """The utterances of tar shards, in their order; every access opens its file anew, so that workers share none."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = list(shards)
+        self._first = np.cumsum([0, *(len(shard.durations) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance, without decoding."""
+        shard, row = self._row(index)
+        return Utterance(
+            id=row.get("id") or f"{Path(shard.path).name}/{row['key']}",
+            audio=None,
+            text=row.get("text", ""),
+            duration=row.get("duration"),
+            lang=row.get("lang"),
+            task=row.get("task"),
+            identity=json.dumps([shard.path, *shard.stamp, row["offset"], row["size"]]),
+        )
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        shard, row = self._row(index)
+        name = f"{shard.path}: {row['member']}"
+        try:
+            content = _read(shard.path, row["offset"], row["size"])
+        except OSError as error:
+            raise AudioError(f"{name}: cannot be read ({error}); expected the shard as it was indexed") from error
+        if len(content) < row["size"]:
+            raise AudioError(f"{name}: is cut off, {len(content)} of {row['size']} bytes: copy the shard again")
+        return load_audio(content, name=name)
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        return np.concatenate([np.zeros(0, np.float32), *(shard.durations for shard in self._shards)])
+
+    def _row(self, index: int) -> tuple[Shard, dict[str, Any]]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of {len(self)}")
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        shard, local = self._shards[number], index - int(self._first[number])
+        start, end = shard.ends[local : local + 2].tolist()
+        row: dict[str, Any] = json.loads(_read(shard.index, start, end - start))
+        return shard, row
+
+
+def open_tar(spec: str, require_text: bool = True) -> TarSource:
+    """Open `tar:` and a folder, a file, a glob pattern or a pattern with ranges such as train-{000..099}.tar.
+
+    Raises UserError for a pattern without files, and naming shard and member for a shard that is damaged or holds an
+    utterance without audio or (with `require_text`) text.
+    """
+    paths = _expand(spec)
+    shards = []
+    for path in paths:
+        shard = _read_index(path, require_text)
+        if shard is None:
+            logger.info("indexing %s, once", path)
+            _write_index(path)
+            shard = _read_index(path, require_text)
+        if shard is None:
+            raise UserError(f"data source {spec!r}: {path} changes while it is read; expected a finished file")
+        shards.append(shard)
+    return TarSource(shards)
+
+
+def _expand(spec: str) -> list[str]:
+    """The shards that a specification names, as absolute paths."""
+    pattern = spec.removeprefix("tar:")
+    if os.path.isdir(pattern):
+        found = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        if not found:
+            raise UserError(f"data source {spec!r}: the folder holds no .tar file; expected shards")
+        return [os.path.abspath(path) for path in found]
+    paths: list[str] = []
+    for named in _braces(pattern):
+        found = [named] if os.path.isfile(named) else sorted(glob.glob(named))
+        if not found:
+            raise UserError(
+                f"data source {spec!r}: no file {named}; expected tar: and a folder, a file, a glob pattern, or a "
+                "range such as train-{000..099}.tar"
+            )
+        paths += found
+    return [os.path.abspath(path) for path in paths]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """The names that a pattern with ranges stands for; digits keep the width of the first number."""
+    pieces = _RANGE.split(pattern)  # text, first, last, text, first, last, text
+    ranges = [
+        [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        for first, last in zip(pieces[1::3], pieces[2::3], strict=True)
+    ]
+    for numbers in itertools.product(*ranges):
+        yield "".join(itertools.chain(*itertools.zip_longest(pieces[0::3], numbers, fillvalue="")))
+
+
+def _index_paths(path: str) -> list[Path]:
+    """Where the index of a shard may lie: beside it, or where that is not writable in the user's cache."""
+    digest = hashlib.sha256(path.encode()).hexdigest()[:16]
+    cache = Path.home() / ".cache" / "rwkv_speech" / "tar" / f"{digest}-{Path(path).name}.index"
+    return [Path(f"{path}.index"), cache]
+
+
+def _read_index(path: str, require_text: bool) -> Shard | None:
+    """The shard, if there is an index of the file as it is now; raises UserError for utterances without text."""
+    wanted = _stamp(path)
+    for index in _index_paths(path):
+        try:
+            with index.open("rb") as file:
+                header = json.loads(file.readline())
+                if header["of"] != wanted:
+                    continue
+                ends = np.cumsum([file.tell(), *header["lengths"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or another program's: made anew
+        silent = header["without_text"]
+        if require_text and silent:
+            raise UserError(
+                summary(f"{path}: {len(silent)} keys have no text, neither KEY.txt nor 'text' in KEY.json", silent)
+            )
+        return Shard(path, wanted, str(index), ends, np.array(header["durations"], np.float32))
+    return None
+
+
+def _stamp(path: str) -> list[int]:
+    """What tells a shard from a changed one, and this form of the index from others."""
+    status = os.stat(path)
+    return [_VERSION, status.st_size, status.st_mtime_ns]
+
+
+def _write_index(path: str) -> None:
+    stamp = _stamp(path)
+    rows = _scan(path)
+    lines = [json.dumps(row) + "\n" for row in rows]  # ASCII, so that lengths are those of bytes
+    header = {
+        "of": stamp,
+        "lengths": [len(line) for line in lines],
+        "durations": [row.get("duration") for row in rows],
+        "without_text": [row["key"] for row in rows if "text" not in row],
+    }
+    places = _index_paths(path)
+    for place in places:
+        try:
+            write_text_atomically(place, json.dumps(header) + "\n" + "".join(lines))
+            return
+        except OSError:
+            continue  # a read-only place
+    raise UserError(f"{path}: its index can be written neither to {places[0]} nor to {places[1]}; make one writable")
+
+
+@dataclass
+class _Entry:
+    """What the members of one key hold."""
+
+    audio: tarfile.TarInfo | None = None
+    suffixes: set[str] = field(default_factory=set)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def _scan(path: str) -> list[dict[str, Any]]:
+    """One row for each utterance of a shard; raises UserError that lists the members that do not fit."""
+    entries: dict[str, _Entry] = {}
+    problems: list[str] = []
+    with open(path, "rb") as file:
+        for member in _members(path, file):
+            folder, _, base = member.name.rpartition("/")
+            if not member.isfile() or base.startswith("."):
+                continue
+            # WebDataset's rule: what stands before the first dot of a file's name is the key.
+            key = "/".join(part for part in (folder, base.partition(".")[0]) if part)
+            try:
+                _add(entries.setdefault(key, _Entry()), member, file)
+            except ValueError as error:
+                problems.append(f"{member.name}: {error}")
+        used = {key: entry for key, entry in entries.items() if entry.suffixes}
+        rows = [_row(key, entry, file) for key, entry in used.items() if entry.audio]
+    problems += [f"{key}: has a text but no audio" for key, entry in used.items() if not entry.audio]
+    if problems:
+        raise UserError(summary(f"{path}: {len(problems)} members do not fit", problems))
+    if not rows:
+        raise UserError(f"{path}: holds no utterance; expected KEY.flac, KEY.wav or the like, with KEY.txt or KEY.json")
+    return rows
+
+
+def _members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive; raises UserError where it is damaged, which tarfile takes for its end."""
+    last = "its start"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                yield member
+                last = member.name
+            end = archive.offset
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"{path}: is damaged after {last} ({error}); expected an uncompressed tar file: make or copy it again"
+        ) from error
+    file.seek(end)
+    rest = file.read(_MAX_PADDING)
+    if len(rest) < _BLOCK or len(rest) == _MAX_PADDING or rest.strip(b"\0"):
+        raise UserError(
+            f"{path}: is cut off or damaged after {last}, at byte {end}; expected another member or the end of the "
+            "archive: copy it again"
+        )
+
+
+def _add(entry: _Entry, member: tarfile.TarInfo, file: BinaryIO) -> None:
+    """Take what one member holds; raises ValueError for one that is bad or comes twice."""
+    suffix = os.path.splitext(member.name)[1].lower()
+    if suffix not in AUDIO_SUFFIXES | {".txt", ".json"}:
+        return
+    if suffix in entry.suffixes or (suffix in AUDIO_SUFFIXES and entry.audio):
+        raise ValueError("its key has such a member already")
+    entry.suffixes.add(suffix)
+    if suffix in AUDIO_SUFFIXES:
+        entry.audio = member
+        return
+    content = _read_at(file, member.offset_data, member.size).decode("utf-8-sig")
+    found: Any = {"text": content.strip()} if suffix == ".txt" else json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError(f"is not a JSON object but {type(found).__name__}")
+    found = {name: found[name] for name in ("text", "duration", "lang", "task", "id") if found.get(name) is not None}
+    if faults := row_faults({**found, "audio_filepath": member.name}, require_text=False):
+        raise ValueError("; ".join(faults))
+    # KEY.json's text goes before KEY.txt's, whichever comes first.
+    entry.fields = {**entry.fields, **found} if suffix == ".json" else {**found, **entry.fields}
+
+
+def _row(key: str, entry: _Entry, file: BinaryIO) -> dict[str, Any]:
+    member = entry.audio
+    assert member is not None
+    row = {"key": key, "member": member.name, "offset": member.offset_data, "size": member.size, **entry.fields}
+    if "duration" not in row:
+        try:
+            info = soundfile.info(_Window(file, member.offset_data, member.size))
+        except (soundfile.SoundFileError, OSError):
+            return row  # listed as broken when it is to be heard
+        if 0 < info.frames / info.samplerate < _MAX_SECONDS:
+            row["duration"] = info.frames / info.samplerate
+    return row
+
+
+class _Window:
+    """A stretch of a file as a file, for reading a header without the rest of a recording."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, as in a file."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """The position in the stretch."""
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        content = _read_at(self._file, self._start + self._at, min(size, self._size - self._at))
+        self._at += len(content)
+        return content
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    return os.pread(file.fileno(), size, offset)
+
+
+def _read(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return _read_at(file, offset, size)

@@ -1,0 +1,220 @@
+"""What a run will cost, before it starts: parameters, memory of each GPU, data, time. `train.py --plan 1` prints it."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rwkv_speech.data.plan import EpochPlan, Floats
+from rwkv_speech.errors import UserError
+from rwkv_speech.plan_compute import H200, Gpu, all_reduce_bytes, idle_share, step_time
+from rwkv_speech.plan_memory import GIB, Memory, largest_micro_bsz, memory
+from rwkv_speech.plan_sizes import BASE_MODELS, MicroBatch, ModelSizes, Setup
+
+# Read speech of LibriSpeech's pace in World tokens.
+TEXT_TOKENS_PER_SECOND = 4.0
+# Taken where no duration is known.
+_UNKNOWN_SECONDS = 12.0
+_RANKS = (1, 8, 64)
+_HOURS = (100, 1_000, 10_000, 100_000)
+_GROWTH_RANKS = 8
+_WARM_UP = 2
+_FEWEST_MEASURED = 3
+_SMALL_GPU, _SMALL_GPU_NAME = 23.5 * GIB, "24 GB GPU"
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The data of a run as its flags cut it up. `durations` (N,) seconds, NaN where unknown.
+
+    Raises UserError for no utterances at all.
+    """
+
+    durations: Floats
+    micro_bsz: int
+    batch_seconds: float | None
+    ctx_len: int
+    epochs: int
+    epoch_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.durations):
+            raise UserError("--train_data: found no utterance, expected one at least to plan a run: check the data")
+
+    def mean_seconds(self) -> float:
+        """Of the utterances whose duration is known; 12 where none is."""
+        known = self.durations[~np.isnan(self.durations)]
+        return float(known.mean()) if len(known) else _UNKNOWN_SECONDS
+
+    def hours(self) -> float:
+        """Of one epoch, before any limit of steps."""
+        return len(self.durations) * self.mean_seconds() / 3600
+
+    def unknown(self) -> int:
+        """How many utterances have no known duration."""
+        return int(np.isnan(self.durations).sum())
+
+    def steps(self, setup: Setup) -> int:
+        """Optimizer steps of an epoch."""
+        slots = setup.ranks * setup.accumulate
+        steps = EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, slots=slots).steps
+        return min(steps, self.epoch_steps or steps)
+
+    def largest(self, model: ModelSizes) -> MicroBatch:
+        """The micro batch that needs most memory: the longest utterances, as far as the context reaches."""
+        tokens_per_second = _positions_per_second(model)
+        bound = (self.ctx_len - 1) / tokens_per_second
+        longest = bound if self.unknown() else min(bound, float(self.durations.max()))
+        utterances = max(1, int(self.batch_seconds // longest)) if self.batch_seconds else self.micro_bsz
+        return _micro_batch(utterances, longest)
+
+    def average(self, setup: Setup) -> MicroBatch:
+        """The micro batch that takes the average time."""
+        steps = EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, slots=setup.ranks * setup.accumulate).steps
+        utterances = len(self.durations) / (steps * setup.ranks * setup.accumulate)
+        return _micro_batch(max(1, round(utterances)), self.mean_seconds())
+
+
+def _positions_per_second(model: ModelSizes) -> float:
+    return model.audio_tokens(100.0) / 100 + TEXT_TOKENS_PER_SECOND
+
+
+def _micro_batch(utterances: int, seconds: float) -> MicroBatch:
+    return MicroBatch(utterances, seconds, round(seconds * TEXT_TOKENS_PER_SECOND))
+
+
+def measure(step: Callable[[], None], seconds: float) -> float:
+    """The median time of `step` in seconds, called for about so many seconds after two calls that do not count.
+
+    On a GPU, `step` must wait for the device. Three calls are counted at least.
+    """
+    for _ in range(_WARM_UP):
+        step()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < _FEWEST_MEASURED:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run on paper. `measured` is the seconds of one optimizer step, where one was measured."""
+
+    model: ModelSizes
+    setup: Setup
+    data: DataPlan
+    gpu: Gpu = H200
+    measured: float | None = None
+
+    def report(self) -> str:
+        """All tables, for a terminal."""
+        sections = (self._parameters(), self._memory(), self._epochs(), self._paper(), self._growth())
+        return "\n\n".join("\n".join(section) for section in sections)
+
+    def _parameters(self) -> list[str]:
+        kinds = {True: ("bf16", 2), False: ("fp32", 4)}
+        rows = [
+            ("language model", self.model.lm_parameters(), *kinds[self.setup.bf16], "frozen"),
+            ("encoder", self.model.encoder.parameters, *kinds[self.setup.encoder_bf16], "frozen"),
+            ("adapter", self.model.adapter_parameters(), "fp32", 4, "trained"),
+            ("initial state", self.model.state_parameters(), "fp32", 4, "trained"),
+        ]
+        head = ("part", "parameters", "type", "GiB", "")
+        body = [(name, f"{n:,}", kind, f"{n * width / GIB:.2f}", what) for name, n, kind, width, what in rows]
+        return ["Parameters", *table(head, body)]
+
+    def _memory(self) -> list[str]:
+        batch, setup = self.data.largest(self.model), self.setup
+        found = memory(self.model, batch, setup)
+        fits = largest_micro_bsz(self.model, batch, setup, self.gpu.memory)
+        smaller = replace(self.model, lm=BASE_MODELS["1.6B"])
+        small = largest_micro_bsz(smaller, batch, replace(setup, grad_cp=True), _SMALL_GPU)
+        return [
+            f"Memory of each GPU at its worst moment ({setup.ranks} x {setup.strategy}, grad_cp {int(setup.grad_cp)})",
+            f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, the "
+            "longest of the data",
+            *_memory_table(found),
+            f"  of such utterances, {fits} fit a {self.gpu.name} of {self.gpu.memory / GIB:.0f} GiB; with the 1.6B "
+            f"model and --grad_cp 1, {small} fit a {_SMALL_GPU_NAME}",
+        ]
+
+    def _epochs(self) -> list[str]:
+        data, setup = self.data, self.setup
+        steps = data.steps(setup)
+        unknown = f" ({data.unknown():,} of unknown duration, taken as the mean)" if data.unknown() else ""
+        lines = [
+            "Data and steps",
+            f"  {data.hours():,.1f} h of audio in {len(data.durations):,} utterances{unknown}, "
+            f"{data.mean_seconds():.1f} s on average",
+            f"  {steps * setup.accumulate * setup.ranks:,} micro batches, {steps:,} optimizer steps an epoch; "
+            f"{steps * data.epochs:,} steps in {data.epochs} epochs",
+        ]
+        if self.measured is not None:
+            epoch = steps * self.measured
+            lines.append(
+                f"  measured {self.measured:.3f} s a step: {duration(epoch)} an epoch, "
+                f"{duration(epoch * data.epochs)} in all, {data.hours() * 3600 / epoch:,.0f} times real time"
+            )
+        return lines
+
+    def _paper(self) -> list[str]:
+        head = ("GPUs", "steps an epoch", "encoder ms", "LM ms", "launches ms", "all-reduce MB", "ms", "idle %",
+                "s a step", "an epoch", "GPU hours")  # fmt: skip
+        rows = []
+        for ranks in sorted({*_RANKS, self.setup.ranks}):
+            setup = replace(self.setup, ranks=ranks)
+            step = step_time(self.model, self.data.average(setup), setup, self.gpu)
+            idle = idle_share(self.data.durations, self.data.micro_bsz, self.data.batch_seconds, setup)
+            steps, seconds = self.data.steps(setup), step.total / (1 - idle)
+            numbers = (1e3 * step.encoder, 1e3 * step.lm, 1e3 * step.launches)
+            traffic = (f"{all_reduce_bytes(self.model, setup) / 1e6:,.0f}", f"{1e3 * step.all_reduce:.1f}")
+            times = (f"{seconds:.3f}", duration(steps * seconds), f"{ranks * steps * seconds / 3600:,.1f}")
+            shown = (f"{number:.1f}" for number in numbers)
+            rows.append((str(ranks), f"{steps:,}", *shown, *traffic, f"{100 * idle:.1f}", *times))
+        return ["On paper, an epoch with these flags; the longer of computing and launching counts",
+                f"  {self.gpu.assumptions()}", *table(head, rows)]  # fmt: skip
+
+    def _growth(self) -> list[str]:
+        """Hours of an epoch on 8 GPUs, by base model and hours of audio; memory of the largest micro batch."""
+        head = ("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS))
+        setup = replace(self.setup, ranks=_GROWTH_RANKS)
+        batch, largest = self.data.average(self.setup), self.data.largest(self.model)
+        rows = []
+        for name, sizes in BASE_MODELS.items():
+            model = replace(self.model, lm=sizes)
+            seconds = step_time(model, batch, setup, self.gpu).total
+            audio = setup.ranks * setup.accumulate * batch.utterances * batch.seconds
+            needed = memory(model, largest, setup).needed / GIB
+            rows.append((name, f"{needed:.1f}", *(duration(hours * 3600 / audio * seconds) for hours in _HOURS)))
+        return [f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs", *table(head, rows)]
+
+
+def _memory_table(found: Memory) -> list[str]:
+    phases = (("", found.held), ("encoding", found.encoding), ("learning", found.learning))
+    rows = [(part.name, f"{part.bytes / GIB:.2f}", when, part.note) for when, parts in phases for part in parts]
+    rows.append(("tensors at the worst moment", f"{found.tensors / GIB:.2f}", "", "all held, and the larger of the two"))
+    rows.append(("needed", f"{found.needed / GIB:.2f}", "", "with the CUDA context and 10 % lost between tensors"))
+    return table(("part", "GiB", "while", "what"), rows)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "45 s", "12 min", "3.4 h", "5.6 days"."""
+    for unit, size, below in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86400)):
+        if seconds < below:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines: a column of numbers to the right, any other to the left."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() for cell in column[1:]) for column in columns]
+    return [
+        "  " + "  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
