@@ -4,14 +4,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from rwkv_speech.data.mixture import Part
 from rwkv_speech.data.plan import EpochPlan, Floats
 from rwkv_speech.errors import UserError
 from rwkv_speech.plan_compute import H200, Gpu, all_reduce_bytes, idle_share, step_time
 from rwkv_speech.plan_memory import GIB, Memory, largest_micro_bsz, memory
-from rwkv_speech.plan_sizes import BASE_MODELS, MicroBatch, ModelSizes, Setup
+from rwkv_speech.plan_sizes import BASE_MODELS, WAVLM_LARGE, MicroBatch, ModelSizes, Setup
 
 # Read speech of LibriSpeech's pace in World tokens.
 TEXT_TOKENS_PER_SECOND = 4.0
@@ -22,14 +24,17 @@ _HOURS = (100, 1_000, 10_000, 100_000)
 _GROWTH_RANKS = 8
 _WARM_UP = 2
 _FEWEST_MEASURED = 3
-_SMALL_GPU, _SMALL_GPU_NAME = 23.5 * GIB, "24 GB GPU"
+# What a GPU sold with 24 GB has.
+_SMALL_GPU = 23.5 * GIB
+_PUBLISHED = {name: ModelSizes(sizes, WAVLM_LARGE) for name, sizes in BASE_MODELS.items()}
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The data of a run as its flags cut it up. `durations` (N,) seconds, NaN where unknown.
+    """The data of a run as its flags cut it up.
 
-    Raises UserError for no utterances at all.
+    `durations` (N,) seconds, NaN where unknown; `parts` say how often an epoch hears each run of them, by default all
+    once. Raises UserError for no utterances at all.
     """
 
     durations: Floats
@@ -38,19 +43,37 @@ class DataPlan:
     ctx_len: int
     epochs: int
     epoch_steps: int | None = None
+    parts: Sequence[Part] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.durations):
             raise UserError("--train_data: found no utterance, expected one at least to plan a run: check the data")
 
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of a whole epoch, on all GPUs together."""
+        return EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, parts=self.parts).steps
+
+    @cached_property
+    def utterances(self) -> float:
+        """Of a whole epoch."""
+        return float(self._weights().sum())
+
+    @cached_property
     def mean_seconds(self) -> float:
         """Of the utterances whose duration is known; 12 where none is."""
-        known = self.durations[~np.isnan(self.durations)]
-        return float(known.mean()) if len(known) else _UNKNOWN_SECONDS
+        known = ~np.isnan(self.durations)
+        weights = self._weights()[known]
+        return float(np.average(self.durations[known], weights=weights)) if weights.sum() else _UNKNOWN_SECONDS
 
+    @property
     def hours(self) -> float:
-        """Of one epoch, before any limit of steps."""
-        return len(self.durations) * self.mean_seconds() / 3600
+        """Audio of a whole epoch."""
+        return self.utterances * self.mean_seconds / 3600
+
+    def _weights(self) -> Floats:
+        parts = [Part(len(self.durations))] if self.parts is None else self.parts
+        return np.repeat(np.array([part.weight for part in parts], np.float32), [part.size for part in parts])
 
     def unknown(self) -> int:
         """How many utterances have no known duration."""
@@ -58,27 +81,20 @@ class DataPlan:
 
     def steps(self, setup: Setup) -> int:
         """Optimizer steps of an epoch."""
-        slots = setup.ranks * setup.accumulate
-        steps = EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, slots=slots).steps
+        steps = -(-self.micro_batches // (setup.ranks * setup.accumulate))
         return min(steps, self.epoch_steps or steps)
 
     def largest(self, model: ModelSizes) -> MicroBatch:
         """The micro batch that needs most memory: the longest utterances, as far as the context reaches."""
-        tokens_per_second = _positions_per_second(model)
-        bound = (self.ctx_len - 1) / tokens_per_second
+        bound = (self.ctx_len - 1) / (model.audio_tokens(100.0) / 100 + TEXT_TOKENS_PER_SECOND)
         longest = bound if self.unknown() else min(bound, float(self.durations.max()))
-        utterances = max(1, int(self.batch_seconds // longest)) if self.batch_seconds else self.micro_bsz
-        return _micro_batch(utterances, longest)
+        return _micro_batch(
+            max(1, int(self.batch_seconds // longest)) if self.batch_seconds else self.micro_bsz, longest
+        )
 
-    def average(self, setup: Setup) -> MicroBatch:
+    def average(self) -> MicroBatch:
         """The micro batch that takes the average time."""
-        steps = EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, slots=setup.ranks * setup.accumulate).steps
-        utterances = len(self.durations) / (steps * setup.ranks * setup.accumulate)
-        return _micro_batch(max(1, round(utterances)), self.mean_seconds())
-
-
-def _positions_per_second(model: ModelSizes) -> float:
-    return model.audio_tokens(100.0) / 100 + TEXT_TOKENS_PER_SECOND
+        return _micro_batch(max(1, round(self.utterances / self.micro_batches)), self.mean_seconds)
 
 
 def _micro_batch(utterances: int, seconds: float) -> MicroBatch:
@@ -128,75 +144,86 @@ class RunPlan:
         return ["Parameters", *table(head, body)]
 
     def _memory(self) -> list[str]:
-        batch, setup = self.data.largest(self.model), self.setup
-        found = memory(self.model, batch, setup)
-        fits = largest_micro_bsz(self.model, batch, setup, self.gpu.memory)
-        smaller = replace(self.model, lm=BASE_MODELS["1.6B"])
-        small = largest_micro_bsz(smaller, batch, replace(setup, grad_cp=True), _SMALL_GPU)
+        batch, setup, gpu = self.data.largest(self.model), self.setup, self.gpu
+        fits = largest_micro_bsz(self.model, batch, setup, gpu.memory)
+        small = [
+            largest_micro_bsz(_PUBLISHED["1.6B"], batch, replace(setup, grad_cp=cp), _SMALL_GPU) for cp in (False, True)
+        ]
         return [
             f"Memory of each GPU at its worst moment ({setup.ranks} x {setup.strategy}, grad_cp {int(setup.grad_cp)})",
-            f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, the "
-            "longest of the data",
-            *_memory_table(found),
-            f"  of such utterances, {fits} fit a {self.gpu.name} of {self.gpu.memory / GIB:.0f} GiB; with the 1.6B "
-            f"model and --grad_cp 1, {small} fit a {_SMALL_GPU_NAME}",
+            f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, "
+            "the longest of the data",
+            *_memory_table(memory(self.model, batch, setup)),
+            f"  of such utterances, {fits} fit a {gpu.name} of {gpu.memory / GIB:.0f} GiB; with the 1.6B model, "
+            f"{small[0]} fit a GPU of 24 GB, {small[1]} with --grad_cp 1",
         ]
 
     def _epochs(self) -> list[str]:
         data, setup = self.data, self.setup
-        steps = data.steps(setup)
+        steps, slots = data.steps(setup), setup.ranks * setup.accumulate
         unknown = f" ({data.unknown():,} of unknown duration, taken as the mean)" if data.unknown() else ""
         lines = [
             "Data and steps",
-            f"  {data.hours():,.1f} h of audio in {len(data.durations):,} utterances{unknown}, "
-            f"{data.mean_seconds():.1f} s on average",
-            f"  {steps * setup.accumulate * setup.ranks:,} micro batches, {steps:,} optimizer steps an epoch; "
-            f"{steps * data.epochs:,} steps in {data.epochs} epochs",
+            f"  {data.hours:,.1f} h of audio in {data.utterances:,.0f} utterances{unknown}, "
+            f"{data.mean_seconds:.1f} s on average",
+            f"  {data.micro_batches:,} micro batches, {slots} in an optimizer step; {steps:,} steps an epoch, "
+            f"{steps * data.epochs:,} in {data.epochs} epochs",
         ]
         if self.measured is not None:
             epoch = steps * self.measured
+            heard = min(1.0, steps * slots / data.micro_batches) * data.hours * 3600
             lines.append(
                 f"  measured {self.measured:.3f} s a step: {duration(epoch)} an epoch, "
-                f"{duration(epoch * data.epochs)} in all, {data.hours() * 3600 / epoch:,.0f} times real time"
+                f"{duration(epoch * data.epochs)} in all, {heard / epoch:,.0f} times real time"
             )
         return lines
 
     def _paper(self) -> list[str]:
         head = ("GPUs", "steps an epoch", "encoder ms", "LM ms", "launches ms", "all-reduce MB", "ms", "idle %",
                 "s a step", "an epoch", "GPU hours")  # fmt: skip
-        rows = []
-        for ranks in sorted({*_RANKS, self.setup.ranks}):
-            setup = replace(self.setup, ranks=ranks)
-            step = step_time(self.model, self.data.average(setup), setup, self.gpu)
-            idle = idle_share(self.data.durations, self.data.micro_bsz, self.data.batch_seconds, setup)
-            steps, seconds = self.data.steps(setup), step.total / (1 - idle)
-            numbers = (1e3 * step.encoder, 1e3 * step.lm, 1e3 * step.launches)
-            traffic = (f"{all_reduce_bytes(self.model, setup) / 1e6:,.0f}", f"{1e3 * step.all_reduce:.1f}")
-            times = (f"{seconds:.3f}", duration(steps * seconds), f"{ranks * steps * seconds / 3600:,.1f}")
-            shown = (f"{number:.1f}" for number in numbers)
-            rows.append((str(ranks), f"{steps:,}", *shown, *traffic, f"{100 * idle:.1f}", *times))
-        return ["On paper, an epoch with these flags; the longer of computing and launching counts",
-                f"  {self.gpu.assumptions()}", *table(head, rows)]  # fmt: skip
+        rows = [self._paper_row(replace(self.setup, ranks=ranks)) for ranks in sorted({*_RANKS, self.setup.ranks})]
+        title = "On paper, an epoch with these flags; the longer of computing and launching counts"
+        return [title, f"  {self.gpu.assumptions()}", *table(head, rows)]
+
+    def _paper_row(self, setup: Setup) -> tuple[str, ...]:
+        data = self.data
+        step = step_time(self.model, data.average(), setup, self.gpu)
+        idle = idle_share(data.durations, data.micro_bsz, data.batch_seconds, setup)
+        steps, seconds = data.steps(setup), step.total / (1 - idle)
+        return (
+            str(setup.ranks),
+            f"{steps:,}",
+            f"{1e3 * step.encoder:.1f}",
+            f"{1e3 * step.lm:.1f}",
+            f"{1e3 * step.launches:.1f}",
+            f"{all_reduce_bytes(self.model, setup) / 1e6:,.0f}",
+            f"{1e3 * step.all_reduce:.1f}",
+            f"{100 * idle:.1f}",
+            f"{seconds:.3f}",
+            duration(steps * seconds),
+            f"{setup.ranks * steps * seconds / 3600:,.1f}",
+        )
 
     def _growth(self) -> list[str]:
-        """Hours of an epoch on 8 GPUs, by base model and hours of audio; memory of the largest micro batch."""
-        head = ("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS))
+        """Time of an epoch on 8 GPUs, by base model and hours of audio; memory of the largest micro batch."""
         setup = replace(self.setup, ranks=_GROWTH_RANKS)
-        batch, largest = self.data.average(self.setup), self.data.largest(self.model)
+        batch, largest = self.data.average(), self.data.largest(self.model)
+        audio = setup.ranks * setup.accumulate * batch.utterances * batch.seconds
         rows = []
-        for name, sizes in BASE_MODELS.items():
-            model = replace(self.model, lm=sizes)
+        for name, model in _PUBLISHED.items():
             seconds = step_time(model, batch, setup, self.gpu).total
-            audio = setup.ranks * setup.accumulate * batch.utterances * batch.seconds
-            needed = memory(model, largest, setup).needed / GIB
-            rows.append((name, f"{needed:.1f}", *(duration(hours * 3600 / audio * seconds) for hours in _HOURS)))
-        return [f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs", *table(head, rows)]
+            times = (duration(hours * 3600 / audio * seconds) for hours in _HOURS)
+            rows.append((name, f"{memory(model, largest, setup).needed / GIB:.1f}", *times))
+        title = f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs, with WavLM-Large"
+        return [title, *table(("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS)), rows)]
 
 
 def _memory_table(found: Memory) -> list[str]:
     phases = (("", found.held), ("encoding", found.encoding), ("learning", found.learning))
     rows = [(part.name, f"{part.bytes / GIB:.2f}", when, part.note) for when, parts in phases for part in parts]
-    rows.append(("tensors at the worst moment", f"{found.tensors / GIB:.2f}", "", "all held, and the larger of the two"))
+    rows.append(
+        ("tensors at the worst moment", f"{found.tensors / GIB:.2f}", "", "all held, and the larger of the two")
+    )
     rows.append(("needed", f"{found.needed / GIB:.2f}", "", "with the CUDA context and 10 % lost between tensors"))
     return table(("part", "GiB", "while", "what"), rows)
 
@@ -214,7 +241,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     columns = list(zip(head, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(cell[:1].isdigit() for cell in column[1:]) for column in columns]
-    return [
-        "  " + "  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
+    lines = []
+    for row in (head, *rows):
+        cells = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines

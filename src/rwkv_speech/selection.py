@@ -1,0 +1,84 @@
+"""Which checkpoints are worth keeping, and when training has stopped helping; both by word error rate."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_speech.errors import UserError
+
+
+class Verdict(NamedTuple):
+    """Whether to `keep` (write) the offered file, and which earlier ones to `drop` (delete) once it is written."""
+
+    keep: bool
+    drop: tuple[Path, ...]
+
+
+class BestK:
+    """The k checkpoints of lowest WER; the earlier of two that are equal.
+
+    It only ever drops what it has kept, so nobody else's files are lost. Raises UserError for a k below 0.
+    """
+
+    def __init__(self, k: int) -> None:
+        if k < 0:
+            raise UserError(f"--keep_best: found {k}, expected 0 or more checkpoints to keep")
+        self.k = k
+        self._kept: list[tuple[float, Path]] = []  # in the order of the offers
+
+    def offer(self, wer: float, path: Path) -> Verdict:
+        """Judge one more checkpoint; one offered under a kept path takes that one's place. A WER of NaN is no WER."""
+        others = [(kept_wer, kept) for kept_wer, kept in self._kept if kept != path]
+        candidates = others if math.isnan(wer) else [*others, (wer, path)]
+        # Stable: of equal ones the earlier comes first.
+        best = sorted(candidates, key=lambda item: item[0])[: self.k]
+        self._kept = [item for item in candidates if item in best]
+        kept = {item_path for _, item_path in self._kept}
+        return Verdict(path in kept, tuple(item_path for _, item_path in others if item_path not in kept))
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is kept, best first."""
+        return [path for _, path in sorted(self._kept, key=lambda item: item[0])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, JSON-ready."""
+        return {"kept": [[wer, str(path)] for wer, path in self._kept]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; with a smaller k the next offer drops the surplus."""
+        self._kept = [(float(wer), Path(path)) for wer, path in state["kept"]]
+
+
+class EarlyStop:
+    """Says when the WER has not fallen by more than `min_delta` for `patience` validations; a patience of 0: never.
+
+    Raises UserError for values below 0.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        if patience < 0:
+            raise UserError(f"--patience: found {patience}, expected a number of validations, or 0 to never stop early")
+        if not min_delta >= 0:
+            raise UserError(f"--min_delta: found {min_delta}, expected a difference in WER of 0 or more, such as 0.001")
+        self.patience, self.min_delta = patience, min_delta
+        self._best = math.inf
+        self._waited = 0
+
+    def should_stop(self, wer: float) -> bool:
+        """Take note of a validation's WER; NaN is no improvement."""
+        if wer < self._best - self.min_delta:
+            self._best, self._waited = wer, 0
+        else:
+            self._waited += 1
+        return 0 < self.patience <= self._waited
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, JSON-ready: a best WER of None before the first validation."""
+        return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._best = math.inf if state["best"] is None else float(state["best"])
+        self._waited = int(state["waited"])
