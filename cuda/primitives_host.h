@@ -1,8 +1,8 @@
 // The primitives on a CPU, to test the kernels where there is no GPU (x86-64 or any system with ucontext).
 //
 // Each thread of a block is a fiber that runs until it has to wait. Waiting for a barrier needs the whole block,
-// shuffles and matrix products the whole warp. Fibers start in an order that the test chooses: results must not
-// depend on it, or a barrier is missing. Shared memory starts as NaN; copies arrive only when they are waited for.
+// shuffles and matrix products the whole warp. Warps, and threads in a warp, take turns in an order that the test
+// chooses, and a warp runs as far ahead as it can: results must not depend on it, or a barrier is missing. Shared memory starts as NaN; copies arrive only when they are waited for.
 
 #pragma once
 
@@ -63,7 +63,7 @@ struct Block {
 };
 
 inline Block* block = nullptr;
-inline int order = 0;  // 0: first thread first; 1: last thread first; 2: odd ones first
+inline int order = 0;  // 0: first one first; 1: last one first; 2: odd ones first
 
 [[noreturn]] inline void fail(const char* message) {
     fprintf(stderr, "host run: block %lld, thread %d: %s\n", static_cast<long long>(block->index), block->now, message);
@@ -138,20 +138,28 @@ inline int nth(int i, int count) {
     return i < count / 2 ? 2 * i + 1 : 2 * (i - count / 2);
 }
 
-// Runs all threads of the block to their ends.
-inline void run_block() {
-    const int threads = static_cast<int>(block->fibers.size());
-    while (!all_wait(0, threads, Wait::ended)) {
-        bool progress = false;
-        for (int i = 0; i < threads; i++) {
-            block->now = nth(i, threads);
+// Runs one warp until all its threads have ended or wait for the block; whether any of them ran.
+inline bool run_warp(int first) {
+    bool progress = false;
+    do {
+        for (int i = 0; i < 32; i++) {
+            block->now = first + nth(i, 32);
             if (block->fibers[block->now].wait == Wait::nothing) {
                 enter(block->fibers[block->now]);
                 progress = true;
             }
         }
-        for (int warp = 0; warp < threads; warp += 32) {
-            progress |= release(warp, warp + 32, Wait::warp);
+    } while (release(first, first + 32, Wait::warp));
+    return progress;
+}
+
+// Runs all threads of the block to their ends. A warp runs as far ahead of the others as it can.
+inline void run_block() {
+    const int warps = static_cast<int>(block->warps.size()), threads = 32 * warps;
+    while (!all_wait(0, threads, Wait::ended)) {
+        bool progress = false;
+        for (int i = 0; i < warps; i++) {
+            progress |= run_warp(32 * nth(i, warps));
         }
         progress |= release(0, threads, Wait::block);
         if (!progress) {
@@ -290,7 +298,7 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
         block.index = index;
         block.shared = static_cast<char*>(malloc(shared_bytes));
         memset(block.shared, 0xff, shared_bytes);
-        block.warps.resize((threads + 31) / 32);
+        block.warps.resize(threads / 32);  // all kernels have whole warps
         block.fibers.resize(threads);
         block.body = [&] { kernel(params); };
         for (host::Fiber& fiber : block.fibers) {

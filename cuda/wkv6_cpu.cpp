@@ -35,14 +35,16 @@ const Kernels& kernels() {
 // Where dy is 0 for many tokens, dS decays to numbers below 1e-38, each of which would cost some processors a hundred
 // cycles. In this scope they are zero.
 class SubnormalsAreZero {
-#if defined(__x86_64__)
-    static constexpr unsigned results = 0x8000, operands = 0x0040;
-    unsigned before = _mm_getcsr();
-
    public:
-    SubnormalsAreZero() { _mm_setcsr(before | results | operands); }
-    ~SubnormalsAreZero() { _mm_setcsr(before); }
     SubnormalsAreZero(const SubnormalsAreZero&) = delete;
+#if defined(__x86_64__)
+    SubnormalsAreZero() { _mm_setcsr(before | 0x8040); }  // results and operands
+    ~SubnormalsAreZero() { _mm_setcsr(before); }
+
+   private:
+    const unsigned before = _mm_getcsr();
+#else
+    SubnormalsAreZero() {}
 #endif
 };
 

@@ -1,7 +1,7 @@
 // Vectors of floats as wide as the instruction set that this file is compiled for, in GCC's and Clang's notation.
 //
-// Included by one kernel per instruction set: all is local to its file, and no header with templates or inline functions
-// of its own is included, so that the linker never gives one kernel's code to another.
+// Included by one kernel per instruction set: all is local to its file, and no header with templates or inline
+// functions of its own is included, so that the linker never gives one kernel's code to another.
 
 #pragma once
 
@@ -57,20 +57,21 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec either(Ints condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-// exp(x) for x from -87.3 to 88, to 1e-7: e^x = 2^n e^f with |f| <= log(2) / 2.
+// exp(x) for x from -87.3 to 88, to 1e-7: 2^(n + f) with n the nearest integer to x log2(e).
 inline Vec exp(Vec x) {
-    constexpr float log2_e = 1.44269504f;
-    constexpr float round = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest integer
-    constexpr float log_2_high = 0.693359375f, log_2_low = -2.12194440e-4f;  // n times the first is exact
+    constexpr float log2_e = 1.44269502f;
+    constexpr float round = 12582912.0f;  // 1.5 * 2^23: a sum with it ends at the units
     Vec n = x * log2_e + round;
     Bits exponent = (Bits)n << 23;
     n -= round;
-    Vec f = x - n * log_2_high - n * log_2_low;
-    Vec tail = f * 1.38145996e-3f + 8.36871716e-3f;  // (e^f - 1 - f) / f^2, fitted
-    tail = tail * f + 4.16683881e-2f;
-    tail = tail * f + 1.66665206e-1f;
-    tail = tail * f + 4.99999934e-1f;
-    return (Vec)((Bits)(f + f * f * tail + 1.0f) + exponent);
+    Vec f = x * log2_e - n;
+    Vec power = f * 1.53211236e-4f + 1.33901846e-3f;  // 2^f: 1 + log(2) f + ..., the rest fitted
+    power = power * f + 9.61852632e-3f;
+    power = power * f + 5.55036217e-2f;
+    power = power * f + 2.40226477e-1f;
+    power = power * f + 6.93147182e-1f;
+    power = power * f + 1.0f;
+    return (Vec)((Bits)power + exponent);
 }
 
 // One step of a butterfly between vectors a and b, in blocks of 2 H lanes: the lower (upper) halves of both.

@@ -210,3 +210,34 @@ def test_sanitizer_notices_a_step_beside_the_memory(program: Path, tmp_path: Pat
 def test_source_compiles_for_every_gpu_without_spills():
     library = build.compiled(build.cuda_library(build.nvcc_architectures()))
     assert "spill" not in (library.parent / "log.txt").read_text().lower()
+
+
+BARRIERS = [
+    ("wkv6_steps.h", "for (int i = thread; !kStates"),
+    ("wkv6_steps_backward.h", "products<N>(m);"),
+    ("wkv6_tiles_forward.h", "fetch_stage(p, s, ahead"),
+    ("wkv6_tiles_forward.h", "state.scale_keys"),
+    ("wkv6_tiles_backward.h", "fetch_stage(p, s, tile - 1"),
+    ("wkv6_tiles_backward.h", "gradient.scale_keys"),
+    ("wkv6_tiles_backward.h", "value_gradients(p"),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("file", "after"), BARRIERS, ids="-".join)
+def test_host_run_notices_a_missing_barrier(file: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sources = tmp_path / "cuda"
+    shutil.copytree(build.SOURCES, sources)
+    source = (sources / file).read_text()
+    whole = f"        barrier();\n        {after}"
+    assert source.count(whole) == 1
+    (sources / file).write_text(source.replace(whole, f"        {after}"))
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "CACHE", tmp_path / "build")
+    program = build.compiled(build.host_run())
+    inputs = random_inputs(1, 40, 1, 64, BFLOAT16)
+    results = []
+    for order in (0, 1, 2):
+        host = HostRun(program, tmp_path, "steps" if "steps" in file else "tiles", order)
+        results.append(run(host, inputs))
+    assert any(not torch.equal(x, other[name]) for other in results[1:] for name, x in results[0].items())

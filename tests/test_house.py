@@ -12,9 +12,9 @@ PACKAGE = ROOT / "src" / "rwkv_speech"
 
 # From the ground up: a module may import only modules that stand before it.
 ORDER = """
-    errors files ops ops.wkv6_ref ops.wkv6_chunked ops.wkv6 audio text metrics losses optim splice adapter encoder
-    tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm data data.sources data.huggingface data.dataset
-    data.samplers data.loader data.synth evaluation config export lightning_module
+    errors files ops ops.build ops.native ops.wkv6_ref ops.wkv6_chunked ops.wkv6 audio text metrics losses optim splice
+    adapter encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm data data.sources data.huggingface
+    data.dataset data.samplers data.loader data.synth evaluation config export lightning_module
     tiny.corpus tiny.voices tiny.augment tiny.speech_pool tiny.phone_prompts tiny.make_corpus tiny.pretrain_encoder
     tiny.pretrain_lm
 """.split()

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 _CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
 _HOST_RUN_FLAGS = ["-O1", "-g", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-_NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "--warn-on-spills", "-cudart", "static"]
+_NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "--warn-on-spills", "-cudart", "static", "--threads", "0"]
 # One kernel source for all, so that the best one can be chosen when it runs.
 _ISA_FLAGS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "plain": []}
 
@@ -130,7 +131,7 @@ def _run_ninja(target: Target, folder: Path) -> Path:
 
     pending = f"{target.steps[-1].output}.pending"
     with (folder / "build.ninja").open("w") as file:
-        writer = ninja.ninja_syntax.Writer(file)
+        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
         for number, step in enumerate(target.steps):
             last = number == len(target.steps) - 1
             writer.rule(f"step{number}", " ".join([*map(_quoted, step.command), "$in", "-o", "$out"]))
@@ -142,7 +143,8 @@ def _run_ninja(target: Target, folder: Path) -> Path:
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise UserError(
-            f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or {_REMEDY}\n{tail}"
+            f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
+            f"{_REMEDY}\n{tail}"
         )
     return folder / pending
 

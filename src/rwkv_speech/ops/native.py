@@ -188,7 +188,7 @@ class _Library:
         return dr, dk, dv, dw.to(w.dtype), du.sum(0).to(u.dtype) if need_du else du.to(u.dtype), dstate
 
     def step(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        arguments = _Arguments(*(x[:, None] for x in (r, k, v, w)), u, state, None)
+        arguments = _Arguments(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
         y = r.new_empty(r.shape)
         arguments.problem.y = _tokens(y[:, None])
         self._run("step", arguments.problem, r.device)
@@ -243,5 +243,6 @@ def _cpu() -> Kernels | None:
     try:
         return _CpuLibrary(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
     except UserError as error:
-        warnings.warn(f"{error} to be rid of this warning; it serves now, slower", stacklevel=2)
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{reason}; until then the PyTorch form serves, slower", stacklevel=2)
         return None

@@ -188,7 +188,7 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     """
     if r.dim() != 3:
         raise ValueError(f"wkv6_step: r must be (B, H, N), found {tuple(r.shape)}")
-    _check(*(x[:, None] for x in (r, k, v, w)), u, state, None)
+    _check(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"wkv6_step: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
@@ -200,7 +200,7 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
 def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
     if kernels := native.kernels_for(r):
         return kernels.step(r, k, v, w, u, state)
-    tokens = wkv6_chunked.Inputs(*(x[:, None] for x in (r, k, v, w)), u, state)
+    tokens = wkv6_chunked.Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
     y, last = wkv6_chunked.forward(tokens, wkv6_chunked.plan_dense(len(r), 1))
     state.copy_(last)
     return y[:, 0]
