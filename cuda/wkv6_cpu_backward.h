@@ -30,9 +30,9 @@ struct alignas(64) Kept {
     Update<N> update;
 };
 
-// Chunks whose states are kept at a time: 512 KiB of them, which many second-level caches hold.
+// How many chunks are kept at a time: as many as common second-level caches hold.
 template <int N>
-constexpr int SEGMENT = (1 << 17) / (N * N);
+constexpr int SEGMENT = (900 << 10) / sizeof(Kept<N>);
 
 // to = from diag(D) + b^T a for the keys of the panel that starts at `key`; may be in place.
 template <int N>
@@ -69,21 +69,20 @@ void sweep(const Wkv6Problem& p, const Span& segment, int64_t head, const float*
 // g.v_j = sum over i >= j of s_ij dy_i; scores become dy_i . v_j.
 template <int N>
 void mix_back(float* scores, const Rows<N>& v, Gradients<N>& g) {
-    constexpr int GROUP = N / LANES < 4 ? N / LANES : 4;
     Vec parts[PADDED_PAIRS] = {};
-    for (int n = 0; n < N; n += GROUP * LANES)
+    for (int n = 0; n < N; n += GROUP<N> * LANES)
         for (int j = 0; j < C; j++) {
-            Vec sum[GROUP] = {};
+            Vec sum[GROUP<N>] = {};
             for (int i = j; i < C; i++) {
                 Vec part = parts[pair(i, j)];
-                for (int x = 0; x < GROUP; x++) {
+                for (int x = 0; x < GROUP<N>; x++) {
                     Vec dy = load(g.dy[i] + n + x * LANES);
                     sum[x] += scores[pair(i, j)] * dy;
                     part += dy * load(v[j] + n + x * LANES);
                 }
                 parts[pair(i, j)] = part;
             }
-            for (int x = 0; x < GROUP; x++) store(g.v[j] + n + x * LANES, sum[x]);
+            for (int x = 0; x < GROUP<N>; x++) store(g.v[j] + n + x * LANES, sum[x]);
         }
     for (int i = 0; i < PAIRS; i += LANES) store(scores + i, sums(parts + i));
 }

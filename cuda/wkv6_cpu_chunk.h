@@ -27,6 +27,10 @@ constexpr int ROWS = 8;  // of a tile in registers, of which there are 32
 constexpr int ROWS = 4;
 #endif
 
+// Vectors of a row that are taken together when scores are summed.
+template <int N>
+constexpr int GROUP = N / LANES < 4 ? N / LANES : 4;
+
 // Where token i's pair with token j <= i lies.
 constexpr int pair(int i, int j) { return i * (i + 1) / 2 + j; }
 
@@ -202,14 +206,13 @@ void read_query(const Wkv6Problem& p, const Place& at, const Update<N>& update, 
 // s_ij of all pairs j <= i.
 template <int N>
 void score(const Query<N>& query, const Update<N>& update, const float* u, float* scores) {
-    constexpr int GROUP = N / LANES < 4 ? N / LANES : 4;
     Vec parts[PADDED_PAIRS] = {};
-    for (int n = 0; n < N; n += GROUP * LANES)
+    for (int n = 0; n < N; n += GROUP<N> * LANES)
         WKV6_UNROLL
         for (int j = 0; j < C; j++) {
-            Vec k[GROUP];
+            Vec k[GROUP<N>];
             Vec sum = parts[pair(j, j)];
-            for (int x = 0; x < GROUP; x++) {
+            for (int x = 0; x < GROUP<N>; x++) {
                 k[x] = load(update.k[j] + n + x * LANES);
                 sum += load(u + n + x * LANES) * k[x] * load(query.r[j] + n + x * LANES);
             }
@@ -217,7 +220,7 @@ void score(const Query<N>& query, const Update<N>& update, const float* u, float
             WKV6_UNROLL
             for (int i = j + 1; i < C; i++) {
                 sum = parts[pair(i, j)];
-                for (int x = 0; x < GROUP; x++) {
+                for (int x = 0; x < GROUP<N>; x++) {
                     sum += load(query.r[i] + n + x * LANES) * k[x];
                     k[x] *= load(update.d[i] + n + x * LANES);
                 }

@@ -120,7 +120,7 @@ _REMEDY = "choose the PyTorch form with --wkv6 torch"
 def _key(target: Target) -> str:
     digest = hashlib.sha256(subprocess.run([target.tool, "--version"], capture_output=True, check=True).stdout)
     digest.update(repr(target.steps).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
