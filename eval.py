@@ -11,6 +11,7 @@ from rwkv_speech.config import EvalConfig, exit_code, parse
 from rwkv_speech.data.dataset import BadFileLog
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.evaluation import evaluate
+from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
 
 
@@ -18,6 +19,7 @@ def score_all(config: EvalConfig) -> None:
     """Print and write the scores of each data set in --eval_data."""
     specs = [spec for spec in config.eval_data.split(",") if spec]
     sources = [open_source(spec, audio_column=config.audio_column, text_column=config.text_column) for spec in specs]
+    native.choose(config.wkv6)
     device = config.torch_device()
     if config.untrained:
         torch.manual_seed(config.seed)

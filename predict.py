@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import PredictConfig, exit_code, parse
 from rwkv_speech.errors import UserError
+from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
 
 
@@ -17,6 +18,7 @@ def predict(config: PredictConfig) -> None:
     files = [name for name in config.file_path.split(",") if name]
     if not files:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
+    native.choose(config.wkv6)
     path = config.checkpoint or config.proj_dir
     model = SpeechLM.from_pretrained(path, config.parts(), config.lm_dtype(), config.torch_device())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)

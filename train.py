@@ -11,6 +11,7 @@ from rwkv_speech.config import TrainConfig, exit_code, parse
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
+from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
 
 
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> None:
         for name, spec in specs.items()
         if spec
     }
+    native.choose(config.wkv6)
     pl.seed_everything(config.seed, verbose=False)
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)

@@ -1,104 +1,53 @@
-"""The portable WKV-6 against its definition in float64: every output, all six gradients, always a non-zero state."""
+"""Every form of WKV-6 against its definition in float64: every output, all six gradients, always a non-zero state."""
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from assertions import assert_rms_close
 from torch import Tensor
+from wkv6_cases import DW_TOLERANCES, NAMES, PACKED, RESULTS, TOLERANCES, compare, random_inputs, run
 
-from rwkv_speech.ops import wkv6_chunked
-from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward
+from rwkv_speech.ops import native, wkv6_chunked
+from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward, wkv6_step
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
-NAMES = ("r", "k", "v", "w", "u", "state")
-RESULTS = ("y", "state_out", *(f"d{name}" for name in NAMES))
-# One rounding of the result to bfloat16 is 1.7e-3.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-4, torch.bfloat16: 1.9e-3}
-DW_TOLERANCES = TOLERANCES | {torch.float16: 5e-4, torch.bfloat16: 3e-3}
-PACKED = [0, 0, 1, 41, 41, 58, 122, 123, 125, 125]
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.requires_cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
-    ),
+GPU = [pytest.mark.requires_cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+TARGETS = [
+    ("cpu", "auto"),
+    ("cpu", "torch"),
+    *(pytest.param(("cuda", form), marks=GPU) for form in ("torch", "steps", "tiles")),
 ]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=TARGETS, ids="-".join)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every form of the operator on every device that has it."""
+    device, form = request.param
+    native.choose(form)
+    yield device
+    native.choose("auto")
 
 
-def random_inputs(
-    B: int,
-    T: int,
-    H: int,
-    N: int,
-    dtype: torch.dtype = torch.float64,
-    *,
-    sequences: int | None = None,
-    device: str = "cpu",
-    decay: tuple[float, float] = (-1.5, 1.5),
-) -> list[Tensor]:
-    """r, k, v, w, u and a non-zero state; the raw decay has this mean and deviation and is at most 8."""
-    generator = torch.Generator().manual_seed(1000 * T + 10 * B + H)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    r, k, v = (normal(B, T, H, N) for _ in range(3))
-    w = (decay[0] + decay[1] * normal(B, T, H, N)).clamp(max=max(8.0, decay[0]))
-    inputs = [r, k, v, w, normal(H, N), normal(sequences or B, H, N, N)]
-    return [x.to(device, torch.float32 if x is inputs[5] and dtype != torch.float64 else dtype) for x in inputs]
-
-
-def run(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], cu_seqlens: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Outputs and gradients for the same gradients of both outputs, whatever the type of the inputs."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outputs = op(*inputs, cu_seqlens=cu_seqlens)
-    generator = torch.Generator().manual_seed(5)
-    # Rounded to bfloat16, every type holds the same numbers.
-    upstream = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
-    # With no tokens the definition's y depends on nothing.
-    pairs = [(x, g) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
-    gradients = torch.autograd.grad(
-        [x for x, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(RESULTS, (*outputs, *gradients), strict=True))
-
-
-def compare(inputs: list[Tensor], bounds: list[int] | None = None, dtype: torch.dtype | None = None) -> None:
-    """`wkv6` on these inputs against the definition on the same numbers in float64."""
-    dtype = dtype or inputs[0].dtype
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, device=inputs[0].device)
-    got = run(wkv6, inputs, cu_seqlens)
-    want = run(wkv6_ref, [x.double() for x in inputs], cu_seqlens)
-    for name in RESULTS:
-        in_float32 = dtype != torch.float64 and name in ("state_out", "dstate")
-        assert got[name].dtype == (torch.float32 if in_float32 else dtype), name
-        tolerances = DW_TOLERANCES if name == "dw" else TOLERANCES
-        assert_rms_close(name, got[name], want[name], tolerances[torch.float32 if in_float32 else dtype])
+def check(inputs: list[Tensor], bounds: list[int] | None = None) -> None:
+    compare(wkv6, inputs, bounds, form=native.chosen())
 
 
 @pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 63, 64, 100, 257])
 def test_wkv6_equals_reference(T: int, device: str):
     for B, H in itertools.product((1, 3), (1, 5)):
-        compare(random_inputs(B, T, H, 32, device=device))
-        compare(random_inputs(B, T, H, 32, torch.float32, device=device))
+        check(random_inputs(B, T, H, 32, device=device))
+        check(random_inputs(B, T, H, 32, torch.float32, device=device))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("N", [32, 64, 128])
 def test_wkv6_equals_reference_in_each_type_and_head_size(N: int, dtype: torch.dtype, device: str):
-    compare(random_inputs(2, 50, 2, N, dtype, device=device))
+    check(random_inputs(2, 50, 2, N, dtype, device=device))
 
 
 def test_wkv6_takes_a_float32_decay_beside_bfloat16(device: str):
@@ -114,7 +63,7 @@ def test_wkv6_takes_a_float32_decay_beside_bfloat16(device: str):
 @pytest.mark.parametrize("bounds", [PACKED, [0, 1], [0, 0, 0], [0, 33, 34, 35], [0, 64, 128]], ids=str)
 def test_wkv6_packed_equals_reference(bounds: list[int], dtype: torch.dtype, device: str):
     S = len(bounds) - 1
-    compare(random_inputs(1, bounds[-1], 3, 32, dtype, sequences=S, device=device), bounds)
+    check(random_inputs(1, bounds[-1], 3, 32, dtype, sequences=S, device=device), bounds)
 
 
 def test_wkv6_packed_equals_separate_sequences(device: str):
@@ -129,8 +78,8 @@ def test_wkv6_packed_equals_separate_sequences(device: str):
 @pytest.mark.parametrize("group", [1, 2 * 64 * 32 * 2])
 def test_wkv6_equals_reference_for_heads_in_groups(group: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wkv6_chunked, "_GROUP", group)
-    compare(random_inputs(2, 50, 5, 32, torch.float32))
-    compare(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)
+    check(random_inputs(2, 50, 5, 32, torch.float32))
+    check(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)
 
 
 def test_wkv6_packed_sequences_do_not_see_each_other():
@@ -146,8 +95,8 @@ def test_wkv6_packed_sequences_do_not_see_each_other():
 @pytest.mark.parametrize("decay", [(1.0, 3.0), (8.0, 0.0), (-20.0, 1.0), (0.0, 20.0)], ids=str)
 def test_wkv6_stays_exact_for_any_decay(decay: tuple[float, float], device: str):
     for T in (1, 17, 100):
-        compare(random_inputs(2, T, 2, 32, torch.float32, device=device, decay=decay))
-    compare(random_inputs(1, PACKED[-1], 2, 32, torch.float32, sequences=9, device=device, decay=decay), PACKED)
+        check(random_inputs(2, T, 2, 32, torch.float32, device=device, decay=decay))
+    check(random_inputs(1, PACKED[-1], 2, 32, torch.float32, sequences=9, device=device, decay=decay), PACKED)
 
 
 @pytest.mark.parametrize("raw", [50.0, 100.0, torch.inf])
@@ -260,7 +209,7 @@ def test_wkv6_trains_after_inference_mode():
     inputs = random_inputs(1, 40, 2, 32, sequences=2)
     with torch.inference_mode():
         wkv6(*inputs, torch.tensor([0, 18, 40]))
-    compare(inputs, [0, 18, 40])
+    check(inputs, [0, 18, 40])
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 3, 9]], ids=["dense", "packed"])
@@ -270,7 +219,8 @@ def test_wkv6_passes_opcheck(bounds: list[int] | None):
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     torch.library.opcheck(wkv6_forward, (*(x.clone().requires_grad_() for x in inputs), cu_seqlens))
     upstream = [torch.randn_like(inputs[0]), torch.randn_like(inputs[5])]
-    torch.library.opcheck(wkv6_backward, (*upstream, *inputs, cu_seqlens))
+    for need_du in (True, False):
+        torch.library.opcheck(wkv6_backward, (*upstream, *inputs, cu_seqlens, need_du))
 
 
 @pytest.mark.parametrize("op", [wkv6, wkv6_ref])
@@ -287,6 +237,53 @@ def test_wkv6_double_backward_raises():
     (gradient,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="wkv6_backward"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("N", [32, 64, 128])
+def test_wkv6_step_equals_reference_in_place(N: int, dtype: torch.dtype, device: str):
+    inputs = random_inputs(5, 1, 3, N, dtype, device=device)
+    want_y, want_state = wkv6_ref(*(x.double() for x in inputs))
+    *tokens, u, state = inputs
+    y = wkv6_step(*(x[:, 0] for x in tokens), u, state)
+    assert_rms_close("y", y, want_y[:, 0], TOLERANCES[dtype])
+    assert_rms_close("state", state, want_state, TOLERANCES[state.dtype])
+
+
+def test_wkv6_step_refuses_a_state_that_it_could_not_update():
+    *tokens, u, state = random_inputs(2, 1, 3, 4, torch.float32)
+    tokens = [x[:, 0] for x in tokens]
+    for bad in (state.bfloat16(), state.transpose(2, 3)):
+        with pytest.raises(ValueError, match=r"wkv6_step: state must be dense torch\.float32"):
+            wkv6_step(*tokens, u, bad)
+    with pytest.raises(ValueError, match=r"wkv6_step: r must be \(B, H, N\)"):
+        wkv6_step(tokens[0][:, None], *tokens[1:], u, state)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("form", ["steps", "tiles"])
+def test_wkv6_in_a_cuda_graph_and_on_another_stream(form: str):
+    native.choose(form)
+    try:
+        inputs = random_inputs(4, 50, 3, 64, torch.bfloat16, device="cuda")
+        *tokens, u, state = random_inputs(4, 1, 3, 64, torch.bfloat16, device="cuda")
+        tokens = [x[:, 0] for x in tokens]
+        want, stepped = wkv6(*inputs), state.clone()
+        want_step = wkv6_step(*tokens, u, stepped)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        replayed = state.clone()
+        with torch.cuda.graph(graph, stream=stream):
+            got = wkv6(*inputs)
+            got_step = wkv6_step(*tokens, u, replayed)
+        replayed.copy_(state)
+        graph.replay()
+        torch.cuda.synchronize()
+        for x, y in zip((*got, got_step, replayed), (*want, want_step, stepped), strict=True):
+            assert torch.equal(x, y)
+    finally:
+        native.choose("auto")
 
 
 @pytest.mark.parametrize("name", NAMES)

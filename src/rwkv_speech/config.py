@@ -13,6 +13,7 @@ import torch
 
 from rwkv_speech.data.sources import ACCEPTED_FORMS
 from rwkv_speech.errors import UserError
+from rwkv_speech.ops.native import FORMS
 from rwkv_speech.optim import SCHEDULES
 from rwkv_speech.speech_lm import Parts
 from rwkv_speech.text import LABEL_MODES
@@ -46,6 +47,12 @@ class ModelConfig:
     device: str = flag("auto", "auto, cpu, cuda, or the number of GPUs")
     precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
     micro_bsz: int = flag(4, "utterances per device and step")
+    wkv6: str = flag(
+        "auto",
+        "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also\n"
+        "steps (first generation, what auto takes) and tiles (second, tensor cores)",
+        FORMS,
+    )
 
     def parts(self, task: str = "asr") -> Parts:
         """The flags that choose and shape the model's parts."""

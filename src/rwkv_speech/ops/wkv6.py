@@ -1,7 +1,6 @@
 """The public WKV-6 operator and its registration with PyTorch.
 
-A native kernel plugs in here: `wkv6_forward.register_kernel("cuda")` and the same of `wkv6_backward` (or "cpu")
-replace the portable form for that device; checks, gradients and fake tensors stay as they are.
+Native kernels (native.py) serve float32, bfloat16 and float16 on CPUs and GPUs, the chunked PyTorch form the rest.
 """
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_speech.ops import wkv6_chunked
+from rwkv_speech.ops import native, wkv6_chunked
 
 
 def wkv6(
@@ -30,7 +29,8 @@ def wkv6(
     Returns y (B, T, H, N) in r's type and the last state in float32 (float64 for float64 inputs).
     Packed: with `cu_seqlens` (S + 1,), B = 1, state (S, H, N, N); sequence s is tokens cu_seqlens[s] to
     cu_seqlens[s + 1].
-    Gradients reach all six tensors. Raises ValueError for shapes that do not fit. T may be 0.
+    Gradients reach all six tensors. Raises ValueError for shapes that do not fit. T may be 0. The values in
+    `cu_seqlens` are checked on a CPU; on a GPU, where that would wait for the device, wrong ones give wrong numbers.
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
     """
     _check(r, k, v, w, u, state, cu_seqlens)
@@ -67,16 +67,30 @@ def _check(
             raise ValueError(f"wkv6: {name} must be on r's device {r.device}, found {x.device}")
 
 
+def _bounds(r: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
+    """The numbers in `cu_seqlens`; raises ValueError unless they rise from 0 to T."""
+    if cu_seqlens is None:
+        return None
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != r.shape[1] or bounds != sorted(bounds):
+        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {r.shape[1]}, found {bounds}")
+    return bounds
+
+
+def _native(r: Tensor, cu_seqlens: Tensor | None) -> native.Kernels | None:
+    kernels = native.kernels_for(r)
+    if kernels is not None and r.device.type == "cpu":
+        _bounds(r, cu_seqlens)
+    return kernels
+
+
 def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:
     """How the portable form walks over the tokens; None if there are none."""
-    B, T = r.shape[:2]
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    if bounds is not None and (bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds)):
-        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {T}, found {bounds}")
+    bounds = _bounds(r, cu_seqlens)
     if r.numel() == 0:
         return None
     if bounds is None:
-        return wkv6_chunked.plan_dense(B, T)
+        return wkv6_chunked.plan_dense(*r.shape[:2])
     return wkv6_chunked.plan_packed(tuple(b - a for a, b in itertools.pairwise(bounds)), r.device)
 
 
@@ -84,7 +98,9 @@ def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:
 def wkv6_forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Portable forward: chunks in PyTorch."""
+    """The operator on checked arguments; `state` is the type of all sums."""
+    if kernels := _native(r, cu_seqlens):
+        return kernels.forward(r, k, v, w, u, state, cu_seqlens)
     plan = _plan(r, cu_seqlens)
     if plan is None:
         return r.new_empty(r.shape), state.clone()
@@ -109,8 +125,26 @@ def wkv6_backward(
     u: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    need_du: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Portable backward: the gradients of r, k, v, w, u and state."""
+    """The gradients of r, k, v, w, u (empty unless needed: it is a sum over all tokens) and state."""
+    if kernels := _native(r, cu_seqlens):
+        return kernels.backward(dy, dstate, r, k, v, w, u, state, cu_seqlens, need_du)
+    gradients = _portable_backward(dy, dstate, r, k, v, w, u, state, cu_seqlens)
+    return gradients if need_du else (*gradients[:4], u.new_empty(0), gradients[5])
+
+
+def _portable_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(r, cu_seqlens)
     if plan is None:
         return *(x.new_zeros(x.shape) for x in (r, k, v, w, u)), dstate.to(state.dtype, copy=True)  # type: ignore[return-value]
@@ -128,8 +162,10 @@ def _(
     u: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    need_du: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))  # type: ignore[return-value]
+    du = u.new_empty(u.shape if need_du else (0,))
+    return *(x.new_empty(x.shape) for x in (r, k, v, w)), du, state.new_empty(state.shape)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,8 +173,39 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Ten
 
 
 def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    grads = wkv6_backward(dy, dstate, *ctx.saved_tensors)
+    grads = wkv6_backward(dy, dstate, *ctx.saved_tensors, ctx.needs_input_grad[4])
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
 wkv6_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+    """One token of each of B slots, for decoding: y (B, H, N); `state` (B, H, N, N) float32 is updated in place.
+
+    r, k, v, w (B, H, N), u (H, N). No gradients. Raises ValueError for shapes that do not fit, and for a state that
+    is not dense float32 (float64 for float64 inputs).
+    """
+    if r.dim() != 3:
+        raise ValueError(f"wkv6_step: r must be (B, H, N), found {tuple(r.shape)}")
+    _check(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    if state.dtype != dtype or not state.is_contiguous():
+        raise ValueError(f"wkv6_step: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
+    y: Tensor = _wkv6_step(r, k, v, w, u, state)
+    return y
+
+
+@torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
+def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+    if kernels := native.kernels_for(r):
+        return kernels.step(r, k, v, w, u, state)
+    tokens = wkv6_chunked.Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
+    y, last = wkv6_chunked.forward(tokens, wkv6_chunked.plan_dense(len(r), 1))
+    state.copy_(last)
+    return y[:, 0]
+
+
+@_wkv6_step.register_fake
+def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+    return r.new_empty(r.shape)

@@ -1,0 +1,67 @@
+"""Other implementations of WKV-6 that ours is measured against, called as they are installed."""
+
+# B batch · T time · H heads · N head size
+
+import ast
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pip_rwkv() -> Callable[[list[Tensor]], Tensor]:
+    """The recurrence over a prompt as pip `rwkv` runs it: the loop over tokens, cut out of the installed source.
+
+    Takes r, k, v, w (1, T, H, N), u (H, N), state (1, H, N, N), all float32; gives y (T, H, N).
+    """
+    os.environ.setdefault("RWKV_JIT_ON", "0")
+    os.environ.setdefault("RWKV_CUDA_ON", "0")
+    os.environ.setdefault("RWKV_V7_ON", "0")
+    spec = importlib.util.find_spec("rwkv")
+    assert spec is not None and spec.origin is not None, "pip install -r requirements.txt"
+    path = Path(spec.origin).parent / "model.py"
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    whole = next(node for node in functions if node.name == "att_seq_v6_0")
+    loop = next(node for node in whole.body if isinstance(node, ast.For))
+    code = compile(ast.Module([loop], []), str(path), "exec")
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        r, k, v, w, u, state = inputs
+        T, H, N = r.shape[1:]
+        names: dict[str, Any] = {
+            "r": r[0].transpose(0, 1),
+            "k": k[0].permute(1, 2, 0),
+            "v": v[0].transpose(0, 1),
+            "w": torch.exp(-torch.exp(w[0])).view(T, H, N, 1),
+            "t_first": u.view(H, N, 1),
+            "s": state[0].transpose(1, 2),
+            "T": T,
+            "out": torch.empty(T, H, N),
+            "matmul": torch.matmul,  # what its own `matmul` comes down to in float32
+        }
+        exec(code, names)
+        out: Tensor = names["out"]
+        return out
+
+    return run
+
+
+def flash_linear_attention() -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
+    """`chunk_rwkv6` of flash-linear-attention, taking and giving what `wkv6` does; None if it is not installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    from fla.ops.rwkv6 import chunk_rwkv6
+
+    def run(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        r, k, v, w, u, state = inputs
+        # Its state is [key, value], its w the log decay, its scale not 1 by default.
+        y, last = chunk_rwkv6(
+            r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state.transpose(2, 3), output_final_state=True
+        )
+        return y, last.transpose(2, 3)
+
+    return run

@@ -1,0 +1,142 @@
+// Runs the CUDA kernels' source on the CPU: cases from one file, results to another (tests/test_cuda_source.py).
+//
+//     host_run CASES RESULTS
+//
+// A case is a row of 64-bit integers, {pass, generation, order, batch, tokens, heads, head size, sequences, type,
+// decay type, bonus type, packed, then for r k v w dy: elements, strides of batch, time, head}, then the bytes of
+// bounds (if packed), u, r, k, v, w, state and, backwards, dy, dlast. Results are the tensors of the pass in the order
+// of Wkv6Problem, without padding. Every array has memory of its own, so that the sanitizer sees any step beside it.
+
+#include <string>
+
+#include "launch.h"
+
+namespace {
+
+struct Header {
+    int64_t pass, generation, order, batch, tokens, heads, head_size, sequences, type, decay_type, bonus_type, packed;
+    int64_t rows[5][4];
+};
+
+FILE* cases;
+FILE* results;
+
+int64_t size_of(int64_t type) { return type == WKV6_FLOAT32 ? 4 : 2; }
+
+struct Array {
+    char* data;
+    size_t bytes;
+
+    explicit Array(size_t size) : data(static_cast<char*>(malloc(size))), bytes(size) { memset(data, 0xff, size); }
+    Array(const Array&) = delete;
+    ~Array() { free(data); }
+
+    void read() {
+        if (fread(data, 1, bytes, cases) != bytes) {
+            fprintf(stderr, "host run: the file of cases ends too early\n");
+            exit(2);
+        }
+    }
+
+    void write() const { fwrite(data, 1, bytes, results); }
+};
+
+struct Case {
+    const Header& h;
+    Wkv6Problem p = {};
+    int64_t tokens, state;
+
+    explicit Case(const Header& header) : h(header) {
+        p.batch = h.batch, p.tokens = h.tokens, p.heads = h.heads, p.head_size = h.head_size;
+        p.sequences = h.sequences, p.type = static_cast<int32_t>(h.type);
+        p.decay_type = static_cast<int32_t>(h.decay_type), p.bonus_type = static_cast<int32_t>(h.bonus_type);
+        p.need_du = 1;
+        tokens = h.batch * h.tokens * h.heads * h.head_size;
+        state = 4 * h.sequences * h.heads * h.head_size * h.head_size;
+    }
+
+    Wkv6Tokens strided(Array& x, int which) const {
+        return {x.data, h.rows[which][1], h.rows[which][2], h.rows[which][3]};
+    }
+
+    Wkv6Tokens dense(Array& x) const {
+        return {x.data, h.tokens * h.heads * h.head_size, h.heads * h.head_size, h.head_size};
+    }
+
+    Wkv6State states(Array& x) const {
+        const int64_t matrix = h.head_size * h.head_size;
+        return {reinterpret_cast<float*>(x.data), h.heads * matrix, matrix};
+    }
+
+    int forward() {
+        Array y(tokens * size_of(h.type)), last(state);
+        p.y = dense(y), p.last = states(last);
+        const int code = run(Pass::forward, p, static_cast<int>(h.generation), nullptr);
+        y.write();
+        last.write();
+        return code;
+    }
+
+    int step(const Array& in_place) {
+        Array y(tokens * size_of(h.type));
+        p.y = dense(y);
+        const int code = run(Pass::step, p, static_cast<int>(h.generation), nullptr);
+        y.write();
+        in_place.write();
+        return code;
+    }
+
+    int backward() {
+        Array dy(h.rows[4][0] * size_of(h.type)), dlast(state);
+        dy.read();
+        dlast.read();
+        const size_t size = tokens * size_of(h.type);
+        Array dr(size), dk(size), dv(size), dw(tokens * size_of(h.decay_type)), dstate(state);
+        Array du(4 * h.sequences * h.heads * h.head_size);
+        Array scratch(scratch_bytes(p, static_cast<int>(h.generation)));
+        p.dy = strided(dy, 4), p.dlast = states(dlast), p.dr = dense(dr), p.dk = dense(dk), p.dv = dense(dv);
+        p.dw = dense(dw), p.du = reinterpret_cast<float*>(du.data), p.dstate = states(dstate);
+        p.scratch = scratch.data;
+        const int code = run(Pass::backward, p, static_cast<int>(h.generation), nullptr);
+        for (const Array* x : {&dr, &dk, &dv, &dw, &du, &dstate}) {
+            x->write();
+        }
+        return code;
+    }
+};
+
+int run_case(const Header& h) {
+    Case c(h);
+    Array bounds(h.packed ? 8 * (h.sequences + 1) : 1), u(h.heads * h.head_size * size_of(h.bonus_type));
+    Array r(h.rows[0][0] * size_of(h.type)), k(h.rows[1][0] * size_of(h.type)), v(h.rows[2][0] * size_of(h.type));
+    Array w(h.rows[3][0] * size_of(h.decay_type)), state(c.state);
+    if (h.packed) {
+        bounds.read();
+        c.p.bounds = reinterpret_cast<const int64_t*>(bounds.data);
+    }
+    for (Array* x : {&u, &r, &k, &v, &w, &state}) {
+        x->read();
+    }
+    c.p.u = u.data;
+    c.p.r = c.strided(r, 0), c.p.k = c.strided(k, 1), c.p.v = c.strided(v, 2), c.p.w = c.strided(w, 3);
+    c.p.state = c.states(state);
+    host::order = static_cast<int>(h.order);
+    return h.pass == 0 ? c.forward() : h.pass == 1 ? c.backward() : c.step(state);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 3 || !(cases = fopen(argv[1], "rb")) || !(results = fopen(argv[2], "wb"))) {
+        fprintf(stderr, "usage: host_run CASES RESULTS\n");
+        return 2;
+    }
+    Header header;
+    for (int64_t number = 0; fread(&header, sizeof header, 1, cases) == 1; number++) {
+        if (const int code = run_case(header)) {
+            fprintf(stderr, "host run: case %lld ended with code %d\n", static_cast<long long>(number), code);
+            return 1;
+        }
+    }
+    return fclose(results) == 0 ? 0 : 1;
+}

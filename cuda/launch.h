@@ -1,0 +1,109 @@
+// The C functions of the library: which kernel, how many blocks, how much shared memory.
+
+#pragma once
+
+#include "wkv6_steps_backward.h"
+#include "wkv6_tiles_backward.h"
+#include "wkv6_tiles_forward.h"
+
+enum Wkv6Generation { WKV6_STEPS = 1, WKV6_TILES = 2 };
+
+constexpr int kUnsupported = -1;
+constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
+
+inline bool has_tiles(const Wkv6Problem& p, int generation) {
+    return generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV6_FLOAT32;
+}
+
+template <int N, class In>
+int forward_steps(const Wkv6Problem& p, Stream stream) {
+    return launch(steps::forward<N, In, false>, p.sequences * p.heads * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
+                  sizeof(steps::ForwardShared<N>), stream, p);
+}
+
+template <int N, class In>
+int backward_steps(const Wkv6Problem& p, Stream stream) {
+    const int64_t blocks = p.sequences * p.heads;
+    const int error = launch(steps::forward<N, In, true>, blocks * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
+                             sizeof(steps::ForwardShared<N>), stream, p);
+    return error ? error
+                 : launch(steps::backward<N, In>, blocks, steps::Shape<N>::kThreads,
+                          sizeof(steps::BackwardShared<N>), stream, p);
+}
+
+template <int N, class In>
+int decode_step(const Wkv6Problem& p, Stream stream) {
+    return launch(steps::decode<N, In>, p.sequences * p.heads * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
+                  sizeof(steps::ForwardShared<N>), stream, p);
+}
+
+template <class In>
+int forward_tiles(const Wkv6Problem& p, Stream stream) {
+    const int64_t blocks = p.sequences * p.heads;
+    const int shared = sizeof(tiles::ForwardShared<In>);
+    return blocks < kFewBlocks ? launch(tiles::forward<In, 2, false>, 2 * blocks, 64, shared, stream, p)
+                               : launch(tiles::forward<In, 4, false>, blocks, 128, shared, stream, p);
+}
+
+template <class In>
+int backward_tiles(const Wkv6Problem& p, Stream stream) {
+    const int64_t blocks = p.sequences * p.heads;
+    const int error =
+        launch(tiles::forward<In, 4, true>, blocks, 128, sizeof(tiles::ForwardShared<In>), stream, p);
+    return error ? error
+                 : launch(tiles::backward<In>, blocks, tiles::kThreads, sizeof(tiles::BackwardShared<In>), stream, p);
+}
+
+enum class Pass { forward, backward, step };
+
+template <int N, class In>
+int run_steps(Pass pass, const Wkv6Problem& p, Stream stream) {
+    switch (pass) {
+        case Pass::forward:
+            return forward_steps<N, In>(p, stream);
+        case Pass::backward:
+            return backward_steps<N, In>(p, stream);
+        default:
+            return decode_step<N, In>(p, stream);
+    }
+}
+
+template <class In>
+int run_head_size(Pass pass, const Wkv6Problem& p, Stream stream) {
+    switch (p.head_size) {
+        case 32:
+            return run_steps<32, In>(pass, p, stream);
+        case 64:
+            return run_steps<64, In>(pass, p, stream);
+        case 128:
+            return run_steps<128, In>(pass, p, stream);
+        default:
+            return kUnsupported;
+    }
+}
+
+template <class In>
+int run_tiles(Pass pass, const Wkv6Problem& p, Stream stream) {
+    return pass == Pass::forward ? forward_tiles<In>(p, stream) : backward_tiles<In>(p, stream);
+}
+
+inline int run(Pass pass, const Wkv6Problem& p, int generation, Stream stream) {
+    const bool with_tiles = has_tiles(p, generation) && pass != Pass::step;
+    switch (p.type) {
+        case WKV6_FLOAT32:
+            return run_head_size<float>(pass, p, stream);
+        case WKV6_BFLOAT16:
+            return with_tiles ? run_tiles<Bfloat16>(pass, p, stream) : run_head_size<Bfloat16>(pass, p, stream);
+        case WKV6_FLOAT16:
+            return with_tiles ? run_tiles<Float16>(pass, p, stream) : run_head_size<Float16>(pass, p, stream);
+        default:
+            return kUnsupported;
+    }
+}
+
+// Bytes of `scratch` for the backward pass: the states before all tiles.
+inline int64_t scratch_bytes(const Wkv6Problem& p, int generation) {
+    const int64_t state = has_tiles(p, generation) ? static_cast<int64_t>(sizeof(tiles::KeptState))
+                                                   : p.head_size * p.head_size * static_cast<int64_t>(sizeof(float));
+    return tiles_of(p) * p.heads * state;
+}

@@ -1,0 +1,120 @@
+// The C interface of the CPU kernels: which instruction set this processor has, and heads over threads.
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "wkv6_cpu_kernel.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+using wkv6_cpu::Kernels;
+using wkv6_cpu::span_of;
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                __builtin_cpu_supports("bmi2");
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+    if (avx2 && avx512) return wkv6_cpu::avx512;
+    if (avx2) return wkv6_cpu::avx2;
+#endif
+    return wkv6_cpu::plain;
+}
+
+// Where dy is 0 for many tokens, dS decays to numbers below 1e-38, each of which would cost some processors a hundred
+// cycles. In this scope they are zero.
+class SubnormalsAreZero {
+   public:
+    SubnormalsAreZero(const SubnormalsAreZero&) = delete;
+#if defined(__x86_64__)
+    SubnormalsAreZero() { _mm_setcsr(before | 0x8040); }  // results and operands
+    ~SubnormalsAreZero() { _mm_setcsr(before); }
+
+   private:
+    const unsigned before = _mm_getcsr();
+#else
+    SubnormalsAreZero() {}
+#endif
+};
+
+// How many threads are worth starting, which takes some 20 microseconds each.
+int useful_threads(const Wkv6Problem& p, int threads) {
+    constexpr int64_t worth = 1 << 21;  // updates of a state's number: some 100 microseconds
+    int64_t tokens = p.bounds ? p.tokens : p.batch * p.tokens;
+    int64_t work = (tokens + p.sequences) * p.heads * p.head_size * p.head_size / worth;
+    return (int)std::max<int64_t>(1, std::min({(int64_t)threads, work, p.sequences * p.heads}));
+}
+
+int64_t longest(const Wkv6Problem& p) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < p.sequences; s++) most = std::max(most, span_of(p, s).count);
+    return most;
+}
+
+// Calls job(sequence, head, thread) for each head, on threads that end with the call: a pool would not survive a fork.
+template <class Job>
+void for_each_head(const Wkv6Problem& p, int threads, Job job) {
+    std::vector<int64_t> order(p.sequences);
+    std::iota(order.begin(), order.end(), 0);
+    if (p.bounds)
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int64_t a, int64_t b) { return span_of(p, a).count > span_of(p, b).count; });
+    std::atomic<int64_t> next(0);
+    auto work = [&](int thread) {
+        SubnormalsAreZero scope;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < p.sequences * p.heads;)
+            job(order[i / p.heads], i % p.heads, thread);
+    };
+    std::vector<std::thread> others;
+    others.reserve(threads);
+    try {
+        for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
+    } catch (const std::system_error&) {
+        // The system grants no more threads: those that run do the work.
+    }
+    work(0);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* wkv6_cpu_isa(void) { return kernels().isa; }
+
+int64_t wkv6_cpu_scratch(const Wkv6Problem* p, int threads) {
+    return kernels().scratch(p->head_size, longest(*p)) * useful_threads(*p, threads);
+}
+
+void wkv6_cpu_forward(const Wkv6Problem* p, int threads) {
+    const Kernels& run = kernels();
+    for_each_head(*p, useful_threads(*p, threads),
+                  [&](int64_t sequence, int64_t head, int) { run.forward(*p, sequence, head); });
+}
+
+void wkv6_cpu_backward(const Wkv6Problem* p, int threads) {
+    const Kernels& run = kernels();
+    int64_t bytes = run.scratch(p->head_size, longest(*p));
+    for_each_head(*p, useful_threads(*p, threads), [&](int64_t sequence, int64_t head, int thread) {
+        run.backward(*p, sequence, head, (char*)p->scratch + thread * bytes);
+    });
+}
+
+void wkv6_cpu_step(const Wkv6Problem* p, int threads) {
+    const Kernels& run = kernels();
+    for_each_head(*p, useful_threads(*p, threads),
+                  [&](int64_t sequence, int64_t head, int) { run.step(*p, sequence, head); });
+}
+
+}  // extern "C"

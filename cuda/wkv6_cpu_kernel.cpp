@@ -1,0 +1,151 @@
+// WKV-6 on a CPU, one head of one sequence at a time. Compiled with -DWKV6_ISA=avx512, avx2 or plain.
+
+#include "wkv6_cpu_kernel.h"
+
+#include "wkv6_cpu_backward.h"
+#include "wkv6_cpu_chunk.h"
+
+namespace {
+
+constexpr int SHORT = 4;  // so few tokens are faster one by one, as the state need not be transposed
+
+// Token by token on the caller's state: rows are values, columns are keys.
+template <int N>
+void step(const Wkv6Problem& p, const Span& span, int64_t head, float* state) {
+    alignas(64) float u[1][N], r[1][N], k[1][N], v[1][N], rate[1][N], d[1][N], y[1][N];
+    read_bonus<N>(p, head, u);
+    for (int64_t t = 0; t < span.count; t++) {
+        Place at = {span.batch, span.first + t, head, 1};
+        read<N>(p.r, p.type, at, r);
+        read<N>(p.k, p.type, at, k);
+        read<N>(p.v, p.type, at, v);
+        read<N>(p.w, p.decay_type, at, rate);
+        decays<N>(rate, d, 1);
+        Vec products = {};
+        for (int n = 0; n < N; n += LANES) products += load(u[0] + n) * load(k[0] + n) * load(r[0] + n);
+        float bonus = 0;
+        for (int i = 0; i < LANES; i++) bonus += products[i];
+        for (int value = 0; value < N; value += LANES) {
+            Vec parts[LANES];
+            for (int m = 0; m < LANES; m++) {
+                float* row = state + (value + m) * N;
+                Vec sum = {};
+                for (int n = 0; n < N; n += LANES) {
+                    Vec s = load(row + n);
+                    sum += s * load(r[0] + n);
+                    store(row + n, s * load(d[0] + n) + v[0][value + m] * load(k[0] + n));
+                }
+                parts[m] = sum;
+            }
+            store(y[0] + value, sums(parts) + bonus * load(v[0] + value));
+        }
+        write<N>(y, at, p.type, p.y);
+    }
+}
+
+// Forwards the state is transposed: rows are keys, columns are values.
+
+template <int N>
+void read_transposed(const float* state, float* panels) {
+    for (int value = 0; value < N; value += LANES)
+        for (int key = 0; key < N; key += LANES)
+            transpose_block(state + value * N + key, N, panels + in_panels<N>(key, value), PANEL);
+}
+
+template <int N>
+void write_transposed(const float* panels, float* state) {
+    for (int value = 0; value < N; value += LANES)
+        for (int key = 0; key < N; key += LANES)
+            transpose_block(panels + in_panels<N>(key, value), PANEL, state + value * N + key, N);
+}
+
+// y_i = sum over j <= i of s_ij v_j.
+template <int N>
+void mix(const float* scores, const Rows<N>& v, Rows<N>& y) {
+    WKV6_UNROLL
+    for (int i = 0; i < C; i++)
+        for (int n = 0; n < N; n += LANES) {
+            Vec sum = {};
+            for (int j = 0; j <= i; j++) sum += scores[pair(i, j)] * load(v[j] + n);
+            store(y[i] + n, sum);
+        }
+}
+
+// y += S (A r), then S <- S diag(D) + v^T (E k), for the values of the panel that starts at `value`.
+template <int N>
+void panel_forward(const Query<N>& query, const Update<N>& update, int value, float* panel, Rows<N>& y, Ahead& ahead) {
+    for (int i = 0; i < C; i += ROWS) {
+        Tile tile;
+        load_tile<N>(tile, y[i] + value);
+        add_product<N, N, 1, PANEL>(tile, query.r_start[i], panel);
+        store_tile<N>(tile, y[i] + value);
+    }
+    for (int key = 0; key < N; key += ROWS, panel += ROWS * PANEL) {
+        ahead.fetch<N>();
+        Tile tile;
+        load_tile<PANEL>(tile, panel);
+        for (int m = 0; m < ROWS; m++)
+            for (int x = 0; x < V; x++) tile[m][x] *= update.total[key + m];
+        add_product<C, 1, N, N>(tile, update.k_end[0] + key, update.v[0] + value);
+        store_tile<PANEL>(tile, panel);
+    }
+}
+
+template <int N>
+void forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
+    Span span = wkv6_cpu::span_of(p, sequence);
+    const float* state = matrix(p.state, sequence, head);
+    float* last = matrix(p.last, sequence, head);
+    if (span.count <= SHORT) {
+        __builtin_memcpy(last, state, N * N * sizeof(float));
+        step<N>(p, span, head, last);
+        return;
+    }
+    alignas(64) float panels[N * N], scores[PADDED_PAIRS], u[1][N];
+    alignas(64) Rows<N> y;
+    Update<N> update;
+    Query<N> query;
+    read_bonus<N>(p, head, u);
+    read_transposed<N>(state, panels);
+    for (int64_t t = 0; t < span.count; t += C) {
+        Place at = {span.batch, span.first + t, head, chunk_length(span.count - t)};
+        Ahead ahead({span.batch, span.first + t + C, head, chunk_length(span.count - t - C)});
+        const Wkv6Tokens* same_type[] = {&p.r, &p.k, &p.v, &p.y};
+        for (const Wkv6Tokens* x : same_type) ahead.add<N>(*x, p.type);
+        ahead.add<N>(p.w, p.decay_type);
+        read_update<N>(p, at, update);
+        read_query<N>(p, at, update, query);
+        score<N>(query, update, u[0], scores);
+        mix<N>(scores, update.v, y);
+        for (int value = 0; value < N; value += PANEL)
+            panel_forward<N>(query, update, value, panels + value * N, y, ahead);
+        write<N>(y, at, p.type, p.y);
+    }
+    write_transposed<N>(panels, last);
+}
+
+// From a head size known at run time to one known at compile time.
+
+void any_forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
+    (p.head_size == 32 ? forward<32> : p.head_size == 64 ? forward<64> : forward<128>)(p, sequence, head);
+}
+
+void any_backward(const Wkv6Problem& p, int64_t sequence, int64_t head, void* memory) {
+    (p.head_size == 32 ? backward<32> : p.head_size == 64 ? backward<64> : backward<128>)(p, sequence, head, memory);
+}
+
+void any_step(const Wkv6Problem& p, int64_t sequence, int64_t head) {
+    (p.head_size == 32 ? step<32> : p.head_size == 64 ? step<64> : step<128>)(
+        p, wkv6_cpu::span_of(p, sequence), head, matrix(p.state, sequence, head));
+}
+
+int64_t any_scratch(int64_t head_size, int64_t longest) {
+    return (head_size == 32 ? scratch<32> : head_size == 64 ? scratch<64> : scratch<128>)(longest);
+}
+
+}  // namespace
+
+#define WKV6_STRING(x) #x
+#define WKV6_NAME(x) WKV6_STRING(x)
+
+const wkv6_cpu::Kernels wkv6_cpu::WKV6_ISA = {WKV6_NAME(WKV6_ISA), any_forward, any_backward, any_step, any_scratch};

@@ -1,0 +1,30 @@
+// What the dispatch (wkv6_cpu.cpp) calls: wkv6_cpu_kernel.cpp, compiled once per instruction set.
+
+#pragma once
+
+#include "wkv6.h"
+
+namespace wkv6_cpu {
+
+// The work of one head of one sequence. Nothing is shared between heads, so that any thread may do any of them.
+struct Kernels {
+    const char* isa;
+    void (*forward)(const Wkv6Problem&, int64_t sequence, int64_t head);
+    void (*backward)(const Wkv6Problem&, int64_t sequence, int64_t head, void* scratch);
+    void (*step)(const Wkv6Problem&, int64_t sequence, int64_t head);  // `state` becomes the last state in place
+    int64_t (*scratch)(int64_t head_size, int64_t longest);  // bytes for `backward`, a multiple of 64
+};
+
+struct Span {
+    int64_t batch, first, count;
+};
+
+// The tokens of a sequence.
+static inline Span span_of(const Wkv6Problem& p, int64_t sequence) {
+    if (!p.bounds) return {sequence, 0, p.tokens};
+    return {0, p.bounds[sequence], p.bounds[sequence + 1] - p.bounds[sequence]};
+}
+
+extern const Kernels avx512, avx2, plain;
+
+}  // namespace wkv6_cpu

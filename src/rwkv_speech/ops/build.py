@@ -1,0 +1,194 @@
+"""Compiles the native kernels in `cuda/` once, when they are first needed; the only file that names compiler flags.
+
+Results lie in `build/` beside `cuda/`, in a folder named by what went into them, so that a changed source, flag or
+compiler never meets an old library. `python -m rwkv_speech.ops.build` compiles ahead of time, into the package: a
+wheel made after it needs no compiler where it is installed.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_speech.errors import UserError
+
+SOURCES = Path(__file__).resolve().parents[3] / "cuda"
+CACHE = SOURCES.parent / "build"
+PREBUILT = Path(__file__).parent / "prebuilt"
+# What a wheel is built for: Ampere, Ada, Hopper and, where the compiler knows them, Blackwell.
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+_CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
+_HOST_RUN_FLAGS = ["-O1", "-g", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "--warn-on-spills", "-cudart", "static", "--threads", "0"]
+# One kernel source for all, so that the best one can be chosen when it runs.
+_ISA_FLAGS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "plain": []}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a compiler: `sources` -> `output`, its objects among them by name."""
+
+    output: str
+    command: list[str]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is built: the last step's output is the result."""
+
+    name: str
+    tool: str
+    steps: list[Step]
+
+
+def cpu_library() -> Target:
+    """The CPU kernels, once per instruction set."""
+    compiler = _find_compiler()
+    sets = list(_ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["plain"]
+    steps = [
+        Step(f"kernel_{isa}.o", [compiler, *_CXX_FLAGS, *_ISA_FLAGS[isa], f"-DWKV6_ISA={isa}", "-c"],
+             ["wkv6_cpu_kernel.cpp"])
+        for isa in sets
+    ]  # fmt: skip
+    objects = [step.output for step in steps]
+    steps.append(Step("libwkv6_cpu.so", [compiler, *_CXX_FLAGS, "-shared"], ["wkv6_cpu.cpp", *objects]))
+    return Target("wkv6_cpu", compiler, steps)
+
+
+def cuda_library(architectures: Sequence[str]) -> Target:
+    """The CUDA kernels for these compute capabilities, such as "90"."""
+    compiler = _find_nvcc()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    step = Step("libwkv6_cuda.so", [compiler, *_NVCC_FLAGS, *codes, "-shared"], ["wkv6_cuda.cu"])
+    return Target("wkv6_cuda", compiler, [step])
+
+
+def host_run() -> Target:
+    """The program that runs the CUDA kernels' source on the CPU, under the sanitizers."""
+    compiler = _find_compiler()
+    return Target("host_run", compiler, [Step("host_run", [compiler, *_HOST_RUN_FLAGS, *_SANITIZERS],
+                                              ["host_run.cpp"])])  # fmt: skip
+
+
+def nvcc_architectures() -> list[str]:
+    """Those of ARCHITECTURES that the installed nvcc can compile for; raises UserError if there is no nvcc."""
+    listed = subprocess.run([_find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in listed]
+
+
+def compiled(target: Target) -> Path:
+    """The path of the target's result, compiled if it is not there yet; raises UserError with the compiler's words.
+
+    Of several processes one compiles and the others wait; a killed one leaves nothing that blocks or misleads.
+    """
+    if not SOURCES.is_dir():
+        raise UserError(
+            f"native kernels: no sources in {SOURCES}; install from a checkout, or a wheel that holds the "
+            f"libraries (cuda/README.md), or {_REMEDY}"
+        )
+    folder = CACHE / f"{target.name}-{_key(target)}"
+    result = folder / target.steps[-1].output
+    if result.exists():
+        return result
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                os.replace(_run_ninja(target, folder), result)
+    except OSError as error:
+        raise UserError(f"native kernels: cannot write {folder} ({error}); mend that, or {_REMEDY}") from error
+    return result
+
+
+_REMEDY = "choose the PyTorch form with --wkv6 torch"
+
+
+def _key(target: Target) -> str:
+    digest = hashlib.sha256(subprocess.run([target.tool, "--version"], capture_output=True, check=True).stdout)
+    digest.update(repr(target.steps).encode())
+    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _run_ninja(target: Target, folder: Path) -> Path:
+    """Compile into `folder`; the result has a name of its own until it is complete."""
+    import ninja
+
+    pending = f"{target.steps[-1].output}.pending"
+    with (folder / "build.ninja").open("w") as file:
+        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
+        for number, step in enumerate(target.steps):
+            last = number == len(target.steps) - 1
+            writer.rule(f"step{number}", " ".join([*map(_quoted, step.command), "$in", "-o", "$out"]))
+            inputs = [name if name.endswith(".o") else _quoted(str(SOURCES / name)) for name in step.sources]
+            writer.build(pending if last else step.output, f"step{number}", inputs)
+    program = Path(ninja.BIN_DIR) / "ninja"
+    done = subprocess.run([program, "-C", folder, "--quiet"], capture_output=True, text=True, check=False)
+    (folder / "log.txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+        raise UserError(
+            f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
+            f"{_REMEDY}\n{tail}"
+        )
+    return folder / pending
+
+
+def _quoted(text: str) -> str:
+    """For ninja's file and the shell behind it."""
+    return text.replace("$", "$$").replace(" ", "$ ")
+
+
+def _find_compiler() -> str:
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return path
+    raise UserError(f"native kernels: no C++ compiler found (g++, clang++ or c++); install one, or {_REMEDY}")
+
+
+def _find_nvcc() -> str:
+    if path := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+        return path
+    raise UserError(
+        f"native kernels: nvcc found neither on PATH nor in /usr/local/cuda/bin; install the CUDA toolkit, or {_REMEDY}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile what this machine has compilers for into the package, ready for `pip wheel .`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--only", choices=("cpu", "cuda"), help="just one of the two libraries")
+    only = parser.parse_args(argv).only
+    PREBUILT.mkdir(exist_ok=True)
+    targets = [cpu_library()] if only != "cuda" else []
+    if only == "cuda" or (only is None and shutil.which("nvcc")):
+        targets.append(cuda_library(nvcc_architectures()))
+    for target in targets:
+        print(shutil.copy(compiled(target), PREBUILT))
+
+
+def cuda_architecture(device: torch.device) -> str:
+    """The compute capability of a GPU as `cuda_library` takes it."""
+    return "{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

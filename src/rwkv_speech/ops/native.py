@@ -1,0 +1,248 @@
+"""The native WKV-6 kernels as PyTorch sees them: which one serves a tensor, and calls through a C interface."""
+
+# B batch · T time · H heads · N head size · S sequences of a packed batch
+
+import ctypes
+import functools
+import warnings
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.ops import build
+
+FORMS = ("auto", "torch", "steps", "tiles")
+HEAD_SIZES = (32, 64, 128)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
+_MOST_TOKENS = 2**31 - 64  # positions are 32 bits wide
+
+_form = "auto"
+
+
+def choose(form: str) -> None:
+    """Which form of WKV-6 runs from now on: one of FORMS.
+
+    auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
+           the chunked PyTorch form
+    torch  the chunked PyTorch form
+    steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
+    """
+    if form not in FORMS:
+        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(FORMS)}")
+    global _form
+    _form = form
+
+
+def chosen() -> str:
+    """The form that was chosen last."""
+    return _form
+
+
+class Kernels(Protocol):
+    """The kernels of one device."""
+
+    def forward(
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y and the last state, as `wkv6`."""
+        ...
+
+    def backward(
+        self, dy: Tensor, dlast: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
+        cu_seqlens: Tensor | None, need_du: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients of r, k, v, w, u and state."""
+        ...
+
+    def step(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+        """y of one token in each slot; `state` is updated in place."""
+        ...
+
+
+def kernels_for(r: Tensor) -> Kernels | None:
+    """The kernels for tensors like r (..., N); None where only the PyTorch form serves.
+
+    Raises UserError if a GPU's kernel cannot be built.
+    """
+    if _form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
+        return None
+    if r.device.type == "cuda":
+        return _cuda(build.cuda_architecture(r.device), _GENERATIONS[_form])
+    return _cpu() if r.device.type == "cpu" else None
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("time", c_int64), ("head", c_int64))
+
+
+class _State(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("sequence", c_int64), ("head", c_int64))
+
+
+class _Problem(ctypes.Structure):
+    """Wkv6Problem of cuda/wkv6.h, field by field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size", "sequences")),
+        *((name, c_int32) for name in ("type", "decay_type", "bonus_type", "need_du")),
+        ("bounds", c_void_p),
+        ("u", c_void_p),
+        *((name, _Tokens) for name in ("r", "k", "v", "w")),
+        ("state", _State),
+        ("y", _Tokens),
+        ("last", _State),
+        ("dy", _Tokens),
+        ("dlast", _State),
+        *((name, _Tokens) for name in ("dr", "dk", "dv", "dw")),
+        ("du", c_void_p),
+        ("dstate", _State),
+        ("scratch", c_void_p),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself if the kernels can read it, which they do by 16 bytes, else a dense copy."""
+    aligned = all(stride % 8 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _matrices(state: Tensor) -> Tensor:
+    """`state` itself if its N x N matrices are dense (an expanded state is read in place), else a dense copy."""
+    return state if state.stride()[2:] == (state.shape[-1], 1) else state.contiguous()
+
+
+def _tokens(x: Tensor) -> _Tokens:
+    return _Tokens(x.data_ptr(), *x.stride()[:3])
+
+
+def _state(x: Tensor) -> _State:
+    return _State(x.data_ptr(), *x.stride()[:2])
+
+
+class _Arguments:
+    """A _Problem and the tensors that it points to, which must outlive the call."""
+
+    def __init__(
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    ) -> None:
+        B, T, H, N = r.shape
+        if max(B * T, len(state)) > _MOST_TOKENS:
+            raise ValueError(f"wkv6: {B} x {T} tokens in {len(state)} sequences, expected at most {_MOST_TOKENS}")
+        r, k, v = (_rows(x.to(r.dtype)) for x in (r, k, v))
+        w, u = (x if x.dtype in (r.dtype, torch.float32) else x.float() for x in (w, u))
+        w, u, state = _rows(w), u.contiguous(), _matrices(state)
+        bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        self.kept = [r, k, v, w, u, state, bounds]
+        self.problem = _Problem(
+            B, T, H, N, len(state), _TYPES[r.dtype], _TYPES[w.dtype], _TYPES[u.dtype], 0,
+            None if bounds is None else bounds.data_ptr(), u.data_ptr(),
+            *(_tokens(x) for x in (r, k, v, w)), _state(state),
+        )  # fmt: skip
+        self.w_type = w.dtype
+
+
+class _Library:
+    """One compiled library; the two differ in how they are called, and where results are awaited."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+
+    def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def _scratch_bytes(self, problem: _Problem) -> int:
+        raise NotImplementedError
+
+    def forward(
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        arguments = _Arguments(r, k, v, w, u, state, cu_seqlens)
+        y, last = r.new_empty(r.shape), state.new_empty(state.shape)
+        arguments.problem.y, arguments.problem.last = _tokens(y), _state(last)
+        self._run("forward", arguments.problem, r.device)
+        return y, last
+
+    def backward(
+        self, dy: Tensor, dlast: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
+        cu_seqlens: Tensor | None, need_du: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        arguments = _Arguments(r, k, v, w, u, state, cu_seqlens)
+        dy, dlast = _rows(dy.to(r.dtype)), _matrices(dlast.float())
+        dr, dk, dv = (r.new_empty(r.shape) for _ in range(3))
+        dw = r.new_empty(r.shape, dtype=arguments.w_type)
+        dstate = state.new_empty(state.shape)
+        # Each sequence's part by itself: their sum does not depend on which block ends first.
+        du = state.new_empty(state.shape[:3] if need_du else (0,))
+        problem = arguments.problem
+        problem.dy, problem.dlast, problem.dstate = _tokens(dy), _state(dlast), _state(dstate)
+        problem.dr, problem.dk, problem.dv, problem.dw = (_tokens(x) for x in (dr, dk, dv, dw))
+        problem.du, problem.need_du = du.data_ptr(), need_du
+        scratch = torch.empty(self._scratch_bytes(problem) + 64, dtype=torch.uint8, device=r.device)
+        problem.scratch = -(-scratch.data_ptr() // 64) * 64
+        self._run("backward", problem, r.device)
+        return dr, dk, dv, dw.to(w.dtype), du.sum(0).to(u.dtype) if need_du else du.to(u.dtype), dstate
+
+    def step(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+        arguments = _Arguments(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
+        y = r.new_empty(r.shape)
+        arguments.problem.y = _tokens(y[:, None])
+        self._run("step", arguments.problem, r.device)
+        return y
+
+
+class _CpuLibrary(_Library):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._library.wkv6_cpu_scratch.restype = c_int64
+        self._library.wkv6_cpu_isa.restype = c_char_p
+
+    def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
+        getattr(self._library, f"wkv6_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))
+
+    def _scratch_bytes(self, problem: _Problem) -> int:
+        return int(self._library.wkv6_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
+
+
+class _CudaLibrary(_Library):
+    def __init__(self, path: Path, generation: int) -> None:
+        super().__init__(path)
+        self._generation = generation
+        library = self._library
+        library.wkv6_cuda_scratch.restype = c_int64
+        library.wkv6_cuda_error.restype = c_char_p
+        for name in ("forward", "backward", "step"):
+            getattr(library, f"wkv6_cuda_{name}").argtypes = [POINTER(_Problem), c_int, c_void_p]
+
+    def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            code = getattr(self._library, f"wkv6_cuda_{name}")(byref(problem), self._generation, stream)
+        if code:
+            message = self._library.wkv6_cuda_error(c_int(code)).decode()
+            raise RuntimeError(f"wkv6: the CUDA kernel for {name} failed on {device}: {message}")
+
+    def _scratch_bytes(self, problem: _Problem) -> int:
+        return int(self._library.wkv6_cuda_scratch(byref(problem), c_int(self._generation)))
+
+
+@functools.cache
+def _cuda(architecture: str, generation: int) -> Kernels:
+    prebuilt = build.PREBUILT / "libwkv6_cuda.so"
+    path = prebuilt if prebuilt.exists() else build.compiled(build.cuda_library([architecture]))
+    return _CudaLibrary(path, generation)
+
+
+@functools.cache
+def _cpu() -> Kernels | None:
+    prebuilt = build.PREBUILT / "libwkv6_cpu.so"
+    try:
+        return _CpuLibrary(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
+    except UserError as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{reason}; until then the PyTorch form serves, slower", stacklevel=2)
+        return None

@@ -1,0 +1,131 @@
+"""Building the native kernels and choosing among them."""
+
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from wkv6_cases import random_inputs
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.ops import build, native
+from rwkv_speech.ops.wkv6 import wkv6
+
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A build folder with nothing in it, and no library loaded yet."""
+    monkeypatch.setattr(build, "CACHE", tmp_path / "build")
+    native._cpu.cache_clear()
+    yield tmp_path
+    native._cpu.cache_clear()
+
+
+def test_unknown_form_names_the_flag_and_the_choices():
+    with pytest.raises(UserError, match="--wkv6: found 'fast', expected one of auto, torch, steps, tiles"):
+        native.choose("fast")
+
+
+@needs_compiler
+def test_cpu_kernel_serves_what_it_can():
+    assert native.kernels_for(torch.zeros(1, 2, 3, 64)) is not None
+    assert native.kernels_for(torch.zeros(1, 2, 3, 64, dtype=torch.float64)) is None
+    assert native.kernels_for(torch.zeros(1, 2, 3, 48)) is None
+    native.choose("torch")
+    try:
+        assert native.kernels_for(torch.zeros(1, 2, 3, 64)) is None
+    finally:
+        native.choose("auto")
+
+
+def test_without_a_compiler_pytorch_serves_with_one_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    inputs = random_inputs(1, 20, 2, 64, torch.float32)
+    native.choose("torch")
+    want = wkv6(*inputs)
+    native.choose("auto")
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler found .* --wkv6 torch") as warnings:
+        got = wkv6(*inputs)
+        wkv6(*inputs)
+    assert len(warnings) == 1
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_without_nvcc_the_error_names_it_and_the_flag(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"nvcc found neither on PATH .* --wkv6 torch"):
+        build.cuda_library(["90"])
+
+
+@needs_compiler
+def test_failed_build_shows_the_compiler_s_words_and_the_flag(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    sources = fresh / "cuda"
+    sources.mkdir()
+    (sources / "wkv6_cpu_kernel.cpp").write_text("int broken = nonsense;\n")
+    (sources / "wkv6_cpu.cpp").write_text("")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    with pytest.raises(UserError, match=r"(?s)failed, the whole log is .*log.txt; .*--wkv6 torch\n.*nonsense"):
+        build.compiled(build.cpu_library())
+
+
+def test_without_sources_the_error_says_where_they_were_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no sources in .*nothing; install from a checkout"):
+        build.compiled(build.Target("wkv6_cpu", "g++", []))
+
+
+def _build(folder: Path, results: "multiprocessing.Queue[str]") -> None:
+    build.CACHE = folder
+    results.put(str(build.compiled(build.Target("empty", build.cpu_library().tool, [_tiny_step()]))))
+
+
+def _tiny_step() -> build.Step:
+    compiler = build.cpu_library().tool
+    return build.Step("libempty.so", [compiler, "-shared", "-fPIC", "-x", "c++"], ["wkv6.h"])
+
+
+@needs_compiler
+def test_processes_that_build_at_once_share_one_result(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_build, args=(tmp_path, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    paths = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(paths) == 1
+    assert Path(paths.pop()).exists()
+    assert not list(tmp_path.rglob("*.pending"))
+
+
+@needs_compiler
+def test_changed_source_is_built_anew(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    sources = fresh / "cuda"
+    sources.mkdir()
+    monkeypatch.setattr(build, "SOURCES", sources)
+    target = build.Target("empty", build.cpu_library().tool, [_tiny_step()])
+    (sources / "wkv6.h").write_text("int a;\n")
+    first = build.compiled(target)
+    assert build.compiled(target) == first
+    (sources / "wkv6.h").write_text("int b;\n")
+    assert build.compiled(target) != first
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_threads_do_not_change_a_bit():
+    inputs = random_inputs(3, 257, 5, 64, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(wkv6(*inputs))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
