@@ -8,11 +8,9 @@ from pathlib import Path
 
 from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
-from rwkv_speech.data.dataset import Fit, SpeechDataset
-from rwkv_speech.data.sources import open_sources
-from rwkv_speech.errors import UserError
 from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
+from rwkv_speech.training_data import make_datasets, open_train_and_valid
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:
@@ -21,7 +19,7 @@ def with_own_folder(config: TrainConfig) -> TrainConfig:
     if config.resume == "yes" or not (folder / LAST).exists():
         return config
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    free = next(path for path in numbered if not path.exists())
+    free = next(path for path in numbered if not (path / LAST).exists())
     print(f"note: {folder} holds an earlier run; --resume no: this one goes into {free}")
     return dataclasses.replace(config, proj_dir=str(free))
 
@@ -33,33 +31,18 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.lightning_run import fit
 
     config = with_own_folder(config)
-    if not config.train_data:
-        raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
-    specs = {"train": config.train_data, "valid": config.valid_data}
-    sources = {
-        name: open_sources(spec, audio_column=config.audio_column, text_column=config.text_column)
-        for name, spec in specs.items()
-        if spec
-    }
+    sources = open_train_and_valid(config)
     native.choose(config.wkv6)
     pl.seed_everything(config.seed, verbose=False)
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
         model.load_trained(load_trained(find_checkpoint(config.init_from)))
-    data = {
-        name: SpeechDataset(
-            source,
-            model.tokenizer,
-            config.label_mode,
-            Fit(config.ctx_len, model.origin.stack) if name == "train" else None,
-        )
-        for name, source in sources.items()
-    }
+    data, valid, cache = make_datasets(config, model, *sources)
     trained = sum(p.numel() for p in model.trained_parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    print(f"training {trained:,} parameters, {frozen:,} frozen, on {len(data['train'])} utterances")
-    module = fit(model, config, data["train"], data.get("valid"))
+    print(f"training {trained:,} parameters, {frozen:,} frozen, on {len(data)} utterances")
+    module = fit(model, config, data, valid, cache)
     if module.scores:
         print(f"last epoch: WER {100 * module.scores.wer:.2f} % on {config.valid_data}")
     print(f"trained weights are in {Path(config.proj_dir).resolve()}")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.wkv6 import RESULTS, commit, cpu_name
+from benchmarks.common import RESULTS, commit, cpu_name
 from rwkv_speech.data.plan import Epoch, EpochPlan, Floats
 from rwkv_speech.data.samplers import BatchSampler
 from rwkv_speech.data.sources import open_source

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import WavLMConfig, WavLMModel
 
-from benchmarks.wkv6 import RESULTS, commit, cpu_name, seconds
+from benchmarks.common import RESULTS, commit, cpu_name, seconds
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.encoder import SpeechEncoder, length_mask, normalise
 

@@ -6,14 +6,12 @@ the spectrum and the syllables of speech, which FLAC packs as it packs LibriSpee
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.wkv6 import RESULTS, commit, cpu_name
+from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Batch, Fit, SpeechDataset
@@ -168,24 +166,11 @@ def main(argv: list[str] | None = None) -> None:
                     f"{row['work']:20} {workers:7} {row['libsndfile_per_core']:10}x {row['per_core']:7}x "
                     f"{row['share_of_libsndfile']:6.2f} {row['overall']:9}x"
                 )
-    now = datetime.now(UTC)
-    result = {
-        "command": f"python -m benchmarks.loader --files {flags.files} --rounds {flags.rounds} --epochs {flags.epochs}",
-        "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "libsndfile": soundfile.__libsndfile_version__,
-        "minutes": round(seconds / 60, 1),
-        "packed": round(ratio, 3),
-        "micro_batch": MICRO_BATCH,
-        "rows": rows,
-    }
-    flags.output.mkdir(parents=True, exist_ok=True)
-    path = flags.output / f"loader-cpu-{now:%Y%m%dT%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    command = ["python -m benchmarks.loader"]
+    command += [f"--{name} {getattr(flags, name)}" for name in ("files", "rounds", "epochs")]
+    content = {"cores": os.cpu_count(), "libsndfile": soundfile.__libsndfile_version__, "packed": round(ratio, 3)}
+    circumstances = {**content, "minutes": round(seconds / 60, 1), "micro_batch": MICRO_BATCH}
+    print(write_result("loader-cpu", flags.output, command, cpu_name(), **circumstances, rows=rows))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_accelerator_without_a_gpu():
     assert ModelConfig().accelerator() == ("cpu", 1) and not ModelConfig().uses_bf16()
     with pytest.raises(UserError, match="--device: asked for 4 GPU.s., found 0; .*cpu"):
         ModelConfig(device="4").accelerator()
-    with pytest.raises(UserError, match="--device: found 'tpu', expected auto, cpu, cuda"):
+    with pytest.raises(UserError, match="--device: found 'tpu', expected auto, cpu, cpu:N .processes., cuda"):
         ModelConfig(device="tpu").accelerator()
 
 

@@ -13,12 +13,13 @@ PACKAGE = ROOT / "src" / "rwkv_speech"
 # From the ground up: a module may import only modules that stand before it.
 ORDER = """
     errors files ops ops.build ops.native ops.wkv6_ref ops.wkv6_chunked ops.wkv6 audio text metrics losses optim splice
-    adapter encoder_attention encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm selection average
+    adapter encoder_attention encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm selection
     data data.utterance data.mixture data.manifest data.manifest_reader data.manifest_writer data.manifest_table
     data.sources data.huggingface data.tar_shards data.augment data.feature_cache data.dataset data.plan data.samplers
-    data.loader data.feature_fill data.streaming data.synth evaluation report config plan export resume
-    lightning_module lightning_callbacks lightning_run tiny.corpus tiny.voices tiny.augment tiny.speech_pool
-    tiny.phone_prompts tiny.make_corpus tiny.pretrain_encoder tiny.pretrain_lm
+    data.loader data.feature_fill data.streaming data.synth evaluation config plan_sizes plan_memory plan_compute
+    plan run_record report_charts report average export resume training_data lightning_module lightning_callbacks
+    lightning_run tiny.corpus tiny.voices tiny.augment tiny.speech_pool tiny.phone_prompts tiny.make_corpus
+    tiny.pretrain_encoder tiny.pretrain_lm
 """.split()
 
 

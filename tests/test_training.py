@@ -11,10 +11,11 @@ import predict as predict_script
 import pytest
 import torch
 import train as train_script
+from assertions import assert_rms_close
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
-from rwkv_speech.checkpoint import load_trained
+from rwkv_speech.checkpoint import load_trained, named_tensors
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
@@ -89,9 +90,12 @@ def test_accumulation_does_not_change_the_gradient(corpus: Path, tmp_path: Path,
     monkeypatch.setattr(lightning_module, "make_optimizer", descent)
     whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8)
     parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3)
+    torch.manual_seed(1)
     start = SpeechLM.build(Parts("tiny"))
+    before = named_tensors(start.adapter.state_dict(), start.time_state)
     for name, tensor in whole.items():
-        assert torch.allclose(tensor, parts[name], rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max()))), name
+        # Other batch shapes round differently.
+        assert_rms_close(name, parts[name] - before[name], tensor - before[name], 1e-4)
     assert float((whole["language_model.blocks.0.att.time_state"] - start.time_state[0].detach()).abs().max()) > 1e-4
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from rwkv_speech.data.feature_cache import DTYPES
 from rwkv_speech.data.sources import ACCEPTED_FORMS
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops.native import FORMS
@@ -120,7 +121,11 @@ class _DataConfig(ModelConfig):
 class TrainConfig(_DataConfig):
     """train.py"""
 
-    train_data: str = flag("", "what to train on, several separated by commas:\n" + ACCEPTED_FORMS)
+    train_data: str = flag(
+        "",
+        "what to train on, several separated by commas, each with @WEIGHT if it is\nto come so many times an epoch:\n"
+        + ACCEPTED_FORMS,
+    )
     valid_data: str = flag("", "what to score during training, in the same forms; empty: nothing")
     label_mode: str = flag("none", "what is done to transcripts before they are learned", LABEL_MODES)
     task: str = flag("asr", "name of the task, kept in the checkpoint")
@@ -144,6 +149,19 @@ class TrainConfig(_DataConfig):
     seed: int = flag(1, "seed of initial values and of the order of the data")
     max_bad: int = flag(20, "how many broken recordings may be skipped before the run stops")
     workers: int = flag(2, "processes that decode audio")
+    speed: str = flag("", "factors of speed, one of which is drawn for each utterance and epoch, as in 0.9,1,1.1")
+    volume_db: str = flag("", "lowest and highest gain in dB, as in -10,6")
+    noise_dir: str = flag("", "folder of audio files that are added as noise")
+    noise_snr_db: str = flag("5,30", "lowest and highest ratio of speech to noise in dB")
+    time_masks: int = flag(0, "spans of each utterance that are silenced")
+    time_mask_seconds: float = flag(0.2, "longest such span")
+    freq_masks: int = flag(0, "bands of each utterance that are taken out")
+    freq_mask_hz: float = flag(500.0, "widest such band")
+    feature_cache: str = flag("", "folder that keeps the frozen encoder's frames, made once; empty: none")
+    feature_dtype: str = flag("bfloat16", "type in which frames are kept", tuple(DTYPES))
+    keep_best: int = flag(0, "keep the checkpoints of this many epochs of lowest WER, too")
+    patience: int = flag(0, "stop after this many validations without a lower WER; 0: never")
+    min_delta: float = flag(0.0, "by how much a WER must be lower to count")
     resume: str = flag(
         "yes", "yes: go on where the run in --proj_dir stopped; no: start anew, in a new folder if there is one", YES_NO
     )

@@ -1,12 +1,10 @@
 """What happens around training: checkpoints, points to resume from, logs."""
 
 import csv
-import json
 import math
 import random
 import time
-from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +12,62 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_speech.checkpoint import BEST, LAST
 from rwkv_speech.data.dataset import Batch
-from rwkv_speech.files import write_text_atomically
 from rwkv_speech.lightning_module import SpeechModule
 from rwkv_speech.resume import begin_point, finish_point
+from rwkv_speech.run_record import write_validation
+from rwkv_speech.selection import BestK, EarlyStop
 
 TRAINER_STATE = "trainer.ckpt"
 
 
 class TrainedWeights(Callback):
-    """Writes the trained tensors: last after every epoch, best by WER, and one of every `epoch_save` epochs."""
+    """Writes the trained tensors: last after every epoch, best by WER, one of every `epoch_save` epochs, the best few.
 
-    def __init__(self, folder: Path, epoch_save: int) -> None:
-        self.folder, self.epoch_save = folder, epoch_save
+    Ends the run when WER has stopped falling.
+    """
+
+    def __init__(self, folder: Path, epoch_save: int, best: BestK, stop: EarlyStop) -> None:
+        self.folder, self.epoch_save, self.best_few, self.stop = folder, epoch_save, best, stop
         self.best_wer = math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """For a resume."""
-        return {"best_wer": self.best_wer}
+        return {"best_wer": self.best_wer, "best_few": self.best_few.state_dict(), "stop": self.stop.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a resume."""
         self.best_wer = state_dict["best_wer"]
+        self.best_few.load_state_dict(state_dict["best_few"])
+        self.stop.load_state_dict(state_dict["stop"])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; Lightning calls this after the epoch's validation."""
         assert isinstance(pl_module, SpeechModule)
+        if pl_module.scores is not None and self.stop.should_stop(pl_module.scores.wer):
+            trainer.should_stop = True
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch + 1
         metrics: dict[str, float | int] = {"epoch": epoch, "step": trainer.global_step}
-        names = [LAST]
+        names, dropped = [LAST], list[Path]()
         if epoch % self.epoch_save == 0:
             names.append(f"epoch-{epoch}.safetensors")
         if pl_module.scores is not None:
             metrics["wer"] = pl_module.scores.wer
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pl_module.validated]
-            write_text_atomically(self.folder / "validation.jsonl", "".join(lines))
+            write_validation(self.folder, pl_module.validated)
+            verdict = self.best_few.offer(pl_module.scores.wer, self.folder / f"best-epoch-{epoch}.safetensors")
+            names += [f"best-epoch-{epoch}.safetensors"] if verdict.keep else []
+            dropped += verdict.drop
             if pl_module.scores.wer < self.best_wer:
                 self.best_wer = pl_module.scores.wer
                 names.append(BEST)
         for name in names:
             pl_module.model.save(self.folder / name, **metrics)
+        for path in dropped:
+            path.unlink(missing_ok=True)
 
 
 class ResumePoints(Callback):
@@ -141,43 +149,26 @@ class Throughput(Callback):
         self._waiting_since = now
 
 
-class MetricsTable(Logger):
-    """logs/csv/metrics.csv: a row per logged step; a resumed run goes on behind the point's step."""
+class MetricsTable(Callback):
+    """logs/csv/metrics.csv: a row every `every` steps and one for each validation.
+
+    A callback, not a logger, so that a step's row is written before its point is saved: a resumed run goes on behind
+    the point's step, and no row is missing or there twice.
+    """
 
     COLUMNS = (
         "step epoch loss lr_adapter lr_state grad_norm target_tokens padding audio_seconds audio_hours_per_hour "
         "data_wait memory wer cer".split()
     )
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, first_step: int, every: int) -> None:
         self._path = folder / "logs" / "csv" / "metrics.csv"
-        self._first_step, self._ready = first_step, False
+        self._first_step, self._every = first_step, every
 
-    @property
-    def name(self) -> str:
-        """As Lightning wants it."""
-        return "csv"
-
-    @property
-    def version(self) -> int:
-        """As Lightning wants it."""
-        return 0
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Flags are in run.json."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One row; only the first process writes."""
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return
-        if not self._ready:
-            self._begin()
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS, extrasaction="ignore").writerow({"step": step, **metrics})
-
-    def _begin(self) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The rows before the first step of this run stay; those after it are of a course that was given up."""
+        if not trainer.is_global_zero:
+            return
         kept: list[dict[str, str]] = []
         if self._first_step and self._path.exists():
             with self._path.open(newline="") as file:
@@ -187,7 +178,27 @@ class MetricsTable(Logger):
             writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
-        self._ready = True
+
+    def _write(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
+        if not trainer.is_global_zero:
+            return
+        known = trainer.callback_metrics
+        row = {name: float(known[name]) for name in names if name in known}
+        if row:
+            with self._path.open("a", newline="") as file:
+                place = {"step": trainer.global_step - 1, "epoch": trainer.current_epoch}
+                csv.DictWriter(file, self.COLUMNS).writerow(place | row)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step's numbers."""
+        if trainer.global_step % self._every == 0:
+            self._write(trainer, [name for name in self.COLUMNS[2:] if name not in ("wer", "cer")])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The validation's numbers."""
+        self._write(trainer, ("wer", "cer"))
 
 
 class Progress(TQDMProgressBar):

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import BadFileLog, Batch, SpeechDataset
+from rwkv_speech.data.feature_cache import FeatureCache
+from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.streaming import StreamLoader
 from rwkv_speech.errors import UserError
@@ -52,16 +54,24 @@ class SpeechModule(pl.LightningModule):
     automatic_optimization = False
     strict_loading = False  # a saved state holds the trained tensors alone
 
-    def __init__(self, model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> None:
+    def __init__(
+        self,
+        model: SpeechLM,
+        config: TrainConfig,
+        train: SpeechDataset,
+        valid: SpeechDataset | None,
+        cache: FeatureCache | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
         self.model, self.config = model, config
-        self._train_data, self._valid_data = train, valid
+        self._train_data, self._valid_data, self._cache = train, valid, cache
         model.lm.grad_cp = bool(config.grad_cp)
         self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
+        self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
         self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
-        self.validated: list[dict[str, str]] = []
+        self.validated: list[tuple[str, str, str]] = []  # id, reference, hypothesis
         self.scores: Scores | None = None
 
     def setup(self, stage: str) -> None:
@@ -75,6 +85,41 @@ class SpeechModule(pl.LightningModule):
         trained = {id(x) for x in self.model.trained_parameters()}
         wanted = {name for name, x in self.named_parameters() if id(x) in trained}
         return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in wanted}
+
+    def on_fit_start(self) -> None:
+        """Take over weights and optimizer, if any; fill the feature cache, each rank its share."""
+        if self.taken_over is not None:
+            self.load_state_dict(self.taken_over["state_dict"], strict=False)
+            self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
+            self._forward_schedule(self.taken_over["lr_schedulers"][0]["last_epoch"])
+            self.taken_over = None
+        if self._cache is None:
+            return
+        plain = self._train_data.plain()
+        cache = self._cache.for_writer(self.trainer.global_rank)
+        encoder = self.model.encoder
+        fill(
+            cache,
+            plain,
+            lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes.to(self.device)),
+            encoder.width,
+            self.config.micro_bsz,
+            self.config.batch_seconds,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            workers=self.config.workers,
+        )
+        self.trainer.strategy.barrier()
+        self._cache.refresh()
+
+    def _forward_schedule(self, steps: int) -> None:
+        """The learning rates as behind so many optimizer steps."""
+        schedule: Any = self.lr_schedulers()
+        schedule.last_epoch = steps
+        for group, base, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(steps)
 
     def train_dataloader(self) -> StepLoader:
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
@@ -199,8 +244,10 @@ class SpeechModule(pl.LightningModule):
         return {**rates, "grad_norm": float(norm or 0.0)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Decode one batch."""
+        """Decode one batch; a rank may be left with an empty one."""
         self.bad_files.add(batch.bad)
+        if not len(batch):
+            return
         ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
         for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
             self._hyps[name, text] = self.model.tokenizer.decode(hyp)
@@ -217,9 +264,7 @@ class SpeechModule(pl.LightningModule):
             return
         refs = [normalise_score(ref) for _, ref in gathered]
         hyps = [normalise_score(hyp) for hyp in gathered.values()]
-        self.validated = [
-            {"id": name, "ref": ref, "hyp": hyp} for (name, _), ref, hyp in zip(gathered, refs, hyps, strict=True)
-        ]
+        self.validated = [(name, ref, hyp) for (name, ref), hyp in gathered.items()]
         self.scores = score(refs, hyps)
         # The same number on every rank, so that all decide alike by it.
         self.log("wer", self.scores.wer, prog_bar=True, rank_zero_only=False)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DeepSpeedStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.errors import UserError
 from rwkv_speech.lightning_callbacks import (
     TRAINER_STATE,
@@ -26,14 +28,17 @@ from rwkv_speech.lightning_callbacks import (
     TrainedWeights,
 )
 from rwkv_speech.lightning_module import SpeechModule
+from rwkv_speech.report import write_report
 from rwkv_speech.resume import ResumePoint, newest_point
+from rwkv_speech.run_record import find_metrics, read_metrics, write_run
+from rwkv_speech.selection import BestK, EarlyStop
 from rwkv_speech.speech_lm import SpeechLM
 
 POINTS = "resume"
 # What a resumed run may set anew without another result of the steps that are left.
 FREE_FLAGS = frozenset(
     "device num_nodes strategy micro_bsz batch_seconds accumulate workers log_every save_steps resume score_first "
-    "epoch_save proj_dir wandb max_bad wkv6".split()
+    "epoch_save proj_dir wandb max_bad wkv6 keep_best patience min_delta feature_cache feature_dtype".split()
 )
 
 
@@ -102,7 +107,7 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
     accelerator, devices = config.accelerator()
     folder = Path(config.proj_dir)
     curves = TensorBoardLogger(folder, "logs", "tensorboard", purge_step=first_step or None)
-    loggers: list[Logger] = [MetricsTable(folder, first_step), curves]
+    loggers: list[Logger] = [curves]
     if config.wandb:
         loggers.append(WandbLogger(project=config.wandb, save_dir=folder))
     return pl.Trainer(
@@ -117,7 +122,10 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
         logger=loggers,
         callbacks=[
             Throughput(),
-            TrainedWeights(folder, config.epoch_save),
+            MetricsTable(folder, first_step, config.log_every),
+            TrainedWeights(
+                folder, config.epoch_save, BestK(config.keep_best), EarlyStop(config.patience, config.min_delta)
+            ),
             RandomState(),
             ResumePoints(folder / POINTS, config.save_steps, _info(config)),
             Progress(refresh_rate=config.log_every),
@@ -129,41 +137,67 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
     )
 
 
-def _go_on(module: SpeechModule, config: TrainConfig, point: ResumePoint, world_size: int) -> None:
-    """Put the sampler where the run stopped; with another cut of the global batch, only epochs can be kept."""
-    epoch, step = int(point.info["epoch"]), int(point.info["step"])
-    module.start = (epoch, step)
-    print(f"going on with {point.path}: epoch {epoch + 1}, behind {step} steps of it")
-    was = {name: point.info[name] for name in ("world_size", "accumulate", "micro_bsz", "batch_seconds")}
-    now = {"world_size": world_size, "accumulate": config.accumulate, "micro_bsz": config.micro_bsz,
-           "batch_seconds": config.batch_seconds}  # fmt: skip
-    same = was["world_size"] * was["accumulate"] == world_size * config.accumulate
-    if step and not (same and all(was[name] == now[name] for name in ("micro_bsz", "batch_seconds"))):
+def _same_cut(config: TrainConfig, point: ResumePoint, world_size: int) -> bool:
+    """Whether the global batches of the point's run are this run's."""
+    was = point.info["world_size"] * point.info["accumulate"]
+    kept = all(point.info[name] == getattr(config, name) for name in ("micro_bsz", "batch_seconds"))
+    return kept and bool(was == world_size * config.accumulate)
+
+
+def _go_on(module: SpeechModule, config: TrainConfig, point: ResumePoint, trainer: pl.Trainer) -> Path | None:
+    """Put the sampler where the run stopped; returns the whole state of the trainer, if it can be taken over whole.
+
+    With another cut of the global batch the steps of an epoch are others: weights and optimizer are taken over, and
+    the epoch begins anew.
+    """
+    epoch, step, state = int(point.info["epoch"]), int(point.info["step"]), point.path / TRAINER_STATE
+    if _same_cut(config, point, trainer.world_size):
+        module.start = (epoch, step)
+        print(f"going on with {point.path}: epoch {epoch + 1}, behind {step} steps of it")
+        return state
+    if config.uses_deepspeed():
         raise UserError(
-            f"{point.path}: lies inside epoch {epoch + 1}, whose batches were cut for {was}, now {now}; finish the "
-            "epoch as it was begun, or go on from a checkpoint of its start with --init_from and resume=no"
+            f"{point.path}: DeepSpeed's state was cut for {point.info['world_size']} devices, now there are "
+            f"{trainer.world_size}, or for other batches; give the same --device, --micro_bsz and --accumulate, or --strategy ddp"
         )
-    if not same:
-        print(f"note: batches were cut for {was}; weights and optimizer go on, the order of the data is another now")
+    print(
+        f"going on with {point.path}, whose batches were cut otherwise: weights, optimizer and learning rates are "
+        f"kept; epoch {epoch + 1} begins anew, and its {step} steps that were done are not left out"
+    )
+    module.taken_over = torch.load(state, map_location="cpu", weights_only=False)
+    module.start = (epoch, 0)
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    progress.ready = progress.started = progress.processed = progress.completed = epoch
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = point.step
+    return None
 
 
-def fit(model: SpeechLM, config: TrainConfig, train: SpeechDataset, valid: SpeechDataset | None) -> SpeechModule:
+def fit(
+    model: SpeechLM,
+    config: TrainConfig,
+    train: SpeechDataset,
+    valid: SpeechDataset | None,
+    cache: FeatureCache | None = None,
+) -> SpeechModule:
     """Train from the start or from where the run in --proj_dir stopped; returns the module with its last scores."""
-    module = SpeechModule(model, config, train, valid)
+    module = SpeechModule(model, config, train, valid, cache)
     point = find_point(config)
     trainer = make_trainer(config, point.step if point else 0)
-    if point:
-        _go_on(module, config, point, trainer.world_size)
-    elif valid is not None and config.score_first:
+    state = _go_on(module, config, point, trainer) if point else None
+    if not point and valid is not None and config.score_first:
         trainer.validate(module, verbose=False)
         if trainer.is_global_zero and module.scores:
             print(f"before training: WER {100 * module.scores.wer:.2f} %")
         module.scores = None
+    if trainer.is_global_zero:
+        write_run(Path(config.proj_dir), dataclasses.asdict(config), f"{trainer.world_size} x {trainer.accelerator}")
     # The points are this run's own files, checked by their SHA-256; they hold more than tensors.
-    state = point.path / TRAINER_STATE if point else None
     try:
         trainer.fit(module, ckpt_path=state, weights_only=False)
     except SIGTERMException:
-        print(f"asked to end: the same command goes on from where it stopped")
+        print("asked to end: the same command goes on from where it stopped")
         sys.exit(128 + signal.SIGTERM)  # not 0: a script must not take the run for finished
+    metrics = find_metrics(Path(config.proj_dir))
+    if trainer.is_global_zero and (module.validated or (metrics and read_metrics(metrics))):
+        print(f"report: {write_report(Path(config.proj_dir))}")
     return module

@@ -106,12 +106,13 @@ def encoder_operations(encoder: EncoderSizes, seconds: float) -> float:
 def all_reduce_bytes(model: ModelSizes, setup: Setup) -> float:
     """Bytes that each rank sends in an optimizer step: the gradients of the trained parameters, around a ring.
 
-    Stage 3 also fetches the weights that it shards, frozen ones too, once forwards and once backwards.
+    Stage 3 also fetches the frozen weights, which it shards: those of the language model forwards and backwards.
     """
-    width = 2 if setup.bf16 and setup.zero_stage() else 4
-    volume = 2 * width * model.trained_parameters()
+    volume = 2 * 4 * model.trained_parameters()
     if setup.zero_stage() == 3:
-        volume += 2 * width * (model.lm_parameters() + model.encoder.parameters) * setup.accumulate
+        lm = (2 if setup.bf16 else 4) * model.lm_parameters()
+        encoder = (2 if setup.encoder_bf16 else 4) * model.encoder.parameters
+        volume += setup.accumulate * (2 * lm + encoder)
     return volume * (setup.ranks - 1) / setup.ranks
 
 
@@ -120,11 +121,12 @@ def step_time(model: ModelSizes, batch: MicroBatch, setup: Setup, gpu: Gpu) -> S
     work = operations(model, batch, setup.grad_cp)
     rates = {True: gpu.utilisation * gpu.bf16, False: gpu.fp32_utilisation * gpu.fp32}
     a_layer = _LAUNCHES_FORWARD * (2 if setup.grad_cp else 1) + _LAUNCHES_BACKWARD
-    launches = gpu.launch_seconds * (model.lm.n_layer * a_layer + model.encoder.n_layer * _LAUNCHES_ENCODER)
+    encoder_layers = 0 if setup.cached_frames else model.encoder.n_layer
+    launches = gpu.launch_seconds * (model.lm.n_layer * a_layer + encoder_layers * _LAUNCHES_ENCODER)
     bandwidth = gpu.inside if setup.ranks <= gpu.per_node else gpu.between
     hops = 2 * (setup.ranks - 1).bit_length() * gpu.hop_seconds
     return StepTime(
-        encoder=setup.accumulate * work.encoder / rates[setup.encoder_bf16],
+        encoder=0.0 if setup.cached_frames else setup.accumulate * work.encoder / rates[setup.encoder_bf16],
         lm=setup.accumulate * work.lm / rates[setup.bf16],
         all_reduce=all_reduce_bytes(model, setup) / bandwidth + hops,
         launches=setup.accumulate * launches,

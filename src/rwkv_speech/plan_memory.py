@@ -13,9 +13,9 @@ GIB = 2**30
 # The CUDA context with the libraries' own workspaces; and what the allocator loses between tensors. Assumed.
 _CONTEXT = 0.7 * GIB
 _FRAGMENTATION = 0.1
-# Elements of the two buffers in which DeepSpeed, as Lightning sets it up, collects gradients; and the parameters that
-# its stage 3 may hold gathered.
-_BUCKETS = 2 * 200_000_000
+# DeepSpeed's defaults: numbers in the buffer that collects gradients, however few there are; parameters that its
+# stage 3 may hold gathered.
+_BUCKET = 500_000_000
 _GATHERED = 1_000_000_000
 # Float32 numbers per position and channel in WKV-6's backward pass, less what of its layer is free by then.
 _WKV_PORTABLE, _WKV_NATIVE = 25, 8
@@ -66,7 +66,7 @@ def memory(model: ModelSizes, batch: MicroBatch, setup: Setup) -> Memory:
     """The memory of one GPU for micro batches such as this one, which should be the largest of the run."""
     return Memory(
         held=(*_frozen(model, setup), *_trained(model, setup)),
-        encoding=_encoding(model.encoder, batch, setup.encoder_bf16),
+        encoding=() if setup.cached_frames else _encoding(model.encoder, batch, setup.encoder_bf16),
         learning=(
             _adapter_activations(model, batch),
             *_lm_activations(model, batch, setup),
@@ -78,8 +78,7 @@ def _frozen(model: ModelSizes, setup: Setup) -> tuple[Part, ...]:
     sharded = setup.ranks if setup.zero_stage() == 3 else 1
     note = f"1/{sharded} of them: stage 3 shards the frozen weights, too" if sharded > 1 else ""
     lm = model.lm_parameters() * _width(setup.bf16)
-    # DeepSpeed casts every parameter to the type that it trains in.
-    encoder = model.encoder.parameters * _width(setup.encoder_bf16 or (setup.bf16 and setup.zero_stage() > 0))
+    encoder = model.encoder.parameters * _width(setup.encoder_bf16)
     parts = [
         Part("language model, frozen", lm / sharded, note),
         Part("encoder, frozen", encoder / sharded, note),
@@ -100,12 +99,12 @@ def _trained(model: ModelSizes, setup: Setup) -> tuple[Part, ...]:
             Part("gradients", gradients * trained, "with their buckets" if ranks > 1 else ""),
             Part("AdamW moments", 8 * trained, "two in float32"),
         )
-    width = _width(setup.bf16)
+    # DeepSpeed works on a copy of the weights.
     return (
-        Part("trained weights", width * trained / (ranks if stage == 3 else 1), "adapter and initial state"),
-        Part("gradients", width * trained / (ranks if stage >= 2 else 1)),
-        Part("AdamW moments", 12 * trained / ranks, f"and float32 weights, 1/{ranks} of them"),
-        Part("gradient buckets", (4 if stage == 1 else width) * _BUCKETS, "two of 200 M numbers, Lightning's default"),
+        Part("trained weights", 4 * trained / (ranks if stage == 3 else 1), "adapter and initial state in float32"),
+        Part("gradients", 4 * trained / (ranks if stage >= 2 else 1)),
+        Part("AdamW moments", 12 * trained / ranks, f"and a copy of the weights, 1/{ranks} of them"),
+        Part("gradient bucket", 4 * _BUCKET, "DeepSpeed's default reduce_bucket_size"),
     )
 
 

@@ -10,9 +10,8 @@ from torch import nn
 
 from rwkv_speech.audio import SAMPLE_RATE, num_audio_tokens, num_frames
 from rwkv_speech.base_weights import RWKV6Sizes
+from rwkv_speech.config import STRATEGIES
 from rwkv_speech.errors import UserError
-
-STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 
 # The published base models.
 BASE_MODELS = {
@@ -136,8 +135,9 @@ class Setup:
     """How a run computes.
 
     `bf16`: the language model in bfloat16, under autocast, which keeps norms and what is added to them in float32;
-    `encoder_bf16` the same of the encoder. `native_wkv`: the compiled kernel rather than PyTorch's operations.
-    Raises UserError for a strategy that is not one of STRATEGIES.
+    `encoder_bf16` the same of the encoder. `cached_frames`: they come from a feature cache, the encoder rests.
+    `native_wkv`: the compiled kernel rather than PyTorch's operations. What is trained is in float32 throughout.
+    Raises UserError for a strategy that is not one of those of --strategy.
     """
 
     bf16: bool = True
@@ -147,6 +147,7 @@ class Setup:
     ranks: int = 1
     accumulate: int = 1
     native_wkv: bool = True
+    cached_frames: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

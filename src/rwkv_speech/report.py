@@ -1,6 +1,7 @@
 """A finished run as one page, `report.html`: `python -m rwkv_speech.report RUN`.
 
-The page needs no network and runs no script. It shows what the run's folder holds (see run_record) and leaves out the rest.
+The page needs no network and runs no script. It shows what the run's folder holds (see run_record), and leaves out
+the rest.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from rwkv_speech.config import exit_code
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.metrics import Scores, score
-from rwkv_speech.report_charts import Point, Series, line_chart, smoothed
+from rwkv_speech.report_charts import Point, Series, line_chart, with_trend
 from rwkv_speech.run_record import VALIDATION, find_metrics, read_metrics, read_run, read_texts
 from rwkv_speech.text import normalise_score
 
 REPORT = "report.html"
 _WORST = 25
 _MOST_FREQUENT = 15
+_MOST_WORDS = 80  # of an utterance: a hypothesis that repeats itself fills no page
 
 Rows = list[dict[str, float]]
 
@@ -46,9 +48,11 @@ _STYLE = """
   --card: #1d2125; --s0: #6cb0ff; --s1: #f0a060; --sub: #e3b341; --ins: #56d364; --del: #ff7b72; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1080px;
   margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10px; } p { margin: 4px 0; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10px; }
+h3 { font-size: 15px; margin: 8px 0; } p { margin: 4px 0; }
 .soft { color: var(--soft); } .headline { font-size: 40px; font-weight: 650; margin: 8px 0 0; }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 18px; }
+.grid3 { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 18px; }
 figure { margin: 0; padding: 12px; background: var(--card); border-radius: 8px; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; } svg text { fill: var(--ink); }
@@ -144,22 +148,21 @@ def _header(folder: Path, rows: Rows, errors: "Errors | None") -> str:
     if errors:
         s = errors.scores
         counts = (
-            f'<p class="soft">{s.num_utterances:,} utterances, {s.ref_words:,} words: {s.substitutions:,} substitutions, '
-            f"{s.insertions:,} insertions, {s.deletions:,} deletions; CER {100 * s.cer:.2f} %</p>"
+            f"{s.num_utterances:,} utterances, {s.ref_words:,} words: {s.substitutions:,} substitutions, "
+            f"{s.insertions:,} insertions, {s.deletions:,} deletions; CER {100 * s.cer:.2f} %"
         )
-    return f'<h1>{_text(folder.resolve().name)}</h1>\n<p class="headline">{headline}</p>\n<p class="soft">{note}</p>{counts}'
+    paragraphs = "".join(f'<p class="soft">{line}</p>\n' for line in (note, counts) if line)
+    return f'<h1>{_text(folder.resolve().name)}</h1>\n<p class="headline">{headline}</p>\n{paragraphs}'
 
 
 def _curves(rows: Rows) -> str:
-    loss = _column(rows, "loss")
-    smooth = [Series("one step", loss, faint=True), Series("mean of 5 %", smoothed(loss))]
     x_label, wer, cer = _by_epoch(rows, "wer"), _validations(rows, "wer"), _validations(rows, "cer")
     charts = [
-        ("Loss", "optimizer step", "nats per target token", smooth),
+        ("Loss", "optimizer step", "nats per target token", with_trend(_column(rows, "loss"))),
         ("Error rates", x_label, "% of words or characters", [Series("WER", wer), Series("CER", cer, 1)]),
         ("Learning rate, adapter", "optimizer step", "learning rate", [Series("", _column(rows, "lr_adapter"))]),
         ("Learning rate, initial state", "optimizer step", "learning rate", [Series("", _column(rows, "lr_state"))]),
-        ("Gradient norm", "optimizer step", "norm", [Series("", _column(rows, "grad_norm"))]),
+        ("Gradient norm", "optimizer step", "norm", with_trend(_column(rows, "grad_norm"))),
     ]
     drawn = ((title, line_chart(title, x, y, series)) for title, x, y, series in charts)
     figures = "\n".join(f"<figure><figcaption>{title}</figcaption>\n{svg}</figure>" for title, svg in drawn if svg)
@@ -212,7 +215,7 @@ class Errors:
         refs, hyps = ([normalise_score(row[key]) for row in rows] for key in ("ref", "hyp"))
         found = jiwer.process_words(refs, hyps)
         aligned = zip(rows, found.references, found.hypotheses, found.alignments, strict=True)
-        utterances = [Utterance(str(row["id"]), _words(*words)) for row, *words in aligned]
+        utterances = [Utterance(str(row["id"]), _words(ref, hyp, chunks)) for row, ref, hyp, chunks in aligned]
         return cls(score(refs, hyps), utterances)
 
     def counted(self, kind: str) -> list[tuple[tuple[str, str], int]]:
@@ -252,11 +255,13 @@ def _utterances(errors: Errors | None) -> str:
 
 
 def _aligned(utterance: Utterance) -> str:
-    return "".join(
+    words = "".join(
         f'<span class="w {kind}"><span class="ref">{_text(ref or "·")}</span>'
         f'<span class="hyp">{_text(hyp or "·")}</span></span>'
-        for kind, ref, hyp in utterance.words
+        for kind, ref, hyp in utterance.words[:_MOST_WORDS]
     )
+    more = len(utterance.words) - _MOST_WORDS
+    return words + (f'<span class="soft">and {more} more</span>' if more > 0 else "")
 
 
 def _frequent(errors: Errors | None) -> str:
@@ -270,14 +275,14 @@ def _frequent(errors: Errors | None) -> str:
             head = ("said", "heard", "times") if kind == "sub" else ("word", "times")
             rows = ([*(word for word in pair if word), count] for pair, count in counted)
             tables.append(f"<div><h3>{title}</h3>\n{_table(head, rows, 1)}</div>")
-    return _section("Most frequent errors", f'<div class="grid2">{"".join(tables)}</div>' if tables else "")
+    return _section("Most frequent errors", f'<div class="grid3">{"".join(tables)}</div>' if tables else "")
 
 
 def _speed(rows: Rows) -> str:
     lines = []
     for name, title, unit, scale in _SPEED:
         values = [y for _, y in _column(rows, name, scale)]
-        if values:
+        if any(values):  # on a CPU the memory is 0 throughout
             numbers = (statistics.median(values), min(values), max(values), values[-1])
             lines.append((title, unit, *(f"{number:,.4g}" for number in numbers)))
     return _section("Speed", _table(("", "unit", "median", "least", "most", "last"), lines, 4) if lines else "")

@@ -8,8 +8,8 @@ from html import escape
 
 Point = tuple[float, float]
 
-_WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 14, 46
+_WIDTH, _HEIGHT = 520, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 12, 46
 _MOST_POINTS = 800
 _MARKED = 40  # so few points get a dot each
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
@@ -31,8 +31,11 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series])
     points = [point for s in drawn for point in s.points]
     if not points:
         return ""
-    xs, ys = ticks([x for x, _ in points], 8), ticks([y for _, y in points], 5)
-    frame = _Frame(xs[0], xs[-1], ys[0], ys[-1])
+    xs, ys = ticks([x for x, _ in points], 6), ticks([y for _, y in points], 5)
+    # Upwards there is room to the next round number; to the right the curve ends where the run did.
+    last = max(x for x, _ in points)
+    frame = _Frame(xs[0], last if last > xs[0] else xs[-1], ys[0], ys[-1])
+    xs = [x for x in xs if x <= frame.right]
     return "\n".join(
         (
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
@@ -73,11 +76,14 @@ def ticks(values: Sequence[float], count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean of each point's neighbourhood, 1/20 of the curve wide."""
+def with_trend(points: Sequence[Point]) -> list[Series]:
+    """The points, faint, and the mean of each one's neighbourhood, 1/20 of the curve wide; few points stand alone."""
     half = len(points) // 40
+    if not half:
+        return [Series("one step", points)]
     ys = [y for _, y in points]
-    return [(x, statistics.fmean(ys[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
+    means = [(x, statistics.fmean(ys[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
+    return [Series("one step", points, faint=True), Series("mean of 5 %", means)]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
@@ -134,6 +140,6 @@ def _legend(series: list[Series]) -> list[str]:
     for i, s in enumerate(series):
         y = _TOP + 12 + 18 * i
         style = f"s{s.colour}{' faint' if s.faint else ''}"
-        lines.append(f'<polyline class="{style}" points="{_WIDTH - 150},{y - 4} {_WIDTH - 126},{y - 4}"/>')
-        lines.append(f'<text x="{_WIDTH - 120}" y="{y}">{escape(s.name)}</text>')
+        lines.append(f'<polyline class="{style}" points="{_WIDTH - 132},{y - 4} {_WIDTH - 108},{y - 4}"/>')
+        lines.append(f'<text x="{_WIDTH - 102}" y="{y}">{escape(s.name)}</text>')
     return lines

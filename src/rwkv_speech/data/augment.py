@@ -19,7 +19,8 @@ from rwkv_speech.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
 from rwkv_speech.data.sources import AUDIO_SUFFIXES
 from rwkv_speech.errors import UserError
 
-_STFT_SIZE = 512
+# The filter that takes bands out, which resolves 31 Hz, and the samples that are transformed at a time.
+_TAPS, _BLOCK = 513, 4096
 # Shorter noise would be a tone after its repetition; also, one sample at 16 kHz may be none at the file's rate.
 _MIN_NOISE_SECONDS = 0.1
 
@@ -176,18 +177,22 @@ def silence(waveform: Tensor, spans: list[tuple[float, float]]) -> Tensor:
 
 
 def take_out_bands(waveform: Tensor, bands: list[tuple[float, float]]) -> Tensor:
-    """Take the frequencies from `low` to `high` Hz of each band out of (S,)."""
-    # torchaudio's band-stop filters (biquads) take 3 s for 12 s of audio where it runs without its compiled part; a
-    # transform there and back takes 5 ms. A signal shorter than half a window cannot be reflected at its ends.
-    if len(waveform) <= _STFT_SIZE // 2:
-        return waveform
-    window = torch.hann_window(_STFT_SIZE)
-    hop = _STFT_SIZE // 2
-    spectrum = torch.stft(waveform, _STFT_SIZE, hop, window=window, return_complex=True)
-    hz_per_bin = SAMPLE_RATE / _STFT_SIZE
+    """Take the frequencies from `low` to `high` Hz of each band out of (S,), with a linear-phase filter.
+
+    Overlap-save convolution: 1 ms for 12 s, where torchaudio's fftconvolve takes 11 ms, and its band-stop filters
+    (biquads) without its compiled part 3 s.
+    """
+    hertz = torch.fft.rfftfreq(_TAPS, 1 / SAMPLE_RATE)
+    gains = torch.ones(len(hertz))
     for low, high in bands:
-        spectrum[round(low / hz_per_bin) : round(high / hz_per_bin)] = 0
-    return torch.istft(spectrum, _STFT_SIZE, hop, window=window, length=len(waveform))
+        gains[(low <= hertz) & (hertz < high)] = 0
+    kernel = torch.fft.irfft(gains, _TAPS).roll(_TAPS // 2) * torch.hann_window(_TAPS, periodic=False)
+    step = _BLOCK - _TAPS + 1  # of each block, so much is not wrapped around
+    count = -(-len(waveform) // step)
+    before, size = _TAPS // 2, count * step + _TAPS - 1
+    padded = torch.nn.functional.pad(waveform, (before, size - before - len(waveform)))
+    spectra = torch.fft.rfft(padded.unfold(0, _BLOCK, step)) * torch.fft.rfft(kernel, _BLOCK)
+    return torch.fft.irfft(spectra, _BLOCK)[:, _TAPS - 1 :].flatten()[: len(waveform)]
 
 
 def _spans(draws: random.Random, count: int, longest: float, size: float) -> list[tuple[float, float]]:

@@ -152,6 +152,10 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         self._label_mode, self._fit = label_mode, fit
         self._normalise, self._augment, self._cache = normalise, augment, cache
 
+    def plain(self) -> "SpeechDataset":
+        """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
+        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit)
+
     def __len__(self) -> int:
         return len(self.source)
 

@@ -6,6 +6,7 @@ source file had, so that an unchanged file is not decoded again.
 
 # S samples · F frames · D encoder width
 
+import copy
 import hashlib
 import json
 import logging
@@ -94,6 +95,13 @@ class FeatureCache:
         self._writer, self._shard_bytes = writer, shard_bytes
         self._waiting: dict[str, Frames] = {}
         self.refresh()
+
+    def for_writer(self, writer: int) -> "FeatureCache":
+        """The same folder for the process that writes under this number."""
+        changed = copy.copy(self)
+        changed._writer, changed._waiting = writer, {}
+        changed.refresh()
+        return changed
 
     def refresh(self) -> None:
         """Read what is there now."""

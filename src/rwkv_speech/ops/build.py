@@ -31,7 +31,18 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 _CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
 _HOST_RUN_FLAGS = ["-O1", "-g", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-_NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "--warn-on-spills", "-cudart", "static", "--threads", "0"]
+_NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xptxas",
+    "--warn-on-spills",
+    "-cudart",
+    "static",
+    "--threads",
+    "0",
+]
 # One kernel source for all, so that the best one can be chosen when it runs.
 _ISA_FLAGS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "plain": []}
 

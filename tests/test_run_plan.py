@@ -1,0 +1,190 @@
+"""Of plan.py; test_plan.py is that of data/plan.py."""
+
+import re
+import time
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import random_rwkv6_tensors
+
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.mixture import Part
+from rwkv_speech.data.plan import EpochPlan
+from rwkv_speech.errors import UserError
+from rwkv_speech.plan import (
+    DataPlan,
+    RunPlan,
+    advice_of,
+    duration,
+    measure,
+    model_sizes,
+    plan_of,
+    setup_of,
+    table,
+)
+from rwkv_speech.plan_memory import GIB, memory
+from rwkv_speech.plan_sizes import BASE_MODELS, WAVLM_LARGE, ModelSizes, Setup
+from rwkv_speech.speech_lm import Parts, SpeechLM
+
+PUBLISHED = ModelSizes(BASE_MODELS["3B"], WAVLM_LARGE)
+
+
+def data_plan(durations: list[float], **changed: Any) -> DataPlan:
+    settings: dict[str, Any] = {"micro_bsz": 4, "batch_seconds": None, "ctx_len": 1024, "epochs": 3}
+    return DataPlan(np.array(durations, np.float32), **{**settings, **changed})
+
+
+def test_steps_are_those_of_the_sampler():
+    seconds = np.random.default_rng(0).uniform(1, 30, 1001).astype(np.float32)
+    for batch_seconds in (None, 60.0):
+        for setup in (Setup(), Setup(ranks=8), Setup(ranks=4, accumulate=3)):
+            slots = setup.ranks * setup.accumulate
+            plan = data_plan(list(seconds), batch_seconds=batch_seconds)
+            assert plan.steps(setup) == EpochPlan(plan.durations, 4, batch_seconds, slots=slots).steps
+
+
+def test_epoch_steps_limit_the_steps():
+    assert data_plan([1.0] * 100, epoch_steps=7).steps(Setup()) == 7
+    assert data_plan([1.0] * 100, epoch_steps=70).steps(Setup()) == 25
+
+
+def test_hours_count_parts_as_often_as_they_are_heard():
+    parts = [Part(2, Fraction(3)), Part(1)]
+    plan = data_plan([10.0, 20.0, 90.0], parts=parts)
+    assert plan.utterances == 7
+    assert plan.hours * 3600 == pytest.approx(3 * 30 + 90)
+
+
+def test_unknown_durations_are_taken_as_the_mean():
+    plan = data_plan([10.0, float("nan"), 20.0])
+    assert (plan.unknown(), plan.mean_seconds, plan.hours) == (1, 15.0, 45 / 3600)
+    assert data_plan([float("nan")] * 2).mean_seconds == 12.0
+
+
+def test_largest_micro_batch_holds_the_longest_utterances():
+    batch = data_plan([3.0, 35.0, 8.0]).largest(PUBLISHED)
+    assert (batch.utterances, batch.seconds, batch.text_tokens) == (4, 35.0, 140)
+    assert data_plan([3.0, 35.0], batch_seconds=80.0).largest(PUBLISHED).utterances == 2
+
+
+@pytest.mark.parametrize("seconds", [300.0, float("nan")])
+def test_largest_micro_batch_ends_at_the_context(seconds: float):
+    batch = data_plan([3.0, seconds], ctx_len=512).largest(PUBLISHED)
+    assert 0.97 * 512 <= batch.positions(PUBLISHED) / batch.utterances <= 512
+
+
+def test_no_data_is_an_error():
+    with pytest.raises(UserError, match="--train_data: found no utterance"):
+        data_plan([])
+
+
+def test_measure_gives_the_median_of_the_calls_after_the_first_two():
+    pauses = iter([0.2, 0.1, 0.02, 0.02, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02])
+    assert measure(lambda: time.sleep(next(pauses)), 0.1) == pytest.approx(0.02, rel=0.3)
+
+
+def test_measure_counts_three_calls_at_least():
+    calls = []
+    measure(lambda: calls.append(0), 0.0)
+    assert len(calls) == 5
+
+
+def row_of(report: str, name: str, column: int) -> str:
+    """A cell of the row that begins with `name`; columns are two blanks apart."""
+    line = next(line for line in report.splitlines() if line.strip().startswith(name))
+    return re.split(r"\s{2,}", line.strip())[column]
+
+
+def test_report_of_the_published_setting():
+    rng = np.random.default_rng(0)
+    data = data_plan(list(rng.uniform(2, 22.6, 20_000)))
+    setup = Setup(grad_cp=True, strategy="ddp", ranks=4)
+    report = RunPlan(PUBLISHED, setup, data, measured=0.5).report()
+    assert row_of(report, "language model", 1) == "3,099,863,040"
+    assert row_of(report, "initial state", 1) == "5,242,880"
+    needed = memory(PUBLISHED, data.largest(PUBLISHED), setup).needed / GIB
+    assert float(row_of(report, "needed", 1)) == pytest.approx(needed, abs=0.01)
+    assert "20,000 utterances" in report and "5,000 micro batches, 4 in an optimizer step; 1,250 steps" in report
+    assert "3,750 in all" in report
+    assert f"measured 0.500 s a step: {duration(625)} an epoch, {duration(1875)} in all" in report
+    assert [row_of(report, ranks + " ", 1) for ranks in ("1", "4", "8", "64")] == ["5,000", "1,250", "625", "79"]
+    assert all(row_of(report, name, 0) == name for name in BASE_MODELS)
+    assert max(map(len, report.splitlines())) < 160
+
+
+def test_report_says_real_time_of_what_is_heard():
+    # 100 of 250 steps of 4 x 10 s: 4000 s of audio in 50 s.
+    plan = data_plan([10.0] * 1000, epoch_steps=100)
+    assert "80 times real time" in RunPlan(PUBLISHED, Setup(), plan, measured=0.5).report()
+
+
+def test_model_sizes_are_read_from_the_files(tiny_parts: Parts):
+    model = SpeechLM.build(tiny_parts)
+    sizes = model_sizes(tiny_parts)
+    assert sizes.lm == model.lm.sizes
+    assert sizes.encoder.parameters == sum(p.numel() for p in model.encoder.parameters())
+    assert sizes.trained_parameters() == sum(p.numel() for p in model.trained_parameters())
+
+
+def test_model_sizes_of_a_published_model_need_no_file():
+    assert model_sizes(Parts(load_model="3B")) == PUBLISHED
+
+
+def test_model_sizes_name_an_encoder_that_is_not_there(tmp_path):
+    torch.save(random_rwkv6_tensors(), tmp_path / "base.pth")
+    with pytest.raises(UserError, match="its configuration cannot be read"):
+        model_sizes(Parts(load_model=str(tmp_path / "base.pth"), encoder=str(tmp_path / "nothing")))
+
+
+def test_setup_of_flags():
+    config = TrainConfig(
+        device="4", num_nodes=2, strategy="ddp", grad_cp=1, accumulate=3, wkv6="torch", feature_cache="frames"
+    )
+    assert setup_of(config) == Setup(
+        bf16=True, grad_cp=True, strategy="ddp", ranks=8, accumulate=3, native_wkv=False, cached_frames=True
+    )
+    assert setup_of(TrainConfig(device="cpu")) == Setup(bf16=False)
+    assert not setup_of(TrainConfig(device="4", precision="fp32")).bf16
+
+
+class Durations:
+    """A source of which only the lengths are asked."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self._seconds = np.array(seconds, np.float32)
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def durations(self) -> np.ndarray:
+        return self._seconds
+
+
+def test_plan_of_flags_and_data():
+    config = TrainConfig(load_model="3B", device="8", batch_seconds=60.0, ctx_len=700, epoch_count=2, epoch_steps=5)
+    plan = plan_of(config, Durations([10.0, 20.0]))  # type: ignore[arg-type]
+    assert (plan.model, plan.setup) == (PUBLISHED, Setup(ranks=8))
+    assert (plan.data.batch_seconds, plan.data.ctx_len, plan.data.epochs, plan.data.epoch_steps) == (60.0, 700, 2, 5)
+    assert plan.data.hours * 3600 == pytest.approx(30.0)
+
+
+def test_advice_is_about_the_flags_in_use():
+    text = advice_of(TrainConfig(device="4", micro_bsz=8, ctx_len=800, grad_cp=1))
+    assert "--micro_bsz 4 with --accumulate 2" in text and "--ctx_len 400" in text
+    assert "--grad_cp" not in text and "--precision" not in text and "among the 4 GPUs" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.51, "4.5 s"), (59, "59 s"), (60, "1.0 min"), (725, "12 min"), (3600, "1.0 h"), (86400 * 2.45, "2.5 days")],
+)
+def test_duration_in_words(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+def test_table_puts_numbers_to_the_right():
+    lines = table(("name", "count", "note"), [("a", "1", "x"), ("bcdef", "1,000", "")])
+    assert lines == ["  name   count  note", "  a          1  x", "  bcdef  1,000"]
