@@ -109,7 +109,9 @@ void forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
     read_transposed<N>(state, panels);
     for (int64_t t = 0; t < span.count; t += C) {
         Place at = {span.batch, span.first + t, head, chunk_length(span.count - t)};
-        Ahead ahead({span.batch, span.first + t + C, head, chunk_length(span.count - t - C)});
+        Place next = {span.batch, span.first + t + C, head, chunk_length(span.count - t - C)};
+        if (!next.count && head + 1 < p.heads) next = {span.batch, span.first, head + 1, chunk_length(span.count)};
+        Ahead ahead(next);
         const Wkv6Tokens* same_type[] = {&p.r, &p.k, &p.v, &p.y};
         for (const Wkv6Tokens* x : same_type) ahead.add<N>(*x, p.type);
         ahead.add<N>(p.w, p.decay_type);
