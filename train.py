@@ -6,11 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
+from rwkv_speech.errors import UserError
 from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
 from rwkv_speech.training_data import make_datasets, open_train_and_valid
+from rwkv_speech.training_plan import memory_advice, plan_run
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:
@@ -42,7 +46,13 @@ def train(config: TrainConfig) -> None:
     trained = sum(p.numel() for p in model.trained_parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
     print(f"training {trained:,} parameters, {frozen:,} frozen, on {len(data)} utterances")
-    module = fit(model, config, data, valid, cache)
+    if config.plan:
+        print(plan_run(config, model, data).report())
+        return
+    try:
+        module = fit(model, config, data, valid, cache)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"{error}\n{memory_advice(config)}") from error
     if module.scores:
         print(f"last epoch: WER {100 * module.scores.wer:.2f} % on {config.valid_data}")
     print(f"trained weights are in {Path(config.proj_dir).resolve()}")

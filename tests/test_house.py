@@ -17,9 +17,9 @@ ORDER = """
     data data.utterance data.mixture data.manifest data.manifest_reader data.manifest_writer data.manifest_table
     data.sources data.huggingface data.tar_shards data.augment data.feature_cache data.dataset data.plan data.samplers
     data.loader data.feature_fill data.streaming data.synth evaluation config plan_sizes plan_memory plan_compute
-    plan run_record report_charts report average export resume training_data lightning_module lightning_callbacks
-    lightning_run tiny.corpus tiny.voices tiny.augment tiny.speech_pool tiny.phone_prompts tiny.make_corpus
-    tiny.pretrain_encoder tiny.pretrain_lm
+    plan run_record report_charts report average export resume training_data training_plan lightning_module
+    lightning_callbacks lightning_run tiny.corpus tiny.voices tiny.augment tiny.speech_pool tiny.phone_prompts
+    tiny.make_corpus tiny.pretrain_encoder tiny.pretrain_lm
 """.split()
 
 

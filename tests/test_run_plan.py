@@ -1,7 +1,6 @@
 """Of plan.py; test_plan.py is that of data/plan.py."""
 
 import re
-import time
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from tiny_models import random_rwkv6_tensors
 
+from rwkv_speech import plan
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.mixture import Part
 from rwkv_speech.data.plan import EpochPlan
@@ -42,8 +42,8 @@ def test_steps_are_those_of_the_sampler():
     for batch_seconds in (None, 60.0):
         for setup in (Setup(), Setup(ranks=8), Setup(ranks=4, accumulate=3)):
             slots = setup.ranks * setup.accumulate
-            plan = data_plan(list(seconds), batch_seconds=batch_seconds)
-            assert plan.steps(setup) == EpochPlan(plan.durations, 4, batch_seconds, slots=slots).steps
+            found = data_plan(list(seconds), batch_seconds=batch_seconds)
+            assert found.steps(setup) == EpochPlan(found.durations, 4, batch_seconds, slots=slots).steps
 
 
 def test_epoch_steps_limit_the_steps():
@@ -53,14 +53,14 @@ def test_epoch_steps_limit_the_steps():
 
 def test_hours_count_parts_as_often_as_they_are_heard():
     parts = [Part(2, Fraction(3)), Part(1)]
-    plan = data_plan([10.0, 20.0, 90.0], parts=parts)
-    assert plan.utterances == 7
-    assert plan.hours * 3600 == pytest.approx(3 * 30 + 90)
+    found = data_plan([10.0, 20.0, 90.0], parts=parts)
+    assert found.utterances == 7
+    assert found.hours * 3600 == pytest.approx(3 * 30 + 90)
 
 
 def test_unknown_durations_are_taken_as_the_mean():
-    plan = data_plan([10.0, float("nan"), 20.0])
-    assert (plan.unknown(), plan.mean_seconds, plan.hours) == (1, 15.0, 45 / 3600)
+    found = data_plan([10.0, float("nan"), 20.0])
+    assert (found.unknown(), found.mean_seconds, found.hours) == (1, 15.0, 45 / 3600)
     assert data_plan([float("nan")] * 2).mean_seconds == 12.0
 
 
@@ -81,15 +81,31 @@ def test_no_data_is_an_error():
         data_plan([])
 
 
-def test_measure_gives_the_median_of_the_calls_after_the_first_two():
-    pauses = iter([0.2, 0.1, 0.02, 0.02, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02])
-    assert measure(lambda: time.sleep(next(pauses)), 0.1) == pytest.approx(0.02, rel=0.3)
+class Clock:
+    """Time that passes only in `step`, so many seconds a call."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.now, self.calls, self._seconds = 0.0, 0, seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def step(self) -> None:
+        self.now += self._seconds[self.calls]
+        self.calls += 1
 
 
-def test_measure_counts_three_calls_at_least():
-    calls = []
-    measure(lambda: calls.append(0), 0.0)
-    assert len(calls) == 5
+def test_measure_gives_the_median_of_the_calls_after_the_first_two(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock([90, 80, 2, 3, 9, 2, 3, 3, 1, 1])
+    monkeypatch.setattr(plan, "time", clock)
+    assert measure(clock.step, 18.5) == 3  # of 2 3 9 2 3, after which 18.5 s have passed
+    assert clock.calls == 7
+
+
+def test_measure_counts_three_calls_at_least(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock([1.0] * 9)
+    monkeypatch.setattr(plan, "time", clock)
+    assert (measure(clock.step, 0.0), clock.calls) == (1.0, 5)
 
 
 def row_of(report: str, name: str, column: int) -> str:
@@ -117,8 +133,8 @@ def test_report_of_the_published_setting():
 
 def test_report_says_real_time_of_what_is_heard():
     # 100 of 250 steps of 4 x 10 s: 4000 s of audio in 50 s.
-    plan = data_plan([10.0] * 1000, epoch_steps=100)
-    assert "80 times real time" in RunPlan(PUBLISHED, Setup(), plan, measured=0.5).report()
+    data = data_plan([10.0] * 1000, epoch_steps=100)
+    assert "80 times real time" in RunPlan(PUBLISHED, Setup(), data, measured=0.5).report()
 
 
 def test_model_sizes_are_read_from_the_files(tiny_parts: Parts):
@@ -165,10 +181,11 @@ class Durations:
 
 def test_plan_of_flags_and_data():
     config = TrainConfig(load_model="3B", device="8", batch_seconds=60.0, ctx_len=700, epoch_count=2, epoch_steps=5)
-    plan = plan_of(config, Durations([10.0, 20.0]))  # type: ignore[arg-type]
-    assert (plan.model, plan.setup) == (PUBLISHED, Setup(ranks=8))
-    assert (plan.data.batch_seconds, plan.data.ctx_len, plan.data.epochs, plan.data.epoch_steps) == (60.0, 700, 2, 5)
-    assert plan.data.hours * 3600 == pytest.approx(30.0)
+    found = plan_of(config, Durations([10.0, 20.0]))  # type: ignore[arg-type]
+    assert (found.model, found.setup) == (PUBLISHED, Setup(ranks=8))
+    data = found.data
+    assert (data.batch_seconds, data.ctx_len, data.epochs, data.epoch_steps) == (60.0, 700, 2, 5)
+    assert data.hours * 3600 == pytest.approx(30.0)
 
 
 def test_advice_is_about_the_flags_in_use():

@@ -52,6 +52,20 @@ def test_state_tuning_names_a_wrong_op_and_a_contradiction(corpus: Path, tmp_pat
     assert done.returncode == 2 and "--n_layer: given 32, but the model has 3" in done.stderr
 
 
+def test_slurm_script_passes_its_machines_on(corpus: Path, tmp_path: Path):
+    """With a stand-in for srun that runs one task, as srun does on each GPU."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    variables = {"load_model": "tiny", "encoder": "", "n_layer": "", "n_embd": "", "device": "cpu", "micro_bsz": 2,
+                 "train_data": corpus / "train.jsonl", "epoch_count": 1, "proj_dir": tmp_path / "run",
+                 "strategy": "auto", "SLURM_SUBMIT_DIR": ROOT,
+                 "PATH": f"{srun.parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
+    done = shell("slurm.sh", "--workers", "0", cwd=tmp_path, program="bash", **variables)
+    assert done.returncode == 0 and (tmp_path / "run" / "last.safetensors").is_file(), done.stderr
+
+
 def test_published_setting_is_the_default():
     text = (ROOT / "demo/demo-state-tuning.sh").read_text()
     for line in ("device-4}", "micro_bsz-4}", "n_layer-32}", "n_embd-2560}", "train_data-librispeech:train-960}",

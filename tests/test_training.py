@@ -66,6 +66,22 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     assert list((run / "logs/tensorboard").glob("events*"))
 
 
+def test_plan_prints_what_a_run_needs_and_trains_nothing(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert train_script.main(arguments(corpus, tmp_path / "run", plan=1)) == 0
+    shown = capsys.readouterr().out
+    model = SpeechLM.build(Parts("tiny"))
+    assert f"{sum(p.numel() for p in model.trained_parameters()):,}" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_report_and_run_record_are_written(run: Path):
+    page = (run / "report.html").read_text()
+    assert "<svg" in page and "WER" in page
+    assert json.loads((run / "run.json").read_text())["flags"]["epoch_count"] == 2
+
+
 def test_train_twice_gives_the_same_weights(corpus: Path, tmp_path: Path):
     for name in ("a", "b"):
         assert train_script.main(arguments(corpus, tmp_path / name)) == 0

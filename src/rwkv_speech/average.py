@@ -20,16 +20,11 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
     """Write the mean of the trained tensors, summed in float64; the metadata names the averaged files.
 
     Each is a file, or a folder as `find_checkpoint` reads it. Raises UserError naming the file if there are fewer than
-    two, if one is a published file or was trained on other parts or shapes, or holds a number that is not finite, and
-    if `output` is one of them or no .safetensors file.
+    two, if one comes twice, is a published file, was trained on other parts or shapes, or holds a number that is not
+    finite, and if `output` is one of them or no .safetensors file.
     """
     paths, output = [find_checkpoint(path) for path in checkpoints], Path(output)
-    if len(paths) < 2:
-        raise UserError(f"--checkpoints: found {len(paths)}, expected two or more, separated by commas")
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output: found {str(output)!r}, expected a name that ends in .safetensors")
-    if output.resolve() in {path.resolve() for path in paths}:
-        raise UserError(f"--output: {output} is one of the checkpoints to average; give another name")
+    _check_paths(paths, output)
     first = load_trained(paths[0])
     origin = _origin(first)
     sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in _tensors(first).items()}
@@ -42,6 +37,18 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
     state = means.pop("time_state")
     named: dict[str, Any] = {"averaged": [{"file": str(path), "sha256": sha256_file(path)} for path in paths]}
     save_trained(output, means, state, origin, named)
+
+
+def _check_paths(paths: Sequence[Path], output: Path) -> None:
+    if len(paths) < 2:
+        raise UserError(f"--checkpoints: found {len(paths)}, expected two or more, separated by commas")
+    for i, path in enumerate(paths):
+        if path.resolve() in {other.resolve() for other in paths[:i]}:
+            raise UserError(f"--checkpoints: {path} is given twice, expected different files; leave one out")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output: found {str(output)!r}, expected a name that ends in .safetensors")
+    if output.resolve() in {path.resolve() for path in paths}:
+        raise UserError(f"--output: {output} is one of the checkpoints to average; give another name")
 
 
 def _tensors(trained: Trained) -> dict[str, Tensor]:
@@ -84,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", required=True, help="two or more files or folders, separated by commas")
     parser.add_argument("--output", required=True, help="the file to write, .safetensors")
     given = parser.parse_args(argv)
-    return exit_code(lambda: average([name for name in given.checkpoints.split(",") if name], given.output))
+
+    def run() -> None:
+        average([name for name in given.checkpoints.split(",") if name], given.output)
+        print(f"written to {given.output}")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

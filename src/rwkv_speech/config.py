@@ -167,6 +167,7 @@ class TrainConfig(_DataConfig):
     )
     save_steps: int = flag(500, "optimizer steps between two points to resume from, beside one after every epoch")
     wandb: str = flag("", "project of Weights & Biases to log to; empty: none")
+    plan: int = flag(0, "1: print what the run will need, its memory, steps and time, and end")
     init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
     score_first: int = flag(0, "1: score the validation data before training, too")
     log_every: int = flag(10, "steps between two lines of the log")

@@ -210,11 +210,12 @@ class SpeechModule(pl.LightningModule):
             )
         else:  # every rank must take part, with nothing to add
             loss = sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
-        # Data-parallel training averages over ranks (DeepSpeed also over micro batches), which their number undoes.
+        # Data-parallel training averages over ranks, which their number undoes.
         scale = self.trainer.world_size / max(targets, 1)
-        if self.config.uses_deepspeed():
-            scale *= self.config.accumulate
         strategy: Any = self.trainer.strategy
+        if self.config.uses_deepspeed():
+            # Lightning gives the engine one micro batch a step, so that it neither averages over them nor counts them.
+            strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
         if last or not hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1:
             self.manual_backward(loss * scale)
         else:

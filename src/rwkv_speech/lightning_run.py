@@ -38,7 +38,7 @@ POINTS = "resume"
 # What a resumed run may set anew without another result of the steps that are left.
 FREE_FLAGS = frozenset(
     "device num_nodes strategy micro_bsz batch_seconds accumulate workers log_every save_steps resume score_first "
-    "epoch_save proj_dir wandb max_bad wkv6 keep_best patience min_delta feature_cache feature_dtype".split()
+    "epoch_save proj_dir plan wandb max_bad wkv6 keep_best patience min_delta feature_cache feature_dtype".split()
 )
 
 
@@ -90,7 +90,6 @@ def make_strategy(config: TrainConfig) -> str | Strategy:
     return DeepSpeedStrategy(
         config={
             "zero_optimization": {"stage": int(config.strategy[-1])},
-            "gradient_accumulation_steps": config.accumulate,
             "train_micro_batch_size_per_gpu": config.micro_bsz,
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
@@ -158,7 +157,8 @@ def _go_on(module: SpeechModule, config: TrainConfig, point: ResumePoint, traine
     if config.uses_deepspeed():
         raise UserError(
             f"{point.path}: DeepSpeed's state was cut for {point.info['world_size']} devices, now there are "
-            f"{trainer.world_size}, or for other batches; give the same --device, --micro_bsz and --accumulate, or --strategy ddp"
+            f"{trainer.world_size}, or for other batches; give the same --device, --micro_bsz and --accumulate, "
+            "or --strategy ddp"
         )
     print(
         f"going on with {point.path}, whose batches were cut otherwise: weights, optimizer and learning rates are "

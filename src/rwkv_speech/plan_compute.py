@@ -81,16 +81,18 @@ class StepTime:
 def operations(model: ModelSizes, batch: MicroBatch, grad_cp: bool) -> Operations:
     """Two for each weight and position, and the attention's F² of the encoder; WKV-6 itself is below 1 % of these.
 
-    The backward pass of a frozen matrix has one product, that of a trained one two.
+    The backward pass of a frozen matrix has one product, so has the adapter's first, and its second has two.
     """
     positions, s = batch.positions(model), model.lm
     layers = 2 * s.n_layer * model.layer_matrices() * positions
     head = 2 * s.vocab * s.C * batch.targets()
-    adapter = 2 * model.adapter_parameters() * batch.utterances * model.audio_tokens(batch.seconds)
+    audio_tokens = batch.utterances * model.audio_tokens(batch.seconds)
+    first = 2 * model.encoder.width * model.stack * model.adapter_hidden * audio_tokens
+    second = 2 * model.adapter_hidden * s.C * audio_tokens
     return Operations(
         encoder=batch.utterances * encoder_operations(model.encoder, batch.seconds),
-        forward=layers + head + adapter,
-        backward=layers + head + 2 * adapter,
+        forward=layers + head + first + second,
+        backward=layers + head + first + 2 * second,
         again=layers if grad_cp else 0,
     )
 

@@ -37,8 +37,14 @@ def write_run(folder: Path, flags: Mapping[str, Any], device: str) -> Path:
         "device": device,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_text_atomically(folder / RUN, json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n")
+    write_text_atomically(folder / RUN, _json(record, indent=2) + "\n")
     return folder / RUN
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Readable letters; half a surrogate pair, which a file's name may hold, stays the escape that JSON has for it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _versions() -> dict[str, str]:
@@ -67,7 +73,7 @@ def write_validation(folder: Path, texts: Iterable[tuple[str, str, str]]) -> Pat
     for name, ref, hyp in texts:
         wer = score([normalise_score(ref)], [normalise_score(hyp)]).wer
         rows.append({"id": name, "ref": ref, "hyp": hyp, "wer": round(wer, 6)})
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(_json(row) + "\n" for row in rows)
     write_text_atomically(folder / VALIDATION, lines)
     return folder / VALIDATION
 
