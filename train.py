@@ -10,6 +10,7 @@ import torch
 
 from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
+from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops import native
 from rwkv_speech.speech_lm import SpeechLM
@@ -45,8 +46,11 @@ def train(config: TrainConfig) -> None:
     data, valid, cache = make_datasets(config, model, *sources)
     trained = sum(p.numel() for p in model.trained_parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    print(f"training {trained:,} parameters, {frozen:,} frozen, on {len(data)} utterances")
-    if config.plan:
+    print(
+        f"training {trained:,} parameters, {frozen:,} frozen, on "
+        f"{len(data) if isinstance(data, SpeechDataset) else 'streamed'} utterances"
+    )
+    if config.plan and isinstance(data, SpeechDataset):
         print(plan_run(config, model, data).report())
         return
     try:

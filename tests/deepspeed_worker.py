@@ -1,30 +1,80 @@
-"""train.py with DeepSpeed on a CPU: Lightning's strategy without its refusal of one."""
+"""One of several processes that train with DeepSpeed on a CPU: Lightning's strategy without its refusal of one.
 
+Takes a JSON list of runs, {"argv": what train.py takes, "die_at": the step whose point is the last thing it does}.
+"""
+
+import json
+import os
+import signal
 import sys
+from pathlib import Path
 
+import deepspeed
+import torch
 import train
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from rwkv_speech import lightning_run
+from rwkv_speech.lightning_callbacks import ResumePoints
 
 
 class OnCPU(DeepSpeedStrategy):
-    """DeepSpeed over gloo."""
+    """DeepSpeed over gloo; says at the end what the engine held and how often it stepped."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(process_group_backend="gloo", **settings)  # type: ignore[arg-type]
+
+    @property
+    def root_device(self) -> torch.device:
+        """With an index, which the engine compares."""
+        return torch.device("cpu", 0)
 
     def setup_environment(self) -> None:
         """DDP's: DeepSpeed's own does nothing but refuse a CPU before it."""
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """Without the check that no GPU is given twice: every process has the same CPU."""
+        """Without the check that no device is given twice: the processes share one CPU."""
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    def teardown(self) -> None:
+        """Before the engine is gone."""
+        if not isinstance(self.model, deepspeed.DeepSpeedEngine):
+            return super().teardown()  # of a run that failed before it
+        engine, zero = self.deepspeed_engine, self.deepspeed_engine.optimizer
+        seen = {
+            "steps": engine.global_steps,
+            "calls": engine.micro_steps,
+            "stage": engine.zero_optimization_stage(),
+            "accumulate": engine.gradient_accumulation_steps(),
+            "reduced": sum(p.numel() for group in zero.bit16_groups for p in group),
+            "moments": sum(x["exp_avg"].numel() for x in zero.optimizer.state.values()),
+            "frozen_with_grad": sum(p.grad is not None for p in engine.module.parameters() if not p.requires_grad),
+        }
+        folder = Path(self.lightning_module.config.proj_dir)  # type: ignore[union-attr, arg-type]
+        (folder / f"engine-{self.global_rank}.json").write_text(json.dumps(seen))
+        super().teardown()
+
+
+class DyingPoints(ResumePoints):
+    """Every process is killed once the point of step `die_at` is there."""
+
+    die_at: int | None = None
+
+    def _save(self, trainer, pl_epoch, step):  # type: ignore[no-untyped-def]
+        super()._save(trainer, pl_epoch, step)
+        if trainer.global_step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 if __name__ == "__main__":
-    deepspeed_torch.build_shm_op = lambda: None  # shared memory for CPUs, which it would compile; gloo does
+    # Shared memory between CPUs, which it would compile: gloo does.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     lightning_run.DeepSpeedStrategy = OnCPU  # type: ignore[misc]
-    sys.exit(train.main(sys.argv[1:]))
+    lightning_run.ResumePoints = DyingPoints  # type: ignore[misc]
+    for run in json.loads(sys.argv[1]):
+        DyingPoints.die_at = run.get("die_at")
+        if code := train.main(run["argv"]):
+            sys.exit(code)

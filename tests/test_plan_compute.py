@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_encoders import large_shaped
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_speech.adapter import Adapter
@@ -46,22 +47,22 @@ def counted_operations(sizes: RWKV6Sizes, batch: MicroBatch, model: ModelSizes, 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_operations_of_the_language_model_are_those_that_pytorch_counts(grad_cp: bool):
-    sizes = replace(BASE_MODELS["1.6B"], n_layer=3)
+    sizes = replace(BASE_MODELS["1.6B"], n_layer=2, vocab=1000)  # small, so that the adapter counts
     model = ModelSizes(sizes, WAVLM_LARGE)
     forward, backward = counted_operations(sizes, FIFTEEN_SECONDS, model, grad_cp)
     found = operations(model, FIFTEEN_SECONDS, grad_cp)
-    assert found.forward == pytest.approx(forward, rel=0.02)
-    assert found.backward + found.again == pytest.approx(backward, rel=0.02)
+    assert found.forward == pytest.approx(forward, rel=0.01)
+    assert found.backward + found.again == pytest.approx(backward, rel=0.01)
 
 
 def test_operations_of_the_encoder_are_those_that_pytorch_counts():
     encoder = SpeechEncoder(large_shaped(2), "large")
-    seconds = 4.0
-    with FlopCounterMode(display=False) as counter:
+    seconds = 8.0
+    # The counter does not know the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(torch.zeros(1, int(16_000 * seconds)), torch.tensor([int(16_000 * seconds)]))
     found = encoder_operations(EncoderSizes.of(encoder.model), seconds)
-    # The counter does not know the CPU's fused attention, which is 2 % of it.
-    assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_time_of_a_step_meets_the_floor_of_the_design():

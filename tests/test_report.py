@@ -201,6 +201,13 @@ def test_nothing_from_the_run_becomes_markup(tmp_path: Path):
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
 
 
+def test_letters_of_every_script_stay(run: Path):
+    # Joiners are no letters, but Persian and emoji fall apart without them.
+    joined = "می\u200cخواهم 👩\u200d🚀 天气"
+    write_run(run, {"task": joined}, "cpu")
+    assert joined in page_of(run).text["Flags"]
+
+
 def test_strange_records_do_not_stop_a_report(run: Path):
     (run / "run.json").write_text('{"flags": [1], "versions": null, "command": "train", "commit": 7}')
     page = page_of(run)

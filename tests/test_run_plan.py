@@ -6,28 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tiny_models import random_rwkv6_tensors
 
 from rwkv_speech import plan
-from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.mixture import Part
 from rwkv_speech.data.plan import EpochPlan
 from rwkv_speech.errors import UserError
 from rwkv_speech.plan import (
     DataPlan,
     RunPlan,
-    advice_of,
     duration,
     measure,
-    model_sizes,
-    plan_of,
-    setup_of,
     table,
 )
 from rwkv_speech.plan_memory import GIB, memory
 from rwkv_speech.plan_sizes import BASE_MODELS, WAVLM_LARGE, ModelSizes, Setup
-from rwkv_speech.speech_lm import Parts, SpeechLM
 
 PUBLISHED = ModelSizes(BASE_MODELS["3B"], WAVLM_LARGE)
 
@@ -135,63 +127,6 @@ def test_report_says_real_time_of_what_is_heard():
     # 100 of 250 steps of 4 x 10 s: 4000 s of audio in 50 s.
     data = data_plan([10.0] * 1000, epoch_steps=100)
     assert "80 times real time" in RunPlan(PUBLISHED, Setup(), data, measured=0.5).report()
-
-
-def test_model_sizes_are_read_from_the_files(tiny_parts: Parts):
-    model = SpeechLM.build(tiny_parts)
-    sizes = model_sizes(tiny_parts)
-    assert sizes.lm == model.lm.sizes
-    assert sizes.encoder.parameters == sum(p.numel() for p in model.encoder.parameters())
-    assert sizes.trained_parameters() == sum(p.numel() for p in model.trained_parameters())
-
-
-def test_model_sizes_of_a_published_model_need_no_file():
-    assert model_sizes(Parts(load_model="3B")) == PUBLISHED
-
-
-def test_model_sizes_name_an_encoder_that_is_not_there(tmp_path):
-    torch.save(random_rwkv6_tensors(), tmp_path / "base.pth")
-    with pytest.raises(UserError, match="its configuration cannot be read"):
-        model_sizes(Parts(load_model=str(tmp_path / "base.pth"), encoder=str(tmp_path / "nothing")))
-
-
-def test_setup_of_flags():
-    config = TrainConfig(
-        device="4", num_nodes=2, strategy="ddp", grad_cp=1, accumulate=3, wkv6="torch", feature_cache="frames"
-    )
-    assert setup_of(config) == Setup(
-        bf16=True, grad_cp=True, strategy="ddp", ranks=8, accumulate=3, native_wkv=False, cached_frames=True
-    )
-    assert setup_of(TrainConfig(device="cpu")) == Setup(bf16=False)
-    assert not setup_of(TrainConfig(device="4", precision="fp32")).bf16
-
-
-class Durations:
-    """A source of which only the lengths are asked."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self._seconds = np.array(seconds, np.float32)
-
-    def __len__(self) -> int:
-        return len(self._seconds)
-
-    def durations(self) -> np.ndarray:
-        return self._seconds
-
-
-def test_plan_of_flags_and_data():
-    config = TrainConfig(load_model="3B", device="8", batch_seconds=60.0, ctx_len=700, epoch_count=2, epoch_steps=5)
-    found = plan_of(config, Durations([10.0, 20.0]))  # type: ignore[arg-type]
-    assert (found.model, found.setup) == (PUBLISHED, Setup(ranks=8))
-    data = found.data
-    assert (data.batch_seconds, data.ctx_len, data.epochs, data.epoch_steps) == (60.0, 700, 2, 5)
-    assert data.hours * 3600 == pytest.approx(30.0)
-
-
-def test_advice_is_about_the_flags_in_use():
-    text = advice_of(TrainConfig(device="4", micro_bsz=8, ctx_len=800, grad_cp=1))
-    assert "--micro_bsz 4 with --accumulate 2" in text and "--ctx_len 400" in text
-    assert "--grad_cp" not in text and "--precision" not in text and "among the 4 GPUs" in text
 
 
 @pytest.mark.parametrize(

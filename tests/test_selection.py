@@ -79,6 +79,11 @@ def test_early_stop_waits_for_patience():
     assert [stop.should_stop(wer) for wer in (0.5, 0.4, 0.4, 0.39, 0.5, 0.45)] == [False] * 5 + [True]
 
 
+def test_an_equal_wer_is_no_improvement():
+    stop = EarlyStop(patience=2)
+    assert [stop.should_stop(0.5) for _ in range(3)] == [False, False, True]
+
+
 def test_early_stop_wants_more_than_min_delta():
     stop = EarlyStop(patience=2, min_delta=0.05)
     # 0.46 and 0.45 are too near 0.5; 0.44 would not have been.

@@ -304,3 +304,43 @@ def test_module_rejects_more_steps_than_data(corpus: Path, tmp_path: Path):
     config = TrainConfig(proj_dir=str(tmp_path), device="cpu", micro_bsz=8, workers=0, epoch_steps=2)
     with pytest.raises(UserError, match="make 1; leave it"):
         fit(model, config, SpeechDataset(open_source(str(corpus / "train.jsonl")), model.tokenizer), None)
+
+
+def test_train_streams_rows_that_no_disk_holds(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import datasets
+
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    audio = [{"bytes": (corpus / row["audio_filepath"]).read_bytes(), "path": None} for row in rows]
+    table = datasets.Dataset.from_dict({"audio": audio, "text": [row["text"] for row in rows]})
+    (tmp_path / "rows").mkdir()
+    table.to_parquet(tmp_path / "rows" / "train-00000.parquet")
+    flags = {"train_data": f"hf-stream:{tmp_path / 'rows'}:train", "workers": 0}
+    assert train_script.main(arguments(corpus, tmp_path / "run", epoch_steps=2, **flags)) == 0
+    assert load_trained(tmp_path / "run" / "last.safetensors").metrics["step"] == 2
+    assert train_script.main(arguments(corpus, tmp_path / "other", **flags)) == 2
+    assert "--epoch_steps: found nothing" in capsys.readouterr().err
+    assert train_script.main(arguments(corpus, tmp_path / "other", epoch_steps=2, plan=1, **flags)) == 2
+    assert "--plan: hf-stream:" in capsys.readouterr().err
+
+
+def test_train_with_a_feature_cache_takes_the_same_steps(corpus: Path, tmp_path: Path):
+    plain = trained_step(corpus, tmp_path / "plain", micro_bsz=8)
+    flags = {"feature_cache": tmp_path / "cache", "feature_dtype": "float32", "micro_bsz": 8}
+    kept = trained_step(corpus, tmp_path / "kept", **flags)
+    again = trained_step(corpus, tmp_path / "again", **flags)
+    for name, x in plain.items():
+        assert_rms_close(name, kept[name], x, 1e-4)
+        assert torch.equal(again[name], kept[name])
+    code = train_script.main(arguments(corpus, tmp_path / "both", speed="0.9,1.1", **flags))
+    assert code == 2
+
+
+def test_train_augments_and_keeps_the_best(corpus: Path, tmp_path: Path):
+    noise = corpus / "train"
+    flags = {"speed": "0.9,1,1.1", "volume_db": "-6,6", "noise_dir": noise, "time_masks": 1, "freq_masks": 1,
+             "valid_data": corpus / "valid.jsonl", "epoch_count": 3, "keep_best": 1, "patience": 1}  # fmt: skip
+    for name in ("a", "b"):
+        assert train_script.main(arguments(corpus, tmp_path / name, **flags)) == 0
+    first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(list((tmp_path / "a").glob("best-epoch-*.safetensors"))) == 1

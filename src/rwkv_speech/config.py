@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -233,7 +234,18 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
             choices=field.metadata["choices"],
             help=(field.metadata["help"] + default).replace("%", "%%"),
         )
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))))
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Flags joined with values such as -6,6, which argparse would take for another flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1].startswith("--") and "=" not in words[-1] and re.match(r"-[\d.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _or_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any]:

@@ -18,7 +18,7 @@ from rwkv_speech.data.dataset import BadFileLog, Batch, SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import make_loader
-from rwkv_speech.data.streaming import StreamLoader
+from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
 from rwkv_speech.errors import UserError
 from rwkv_speech.metrics import Scores, score
 from rwkv_speech.optim import lr_factor, make_optimizer
@@ -58,7 +58,7 @@ class SpeechModule(pl.LightningModule):
         self,
         model: SpeechLM,
         config: TrainConfig,
-        train: SpeechDataset,
+        train: SpeechDataset | StreamedData,
         valid: SpeechDataset | None,
         cache: FeatureCache | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class SpeechModule(pl.LightningModule):
             self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
             self._forward_schedule(self.taken_over["lr_schedulers"][0]["last_epoch"])
             self.taken_over = None
-        if self._cache is None:
+        if self._cache is None or isinstance(self._train_data, StreamedData):
             return
         plain = self._train_data.plain()
         cache = self._cache.for_writer(self.trainer.global_rank)
@@ -124,21 +124,20 @@ class SpeechModule(pl.LightningModule):
     def train_dataloader(self) -> StepLoader:
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
         c = self.config
-        loader = StepLoader(
-            make_loader(
-                self._train_data,
-                c.micro_bsz,
-                c.batch_seconds,
-                shuffle=True,
-                seed=c.seed,
-                workers=c.workers,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                accumulate=c.accumulate,
-                pin_memory=self.device.type == "cuda",
-            ),
-            c.accumulate,
-        )
+        layout: dict[str, Any] = {
+            "workers": c.workers,
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "accumulate": c.accumulate,
+            "pin_memory": self.device.type == "cuda",
+        }
+        if isinstance(self._train_data, StreamedData):
+            plan = StreamPlan(c.micro_bsz, c.batch_seconds, c.seed)
+            loader = StepLoader(self._train_data.loader(plan, c.epoch_steps, **layout), c.accumulate)
+            loader.sampler.set_state(*self.start)
+            return loader
+        batches = make_loader(self._train_data, c.micro_bsz, c.batch_seconds, shuffle=True, seed=c.seed, **layout)
+        loader = StepLoader(batches, c.accumulate)
         if c.epoch_steps and c.epoch_steps > len(loader):
             raise UserError(
                 f"--epoch_steps: given {c.epoch_steps}, but {len(self._train_data)} utterances in batches of "

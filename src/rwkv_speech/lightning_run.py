@@ -11,12 +11,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
+from rwkv_speech.data.streaming import StreamedData
 from rwkv_speech.errors import UserError
 from rwkv_speech.lightning_callbacks import (
     TRAINER_STATE,
@@ -83,6 +85,13 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+class _BatchesAsTheyAre(DeepSpeedPrecision):
+    """Lightning would cast waveforms to bfloat16, and refuses frozen dataclasses, which batches are."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 def make_strategy(config: TrainConfig) -> str | Strategy:
     """How several devices work together, in Lightning's terms."""
     if not config.uses_deepspeed():
@@ -95,6 +104,7 @@ def make_strategy(config: TrainConfig) -> str | Strategy:
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": False},  # autocast computes in bfloat16; the few trained tensors stay in float32
         },
+        precision_plugin=_BatchesAsTheyAre("bf16-mixed" if config.uses_bf16() else "32-true"),
         exclude_frozen_parameters=True,
         logging_level=logging.ERROR,
     )
@@ -175,7 +185,7 @@ def _go_on(module: SpeechModule, config: TrainConfig, point: ResumePoint, traine
 def fit(
     model: SpeechLM,
     config: TrainConfig,
-    train: SpeechDataset,
+    train: SpeechDataset | StreamedData,
     valid: SpeechDataset | None,
     cache: FeatureCache | None = None,
 ) -> SpeechModule:

@@ -7,19 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
-from rwkv_speech import tiny
-from rwkv_speech.base_weights import RWKV6Sizes, read_tensors
-from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.mixture import Part
 from rwkv_speech.data.plan import EpochPlan, Floats
-from rwkv_speech.data.sources import Source, parts_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.plan_compute import H200, Gpu, all_reduce_bytes, idle_share, step_time
-from rwkv_speech.plan_memory import GIB, Memory, largest_micro_bsz, memory, out_of_memory_advice
-from rwkv_speech.plan_sizes import BASE_MODELS, WAVLM_LARGE, EncoderSizes, MicroBatch, ModelSizes, Setup
-from rwkv_speech.speech_lm import Parts
+from rwkv_speech.plan_memory import GIB, Memory, largest_micro_bsz, memory
+from rwkv_speech.plan_sizes import BASE_MODELS, WAVLM_LARGE, MicroBatch, ModelSizes, Setup
 
 # Read speech of LibriSpeech's pace in World tokens.
 TEXT_TOKENS_PER_SECOND = 4.0
@@ -224,80 +218,6 @@ class RunPlan:
             rows.append((name, f"{memory(model, largest, setup).needed / GIB:.1f}", *times))
         title = f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs in bfloat16, with WavLM-Large"
         return [title, *table(("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS)), rows)]
-
-
-def plan_of(config: TrainConfig, source: Source, measured: float | None = None) -> RunPlan:
-    """The plan of the run that `config` describes, on the training data `source`; nothing is loaded into memory.
-
-    A --device that is a number counts as that many GPUs, whether they are here or not; `--load_model 3B` or another
-    name of BASE_MODELS serves without a file. Raises UserError as the parts of the model do.
-    """
-    data = DataPlan(
-        source.durations(),
-        config.micro_bsz,
-        config.batch_seconds,
-        config.ctx_len,
-        config.epoch_count,
-        config.epoch_steps,
-        parts_of(source),
-    )
-    return RunPlan(model_sizes(config.parts()), setup_of(config), data, measured=measured)
-
-
-def model_sizes(parts: Parts) -> ModelSizes:
-    """The sizes of a model's parts, of which only the base model's shapes and the encoder's configuration are read."""
-    parts = parts.filled()
-    base = tiny.BASE_MODEL if parts.load_model == tiny.NAME else parts.load_model
-    lm = BASE_MODELS.get(parts.load_model) or RWKV6Sizes.of(read_tensors(base), base)
-    assert parts.stack is not None and parts.adapter_hidden is not None
-    return ModelSizes(lm, _encoder_sizes(parts.encoder), parts.stack, parts.adapter_hidden)
-
-
-def _encoder_sizes(name: str) -> EncoderSizes:
-    if name == "microsoft/wavlm-large":
-        return WAVLM_LARGE
-    from transformers import AutoConfig, AutoModel
-
-    folder = str(tiny.ENCODER) if name == tiny.NAME else name
-    try:
-        found = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"encoder {name!r}: its configuration cannot be read ({reason}); give a folder, or an id such as "
-            "microsoft/wavlm-large"
-        ) from error
-    with torch.device("meta"):
-        return EncoderSizes.of(AutoModel.from_config(found))
-
-
-def setup_of(config: TrainConfig) -> Setup:
-    """How the run computes, on the GPUs that --device and --num_nodes ask for."""
-    per_node = int(config.device) if config.device.isdecimal() else 1
-    return Setup(
-        bf16=config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu"),
-        grad_cp=bool(config.grad_cp),
-        strategy=config.strategy,
-        ranks=max(1, per_node * config.num_nodes),
-        accumulate=config.accumulate,
-        native_wkv=config.wkv6 != "torch",
-        cached_frames=bool(config.feature_cache),
-    )
-
-
-def advice_of(config: TrainConfig) -> str:
-    """What to change in `config` when a GPU's memory did not suffice."""
-    setup = setup_of(config)
-    return out_of_memory_advice(
-        micro_bsz=config.micro_bsz,
-        batch_seconds=config.batch_seconds,
-        accumulate=config.accumulate,
-        grad_cp=setup.grad_cp,
-        ctx_len=config.ctx_len,
-        bf16=setup.bf16,
-        strategy=config.strategy,
-        ranks=setup.ranks,
-    )
 
 
 def _memory_table(found: Memory) -> list[str]:

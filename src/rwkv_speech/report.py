@@ -5,6 +5,7 @@ the rest.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from collections import Counter
@@ -28,6 +29,8 @@ REPORT = "report.html"
 _WORST = 25
 _MOST_FREQUENT = 15
 _MOST_WORDS = 80  # of an utterance: a hypothesis that repeats itself fills no page
+
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 Rows = list[dict[str, float]]
 
@@ -110,8 +113,7 @@ def _page(title: str, body: str) -> str:
 
 def _text(value: object) -> str:
     """For the page: escaped, and without what no page may hold (control characters, halves of surrogate pairs)."""
-    kept = (c if c.isprintable() or c in " \n\t" or ord(c) > 0xDFFF else "\ufffd" for c in str(value))
-    return escape("".join(kept))
+    return escape(_NO_TEXT.sub("\ufffd", str(value)))
 
 
 def _section(title: str, *content: str) -> str:

@@ -1,5 +1,9 @@
 """From flags to what training iterates over: sources, changes of the audio, kept features."""
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.augment import Augment, Augmenter, numbers
 from rwkv_speech.data.dataset import Fit, SpeechDataset
@@ -8,17 +12,30 @@ from rwkv_speech.data.sources import Source, open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech_lm import SpeechLM
 
+if TYPE_CHECKING:
+    from rwkv_speech.data.streaming import Stream, StreamedData
 
-def open_train_and_valid(config: TrainConfig) -> tuple[Source, Source | None]:
+PREFIX = "hf-stream:"
+
+
+def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source | None]":
     """The sources of --train_data and --valid_data; raises UserError for what cannot be read."""
     if not config.train_data:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
-    opened = [
-        open_sources(spec, audio_column=config.audio_column, text_column=config.text_column) if spec else None
-        for spec in (config.train_data, config.valid_data)
-    ]
-    assert opened[0] is not None
-    return opened[0], opened[1]
+    train: "Source | Stream"
+    if config.train_data.startswith(PREFIX):
+        # Imported here: `datasets` takes a second, and manifests never need it.
+        from rwkv_speech.data.huggingface import Columns
+        from rwkv_speech.data.streaming import open_stream
+
+        train = open_stream(config.train_data, Columns(config.audio_column, config.text_column, True))
+    else:
+        train = _open(config, config.train_data)
+    return train, _open(config, config.valid_data) if config.valid_data else None
+
+
+def _open(config: TrainConfig, spec: str) -> Source:
+    return open_sources(spec, audio_column=config.audio_column, text_column=config.text_column)
 
 
 def make_augmenter(config: TrainConfig) -> Augmenter | None:
@@ -37,23 +54,37 @@ def make_augmenter(config: TrainConfig) -> Augmenter | None:
 
 
 def make_datasets(
-    config: TrainConfig, model: SpeechLM, train: Source, valid: Source | None
-) -> tuple[SpeechDataset, SpeechDataset | None, FeatureCache | None]:
+    config: TrainConfig, model: SpeechLM, train: "Source | Stream", valid: Source | None
+) -> "tuple[SpeechDataset | StreamedData, SpeechDataset | None, FeatureCache | None]":
     """Training and validation data as the model wants them, and the cache that the training data reads."""
     normalise = model.encoder.do_normalize
-    cache = None
-    if config.feature_cache:
-        cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
-    training = SpeechDataset(
-        train,
-        model.tokenizer,
-        config.label_mode,
-        Fit(config.ctx_len, model.origin.stack),
-        normalise=normalise,
-        augment=make_augmenter(config),
-        cache=cache,
-    )
     validation = None
     if valid is not None:
         validation = SpeechDataset(valid, model.tokenizer, config.label_mode, normalise=normalise)
-    return training, validation, cache
+    settings: dict[str, Any] = {
+        "tokenizer": model.tokenizer,
+        "label_mode": config.label_mode,
+        "fit": Fit(config.ctx_len, model.origin.stack),
+        "normalise": normalise,
+    }
+    augment = make_augmenter(config)
+    if config.train_data.startswith(PREFIX):
+        return _streamed(config, train, functools.partial(SpeechDataset, **settings), augment), validation, None
+    cache = None
+    if config.feature_cache:
+        cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
+    return SpeechDataset(cast(Source, train), **settings, augment=augment, cache=cache), validation, cache
+
+
+def _streamed(
+    config: TrainConfig, train: "Source | Stream", build: Callable[..., SpeechDataset], augment: Augmenter | None
+) -> "StreamedData":
+    from rwkv_speech.data.streaming import Stream, StreamedData
+
+    if config.feature_cache or config.plan:
+        flag = "--feature_cache" if config.feature_cache else "--plan"
+        raise UserError(
+            f"{flag}: {config.train_data} arrives row by row; expected data that can be gone through: a "
+            "manifest, a folder, tar shards or a set on the disk"
+        )
+    return StreamedData(cast(Stream, train), build, augment)

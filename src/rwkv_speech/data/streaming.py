@@ -122,6 +122,19 @@ class _Batches(IterableDataset[Batch]):
                 yield dataset, indices
 
 
+@dataclass(frozen=True)
+class StreamedData:
+    """A stream and what its rows are made into: the training data in place of a SpeechDataset."""
+
+    stream: Stream
+    build: Callable[..., SpeechDataset]
+    augment: Augmenter | None = None
+
+    def loader(self, plan: StreamPlan, steps: int | None, **layout: Any) -> "StreamLoader":
+        """Batches for one rank; `layout` as in StreamLoader."""
+        return StreamLoader(self.stream, self.build, plan, steps, augment=self.augment, **layout)
+
+
 def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
