@@ -278,8 +278,8 @@ def measure_cpu(name: str, rounds: int, threads: int) -> Row:
     for side in SIDES:
         print(f"{side:6} {times[side]:9.2f} {cpu[side]:9.2f} {peaks[side][0] / 1e6:9.0f} {peaks[side][1] / 1e6:13.0f}")
     print(
-        f"{row['speed']:.2f}x as fast, {row['cpu_speed']:.2f}x by CPU time (goal {GOALS['speed']}), {row['memory']:.2f} of the memory "
-        f"(goal {GOALS['memory']})"
+        f"{row['speed']:.2f}x as fast, {row['cpu_speed']:.2f}x by CPU (goal {GOALS['speed']}); "
+        f"{row['memory']:.2f} of the memory (goal {GOALS['memory']})"
     )
     print("our step:", ", ".join(f"{part} {taken:.2f} s" for part, taken in row["our_seconds"].items()))
     return row

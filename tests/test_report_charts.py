@@ -50,6 +50,8 @@ def test_everything_is_inside_the_picture():
     _, _, width, height = map(float, parsed(svg).attrib["viewBox"].split())
     for element in parsed(svg).iter("polyline"):
         assert all(0 <= x <= width and 0 <= y <= height for x, y in places(element))
+    # A number in the middle of its tick needs room on both sides.
+    assert all(float(element.attrib["x"]) <= width - 20 for element in parsed(svg).iter("text"))
 
 
 def test_long_curves_are_thinned_and_keep_their_peaks():

@@ -201,12 +201,17 @@ class SpeechModule(pl.LightningModule):
         self.log_dict({"loss": loss_sum / max(targets, 1), "target_tokens": targets, "audio_seconds": seconds,
                        "padding": 1 - seconds / padded if padded else 0.0, **rates})  # fmt: skip
 
+    def _autocast(self) -> torch.autocast:
+        """The trained tensors stay in float32; Lightning's DeepSpeed plugin would not compute in bfloat16 by itself."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_bf16())
+
     def _backward(self, batch: Batch, targets: float, last: bool) -> Tensor:
         """Add one micro batch's share to the gradients; its summed loss."""
         if len(batch):
-            loss, _ = self.model.loss_sum(
-                batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
-            )
+            with self._autocast():
+                loss, _ = self.model.loss_sum(
+                    batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
+                )
         else:  # every rank must take part, with nothing to add
             loss = sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
         # Data-parallel training averages over ranks, which their number undoes.
@@ -215,7 +220,7 @@ class SpeechModule(pl.LightningModule):
         if self.config.uses_deepspeed():
             # Lightning gives the engine one micro batch a step, so that it neither averages over them nor counts them.
             strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
-        if last or not hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1:
+        if last or self.config.uses_deepspeed() or self.trainer.world_size == 1:
             self.manual_backward(loss * scale)
         else:
             with strategy.block_backward_sync():
@@ -248,7 +253,8 @@ class SpeechModule(pl.LightningModule):
         self.bad_files.add(batch.bad)
         if not len(batch):
             return
-        ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
+        with self._autocast():
+            ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
         for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
             self._hyps[name, text] = self.model.tokenizer.decode(hyp)
 

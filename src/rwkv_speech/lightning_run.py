@@ -30,6 +30,7 @@ from rwkv_speech.lightning_callbacks import (
     TrainedWeights,
 )
 from rwkv_speech.lightning_module import SpeechModule
+from rwkv_speech.plan_memory import REDUCE_BUCKET
 from rwkv_speech.report import write_report
 from rwkv_speech.resume import ResumePoint, newest_point
 from rwkv_speech.run_record import find_metrics, read_metrics, write_run
@@ -98,7 +99,7 @@ def make_strategy(config: TrainConfig) -> str | Strategy:
         return config.strategy
     return DeepSpeedStrategy(
         config={
-            "zero_optimization": {"stage": int(config.strategy[-1])},
+            "zero_optimization": {"stage": int(config.strategy[-1]), "reduce_bucket_size": REDUCE_BUCKET},
             "train_micro_batch_size_per_gpu": config.micro_bsz,
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,

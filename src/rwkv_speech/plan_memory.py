@@ -13,9 +13,9 @@ GIB = 2**30
 # The CUDA context with the libraries' own workspaces; and what the allocator loses between tensors. Assumed.
 _CONTEXT = 0.7 * GIB
 _FRAGMENTATION = 0.1
-# DeepSpeed's defaults: numbers in the buffer that collects gradients, however few there are; parameters that its
-# stage 3 may hold gathered.
-_BUCKET = 500_000_000
+# Elements that DeepSpeed reduces at a time: more than is trained of any base model up to 7B. Its default is 5e8.
+REDUCE_BUCKET = 25_000_000
+# DeepSpeed's default of the parameters that its stage 3 may hold gathered.
 _GATHERED = 1_000_000_000
 # Float32 numbers per position and channel in WKV-6's backward pass, less what of its layer is free by then.
 _WKV_PORTABLE, _WKV_NATIVE = 25, 8
@@ -104,7 +104,7 @@ def _trained(model: ModelSizes, setup: Setup) -> tuple[Part, ...]:
         Part("trained weights", 4 * trained / (ranks if stage == 3 else 1), "adapter and initial state in float32"),
         Part("gradients", 4 * trained / (ranks if stage >= 2 else 1)),
         Part("AdamW moments", 12 * trained / ranks, f"and a copy of the weights, 1/{ranks} of them"),
-        Part("gradient bucket", 4 * _BUCKET, "DeepSpeed's default reduce_bucket_size"),
+        Part("gradient bucket", 4 * REDUCE_BUCKET, "DeepSpeed's, float32"),
     )
 
 

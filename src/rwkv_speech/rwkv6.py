@@ -215,16 +215,22 @@ class RWKV6(nn.Module):
         shift = torch.zeros(s.n_layer, batch, s.C, dtype=p.dtype, device=p.device)
         return State(wkv, shift, shift.clone())
 
-    def hidden(self, inputs_embeds: Tensor, state: State, packing: Packing | None = None) -> tuple[Tensor, State]:
-        """Embeddings (B, T, C) -> normed hidden states (B, T, C), for `head`, and the next state."""
+    def hidden(
+        self, inputs_embeds: Tensor, state: State, packing: Packing | None = None, keep_state: bool = True
+    ) -> tuple[Tensor, State]:
+        """Embeddings (B, T, C) -> normed hidden states (B, T, C), for `head`, and the next state.
+
+        Without `keep_state` the state is the given one: training needs no other, and all layers' take memory.
+        """
         x, layers = inputs_embeds, []
         for block, *layer_state in zip(self.blocks, *state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
                 x, *layer = torch.utils.checkpoint.checkpoint(block, x, *layer_state, packing, use_reentrant=False)
             else:
                 x, *layer = block(x, *layer_state, packing)
-            layers.append(layer)
-        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*layers, strict=True)))
+            if keep_state:
+                layers.append(layer)
+        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*layers, strict=True))) if layers else state
 
     def forward(
         self,

@@ -191,10 +191,10 @@ class SpeechLM(nn.Module):
         frames, lengths = self.encoder(waveforms, num_samples, prepared.normalised)
         return self.adapter(frames, lengths)
 
-    def _hidden(self, spliced: splice.Spliced, audio: Tensor) -> tuple[Tensor, State]:
+    def _hidden(self, spliced: splice.Spliced, audio: Tensor, keep_state: bool = True) -> tuple[Tensor, State]:
         x = splice.fill(spliced, audio, self.lm.embed(spliced.token_ids))
         packing = Packing.of(spliced.cu_seqlens)
-        hidden, state = self.lm.hidden(x, self.initial_state(len(spliced.cu_seqlens) - 1), packing)
+        hidden, state = self.lm.hidden(x, self.initial_state(len(spliced.cu_seqlens) - 1), packing, keep_state)
         return hidden[0], state
 
     def loss_sum(
@@ -208,7 +208,7 @@ class SpeechLM(nn.Module):
         """The summed loss of a batch, float32, and its number of target tokens (text and end of text)."""
         audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
         spliced = splice.splice(audio_lengths, text_ids, text_lengths, self.separator_id, self.tokenizer.eos_id)
-        hidden, _ = self._hidden(spliced, audio)
+        hidden, _ = self._hidden(spliced, audio, keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         return token_loss_sum(self.lm.head(hidden[at]), spliced.labels[at]), len(at)
 

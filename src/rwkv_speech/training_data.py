@@ -22,7 +22,7 @@ def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source 
     """The sources of --train_data and --valid_data; raises UserError for what cannot be read."""
     if not config.train_data:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
-    train: "Source | Stream"
+    train: Source | Stream
     if config.train_data.startswith(PREFIX):
         # Imported here: `datasets` takes a second, and manifests never need it.
         from rwkv_speech.data.huggingface import Columns

@@ -22,6 +22,8 @@ def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPl
     _, devices = config.accelerator()
     setup = Setup(
         bf16=config.uses_bf16(),
+        encoder_bf16=model.encoder.dtype == torch.bfloat16,
+        cached_frames=bool(config.feature_cache),
         grad_cp=bool(config.grad_cp),
         strategy=config.strategy,
         ranks=devices * config.num_nodes,
