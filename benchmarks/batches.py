@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import RESULTS, commit, cpu_name
+from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech.data.plan import Epoch, EpochPlan, Floats
 from rwkv_speech.data.samplers import BatchSampler
 from rwkv_speech.data.sources import open_source
@@ -172,22 +171,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{'batch':14} {'ranks':>6} {'steps':>9} {'planned':>9} {'idle':>8} {with_overhead:>8} {'padding':>8}  all once"
     )
     sharing = measure_sharing(durations)
-    now = datetime.now(UTC)
-    result = {
-        "command": f"python -m benchmarks.batches --lines {flags.lines}",
-        "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "numpy": np.__version__,
-        "mean_seconds": round(float(durations.mean()), 2),
-        "overhead_seconds": OVERHEAD,
-        "opening": opening,
-        "sharing": sharing,
-    }
-    flags.output.mkdir(parents=True, exist_ok=True)
-    path = flags.output / f"batches-cpu-{now:%Y%m%dT%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    command = ["python", "-m", "benchmarks.batches", "--lines", str(flags.lines)]
+    circumstances = {"numpy": np.__version__, "mean_seconds": round(float(durations.mean()), 2)}
+    print(
+        write_result("batches-cpu", flags.output, command, cpu_name(), **circumstances, overhead_seconds=OVERHEAD,
+                     opening=opening, sharing=sharing)
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

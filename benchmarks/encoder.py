@@ -8,13 +8,11 @@ against transformers in float32.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import WavLMConfig, WavLMModel
 
-from benchmarks.common import RESULTS, commit, cpu_name, seconds
+from benchmarks.common import RESULTS, cpu_name, seconds, write_result
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.encoder import SpeechEncoder, length_mask, normalise
 
@@ -177,21 +175,10 @@ def main(argv: list[str] | None = None) -> None:
         for dtype in DTYPES:
             rows.append(measure(part, dtype, flags.layers, device, flags.rounds, flags.threads))
             print(line(rows[-1]))
-    now = datetime.now(UTC)
-    result = {
-        "command": f"python -m benchmarks.encoder --threads {flags.threads} --rounds {flags.rounds} "
-        f"--layers {flags.layers}",
-        "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": flags.threads,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    flags.output.mkdir(parents=True, exist_ok=True)
-    path = flags.output / f"encoder-{device}-{now:%Y%m%dT%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
+    flags_given = [f"--{name}={getattr(flags, name)}" for name in ("threads", "rounds", "layers")]
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    command = ["python", "-m", "benchmarks.encoder", *flags_given]
+    print(write_result(f"encoder-{device}", flags.output, command, name, threads=flags.threads, rows=rows))
 
 
 if __name__ == "__main__":

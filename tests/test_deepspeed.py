@@ -90,8 +90,8 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
     for name in ("loss", "grad_norm", "lr_adapter", "lr_state"):
         found, wanted = column(run, name), column(plain, name)
         assert found[0] == pytest.approx(wanted[0], rel=1e-5), name
-        # The engine clips with another epsilon, which later steps show.
-        assert found == pytest.approx(wanted, rel=1e-3), name
+        # The engine clips with another epsilon; AdamW magnifies that where gradients are near zero.
+        assert found == pytest.approx(wanted, rel=1e-2 if name == "grad_norm" else 1e-4), name
     assert min(column(run, "grad_norm")) > 0.1  # all steps were clipped
     one, two = (load_file(x / "last.safetensors") for x in (plain, run))
     for name, x in one.items():
