@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_speech.checkpoint import load_trained
 from rwkv_speech.tiny.make_corpus import make_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,16 @@ def test_state_tuning_names_a_wrong_op_and_a_contradiction(corpus: Path, tmp_pat
         train_data=corpus / "train.jsonl",
     )
     assert done.returncode == 2 and "--n_layer: given 32, but the model has 3" in done.stderr
+
+
+def test_the_recipe_for_24_gb_is_the_published_one_with_other_sizes(corpus: Path, tmp_path: Path):
+    tiny = {"load_model": "tiny", "encoder": "", "n_layer": "", "n_embd": "", "device": "cpu", "epoch_count": 1,
+            "micro_bsz": 1, "train_data": corpus / "train.jsonl", "proj_dir": tmp_path}  # fmt: skip
+    done = shell("state-tuning-24gb.sh", "--workers", "0", cwd=tmp_path, **tiny)
+    assert done.returncode == 0, done.stderr
+    assert load_trained(tmp_path / "last.safetensors").metrics["step"] == 2  # four utterances, two in each step
+    done = shell("state-tuning-24gb.sh", cwd=tmp_path, OP="eval", eval_data=corpus / "test.jsonl", **tiny)
+    assert done.returncode == 0 and "WER" in done.stdout, done.stderr
 
 
 def test_slurm_script_passes_its_machines_on(corpus: Path, tmp_path: Path):
