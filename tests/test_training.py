@@ -344,3 +344,12 @@ def test_train_augments_and_keeps_the_best(corpus: Path, tmp_path: Path):
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(list((tmp_path / "a").glob("best-epoch-*.safetensors"))) == 1
+
+
+def test_run_that_ended_early_is_not_gone_on_with(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # No WER is lower by more than 10: the second validation is the first that does not help.
+    flags = {"valid_data": corpus / "valid.jsonl", "epoch_count": 9, "patience": 1, "min_delta": 10}
+    for _ in range(2):
+        assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
+        assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 2
+    assert "has ended early, at epoch 2" in capsys.readouterr().out

@@ -95,7 +95,8 @@ class ResumePoints(Callback):
         trainer.save_checkpoint(pending / TRAINER_STATE)  # DeepSpeed: every rank writes its part
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            finish_point(pending, {**self.info, "epoch": epoch, "step": step, "world_size": trainer.world_size})
+            place = {"epoch": epoch, "step": step, "world_size": trainer.world_size, "ended": trainer.should_stop}
+            finish_point(pending, {**self.info, **place})
         trainer.strategy.barrier()
 
 

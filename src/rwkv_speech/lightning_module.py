@@ -51,9 +51,6 @@ class SpeechModule(pl.LightningModule):
     change it, whatever engine adds up the gradients.
     """
 
-    automatic_optimization = False
-    strict_loading = False  # a saved state holds the trained tensors alone
-
     def __init__(
         self,
         model: SpeechLM,
@@ -64,7 +61,7 @@ class SpeechModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False
+        self.strict_loading = False  # a saved state holds the trained tensors alone
         self.model, self.config = model, config
         self._train_data, self._valid_data, self._cache = train, valid, cache
         model.lm.grad_cp = bool(config.grad_cp)

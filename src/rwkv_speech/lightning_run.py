@@ -193,6 +193,11 @@ def fit(
     """Train from the start or from where the run in --proj_dir stopped; returns the module with its last scores."""
     module = SpeechModule(model, config, train, valid, cache)
     point = find_point(config)
+    if point and point.info["ended"]:
+        print(
+            f"{point.path}: the run has ended early, at epoch {point.info['epoch']} (--patience); nothing is left to do"
+        )
+        return module
     trainer = make_trainer(config, point.step if point else 0)
     state = _go_on(module, config, point, trainer) if point else None
     if not point and valid is not None and config.score_first:
