@@ -58,3 +58,24 @@ def test_make_optimizer_and_lr_factor_scale_both_rates_alike():
         optimizer.step()
         schedule.step()
     assert rates == [pytest.approx([f * 1e-3, f * 1e-1]) for f in (0.5, 1.0, 1.0, 0.5)]
+
+
+def test_make_optimizer_takes_betas_and_epsilon():
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], [], 1e-3, 1e-1, 0.0, (0.8, 0.95), 1e-6)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rates", "betas", "eps", "message"),
+    [
+        ((-1e-3, 0.1, 0.0), (0.9, 0.99), 1e-8, "--lr_adapter: found -0.001, expected 0 or more"),
+        ((1e-3, 0.1, float("nan")), (0.9, 0.99), 1e-8, "--weight_decay: found nan, expected 0 or more"),
+        ((1e-3, 0.1, 0.0), (0.9, 1.0), 1e-8, "--beta2: found 1.0, expected at least 0 and below 1"),
+        ((1e-3, 0.1, 0.0), (0.9, 0.99), -1.0, "--adam_eps: found -1.0, expected 0 or more"),
+    ],
+)
+def test_make_optimizer_names_a_bad_number(
+    rates: tuple[float, float, float], betas: tuple[float, float], eps: float, message: str
+):
+    with pytest.raises(UserError, match=message):
+        make_optimizer([nn.Parameter(torch.zeros(1))], [], *rates, betas, eps)

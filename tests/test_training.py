@@ -15,7 +15,7 @@ from assertions import assert_rms_close
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
-from rwkv_speech.checkpoint import load_trained, named_tensors
+from rwkv_speech.checkpoint import load_trained
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
@@ -95,24 +95,24 @@ def trained_step(corpus: Path, run: Path, **flags: object) -> dict[str, torch.Te
     return load_file(run / "last.safetensors")
 
 
-def test_accumulation_does_not_change_the_gradient(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Plain gradient descent shows the gradient itself, which AdamW's normalisation would hide."""
+@pytest.mark.parametrize("form", ["torch", "auto"])
+def test_accumulation_does_not_change_the_gradient(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+):
+    """One huge step of plain gradient descent leaves the gradient itself in the weights."""
     from rwkv_speech import lightning_module
 
-    def descent(adapter, state, lr_adapter, lr_state, weight_decay):
+    def descent(adapter, state, *rates):
         groups = [{"params": list(adapter), "name": "adapter"}, {"params": list(state), "name": "state"}]
-        return torch.optim.SGD(groups, lr=1.0)
+        return torch.optim.SGD(groups, lr=1e6)
 
     monkeypatch.setattr(lightning_module, "make_optimizer", descent)
-    whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8)
-    parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3)
-    torch.manual_seed(1)
-    start = SpeechLM.build(Parts("tiny"))
-    before = named_tensors(start.adapter.state_dict(), start.time_state)
+    whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, wkv6=form)
+    parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, wkv6=form)
     for name, tensor in whole.items():
-        # Other batch shapes round differently.
-        assert_rms_close(name, parts[name] - before[name], tensor - before[name], 1e-4)
-    assert float((whole["language_model.blocks.0.att.time_state"] - start.time_state[0].detach()).abs().max()) > 1e-4
+        assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
+        # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
+        assert_rms_close(name, parts[name], tensor, 1e-3 if "time_state" in name else 5e-5)
 
 
 def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tmp_path: Path):

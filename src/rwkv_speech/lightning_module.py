@@ -160,7 +160,13 @@ class SpeechModule(pl.LightningModule):
         """AdamW with two learning rates and one schedule over the optimizer's steps."""
         c = self.config
         optimizer = make_optimizer(
-            self.model.adapter.parameters(), [self.model.time_state], c.lr_adapter, c.lr_state, c.weight_decay
+            self.model.adapter.parameters(),
+            [self.model.time_state],
+            c.lr_adapter,
+            c.lr_state,
+            c.weight_decay,
+            (c.beta1, c.beta2),
+            c.adam_eps,
         )
         total = int(self.trainer.estimated_stepping_batches)
         factor = lr_factor(c.lr_schedule, min(c.warmup_steps, max(1, total // 2)), total)

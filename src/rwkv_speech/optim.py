@@ -36,12 +36,25 @@ def make_optimizer(
     lr_adapter: float,
     lr_state: float,
     weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over exactly the trained tensors; weight decay pulls at the adapter only."""
+    """AdamW over exactly the trained tensors; weight decay pulls at the adapter only.
+
+    Raises UserError for a decay that is not below 1, and for other numbers below 0.
+    """
+    for flag, value in (("--beta1", betas[0]), ("--beta2", betas[1])):
+        if not 0 <= value < 1:
+            raise UserError(f"{flag}: found {value}, expected at least 0 and below 1, as in 0.9")
+    rates = {"lr_adapter": lr_adapter, "lr_state": lr_state, "weight_decay": weight_decay, "adam_eps": eps}
+    for name, value in rates.items():
+        if not value >= 0:
+            raise UserError(f"--{name}: found {value}, expected 0 or more")
     return torch.optim.AdamW(
         [
             {"params": list(adapter), "lr": lr_adapter, "weight_decay": weight_decay, "name": "adapter"},
             {"params": list(initial_state), "lr": lr_state, "weight_decay": 0.0, "name": "state"},
         ],
-        betas=(0.9, 0.99),
+        betas=betas,
+        eps=eps,
     )

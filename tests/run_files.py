@@ -1,0 +1,29 @@
+"""What a finished run left in its folder, for the tests of several ranks."""
+
+import csv
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rwkv_speech.checkpoint import named_tensors
+from rwkv_speech.speech_lm import Parts, SpeechLM
+
+# With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
+# near zero as large as a step. The rates keep what is learned far above float32's resolution.
+LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
+
+
+def column(run: Path, name: str) -> list[float]:
+    """One column of the table of metrics, where it has a value."""
+    with (run / "logs/csv/metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:
+    """How far each trained tensor of a run with this seed is from what it began with."""
+    torch.manual_seed(seed)
+    start = SpeechLM.build(Parts("tiny"))
+    before = named_tensors(start.adapter.state_dict(), start.time_state)
+    return {name: x - before[name] for name, x in load_file(run / "last.safetensors").items()}
