@@ -12,8 +12,8 @@ PACKAGE = ROOT / "src" / "rwkv_speech"
 
 # From the ground up: a module may import only modules that stand before it.
 ORDER = """
-    errors files ops ops.build ops.native ops.wkv6_ref ops.wkv6_chunked ops.wkv6 audio text metrics losses optim splice
-    adapter encoder_attention encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm selection
+    errors files ops ops.build ops.native ops.wkv6_ref ops.wkv6_chunked ops.wkv6 ops.mix audio text metrics losses optim
+    splice adapter encoder_attention encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm selection
     data data.utterance data.mixture data.manifest data.manifest_reader data.manifest_writer data.manifest_table
     data.sources data.huggingface data.tar_shards data.augment data.feature_cache data.dataset data.plan data.samplers
     data.loader data.feature_fill data.streaming data.synth evaluation config plan_sizes plan_memory plan_compute

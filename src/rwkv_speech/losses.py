@@ -1,7 +1,14 @@
 """The training loss."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Targets whose logits are in memory at a time: enough to keep a GPU's matrix product from waiting for the weights.
+TARGETS_AT_ONCE = 256
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -10,3 +17,40 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     A sum, not a mean: only the caller knows how many target tokens the whole global batch has.
     """
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def head_loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """`token_loss_sum` of the logits hidden (n, C) @ head (V, C)^T, which never stand in memory all at once.
+
+    The head gets no gradient. PyTorch's own chunked `linear_cross_entropy` is newer than the oldest PyTorch supported.
+    """
+    return _HeadLoss.apply(hidden, head, targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Makes the gradient along with the loss: nothing of the logits is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), TARGETS_AT_ONCE):
+            rows, wanted = hidden[start : start + TARGETS_AT_ONCE], targets[start : start + TARGETS_AT_ONCE, None]
+            logits = F.linear(rows, head)
+            dtype, logits = logits.dtype, logits.float()
+            # In place from here: another tensor of this size would cost more time than its arithmetic.
+            highest = logits.amax(-1, keepdim=True)
+            loss -= (logits.gather(1, wanted) - highest).sum()
+            total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+            loss += total.log().sum()
+            if gradient is not None:
+                error = logits.div_(total).scatter_add_(1, wanted, total.new_full(wanted.shape, -1.0))
+                gradient[start : start + TARGETS_AT_ONCE] = error.to(dtype) @ head.to(dtype)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale, None, None

@@ -7,6 +7,7 @@ The formulas count the tensors of the real code: tests compare them with what Py
 
 from dataclasses import dataclass, replace
 
+from rwkv_speech.losses import TARGETS_AT_ONCE
 from rwkv_speech.plan_sizes import EncoderSizes, MicroBatch, ModelSizes, Setup
 
 GIB = 2**30
@@ -135,27 +136,27 @@ def layer_bytes(model: ModelSizes, positions: int, bf16: bool) -> int:
     """Bytes that one layer of the language model keeps for its backward pass.
 
     Of numbers as wide as C: five as wide as the norms' (both inputs of norms, the token shift's difference, the group
-    norm's input and output), twelve as the matrices' (five mixes, r, k, v, the gate before and after its SiLU, the
-    feed-forward part's gate and value), and the decay in float32.
+    norm's input and output), six as the matrices' (r, k, v, the gate, the feed-forward part's gate and value), and the
+    decay in float32.
     """
     s = model.lm
     width = _width(bf16)
-    channels = s.C * (5 * 4 + 12 * width + 4)
+    channels = s.C * (5 * 4 + 6 * width + 4)
     low_rank = (5 * s.mix_rank + s.decay_rank) * width
     statistics = 2 * 2 * 4 + 2 * 4 * s.H
     return positions * (channels + s.ffn * width + low_rank + statistics)
 
 
 def _lm_activations(model: ModelSizes, batch: MicroBatch, setup: Setup) -> tuple[Part, ...]:
-    """What the language model keeps, and beside it the worst of three: its end, the loss, a layer's backward pass."""
+    """What the language model keeps, and beside it the worse of two: the loss, a layer's backward pass."""
     T, layers = batch.positions(model), model.lm.n_layer
     layer = layer_bytes(model, T, setup.bf16)
     note = f"{T} positions, {layers} layers"
-    # The log-probabilities, their gradient, and that of the logits, all in float32.
-    logits = 12 * batch.targets() * model.lm.vocab
+    # The float32 logits become their own gradient; a head in bfloat16 makes and takes them in bfloat16.
+    targets = min(batch.targets(), TARGETS_AT_ONCE)
+    logits = (8 if setup.bf16 else 4) * targets * model.lm.vocab
     states = 4 * batch.utterances * model.state_parameters()
-    last = Part("last states", states, "of every utterance and layer")
-    at_loss = (Part("logits and their gradients", logits, f"{batch.targets()} targets, {model.lm.vocab} tokens"), last)
+    at_loss = (Part("logits and their gradients", logits, f"{targets} targets at a time, {model.lm.vocab} tokens"),)
     wkv = 4 * T * model.lm.C * (_WKV_NATIVE if setup.native_wkv else _WKV_PORTABLE)
     at_layer: tuple[Part, ...] = (
         Part("WKV-6 scratch", wkv, "backward pass of one layer"),
@@ -166,7 +167,7 @@ def _lm_activations(model: ModelSizes, batch: MicroBatch, setup: Setup) -> tuple
         at_layer = (Part("language model activations", layer, "of one layer, computed again"), *at_layer)
     else:
         kept = Part("language model activations", layers * layer, note)
-    return (kept, *max(at_loss, at_layer, (last, Part("last states", states, "put together")), key=_sum))
+    return (kept, *max(at_loss, at_layer, key=_sum))
 
 
 def _width(bf16: bool) -> int:

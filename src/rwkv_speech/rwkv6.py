@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv_speech.base_weights import RWKV6Sizes, check_tensors, read_tensors
+from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6
 
 _GROUP_NORM_EPS = 64e-5
@@ -61,25 +61,20 @@ class Packing(NamedTuple):
 
 def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """The previous token less the current one, (B, T, C), and each sequence's last token, (B or S, C)."""
-    if packing is None:
-        if x.shape[1] == 0:
-            return x, shift
-        previous = torch.cat((shift[:, None].to(x.dtype), x[:, :-1]), 1)
-        return previous - x, x[:, -1]
-    previous = F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
-    previous = previous.index_copy(1, packing.starts, shift[packing.filled].to(x.dtype)[None])
-    return previous - x, shift.to(x.dtype).index_copy(0, packing.filled, x[0, packing.ends])
+    previous = x.roll(1, 1)
+    if packing is not None:
+        previous.index_copy_(1, packing.starts, shift[packing.filled].to(x.dtype)[None])
+        return previous.sub_(x), shift.to(x.dtype).index_copy(0, packing.filled, x[0, packing.ends])
+    if x.shape[1] == 0:
+        return x, shift
+    previous[:, 0] = shift
+    return previous.sub_(x), x[:, -1]
 
 
 class TimeMix(nn.Module):
     """Attention's place: token shift, five data-dependent mixes, WKV-6, group norm, gate."""
 
     time_maa_x: Tensor
-    time_maa_w: Tensor
-    time_maa_k: Tensor
-    time_maa_v: Tensor
-    time_maa_r: Tensor
-    time_maa_g: Tensor
     receptance: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -101,20 +96,12 @@ class TimeMix(nn.Module):
             self.add_module(name, nn.Linear(C, C, bias=False))
         self.ln_x = nn.GroupNorm(H, C, eps=_GROUP_NORM_EPS)
 
-    def _mixes(self, x: Tensor, xx: Tensor) -> tuple[Tensor, ...]:
-        """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
-        low_rank = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)
-        mixes = torch.einsum(
-            "btfr,frc->fbtc", torch.unflatten(low_rank, -1, (5, -1)), self.time_maa_w2.to(low_rank.dtype)
-        )
-        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return tuple(x + xx * (maa + mix) for maa, mix in zip(base, mixes, strict=True))
-
     def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), wkv (B, H, N, N), shift (B, C) -> output (B, T, C) and the next wkv and shift."""
         B, T, C = x.shape
         xx, shift = token_shift(x, shift, packing)
-        xw, xk, xv, xr, xg = self._mixes(x, xx)
+        base = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"])[:, 0]
+        xw, xk, xv, xr, xg = mixes(x, xx, self.time_maa_x[0, 0], self.time_maa_w1, self.time_maa_w2, base)
         r, k, v = (
             part.view(B, T, self.H, self.N) for part in (self.receptance(xr), self.key(xk), self.value(xv))
         )  # fmt: skip
@@ -130,7 +117,7 @@ class TimeMix(nn.Module):
             None if packing is None else packing.cu_seqlens,
         )
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * F.silu(self.gate(xg))), wkv, shift
+        return self.output(gated(y, self.gate(xg))), wkv, shift
 
 
 class ChannelMix(nn.Module):
@@ -147,8 +134,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""
         xx, shift = token_shift(x, shift, packing)
-        k = F.relu(self.key(x + xx * self.time_maa_k)).square()
-        return torch.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k), shift
+        k = squared_relu(self.key(torch.addcmul(x, xx, self.time_maa_k)))
+        return torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r))) * self.value(k), shift
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from rwkv_speech.decoding import greedy
 from rwkv_speech.encoder import SpeechEncoder
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.losses import token_loss_sum
+from rwkv_speech.losses import head_loss_sum
 from rwkv_speech.rwkv6 import RWKV6, Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -210,7 +210,7 @@ class SpeechLM(nn.Module):
         spliced = splice.splice(audio_lengths, text_ids, text_lengths, self.separator_id, self.tokenizer.eos_id)
         hidden, _ = self._hidden(spliced, audio, keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
-        return token_loss_sum(self.lm.head(hidden[at]), spliced.labels[at]), len(at)
+        return head_loss_sum(hidden[at], self.lm.head.weight, spliced.labels[at]), len(at)
 
     @torch.no_grad()
     def generate(
