@@ -23,10 +23,10 @@ def score_all(config: EvalConfig) -> None:
     device = config.torch_device()
     if config.untrained:
         torch.manual_seed(config.seed)
-        model = SpeechLM.build(config.parts(), config.lm_dtype(), device).eval()
+        model = SpeechLM.build(config.parts(), config.lm_dtype(), device, config.encoder_dtype()).eval()
     else:
         path = config.checkpoint or config.proj_dir
-        model = SpeechLM.from_pretrained(path, config.parts(), config.lm_dtype(), device)
+        model = SpeechLM.from_pretrained(path, config.parts(), config.lm_dtype(), device, config.encoder_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     folder = Path(config.proj_dir)
     for spec, source in zip(specs, sources, strict=True):

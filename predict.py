@@ -20,7 +20,9 @@ def predict(config: PredictConfig) -> None:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
     native.choose(config.wkv6)
     path = config.checkpoint or config.proj_dir
-    model = SpeechLM.from_pretrained(path, config.parts(), config.lm_dtype(), config.torch_device())
+    model = SpeechLM.from_pretrained(
+        path, config.parts(), config.lm_dtype(), config.torch_device(), config.encoder_dtype()
+    )
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     broken = []
     for start in range(0, len(files), config.micro_bsz):

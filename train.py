@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> None:
     sources = open_train_and_valid(config)
     native.choose(config.wkv6)
     pl.seed_everything(config.seed, verbose=False)
-    model = SpeechLM.build(config.parts(config.task), config.lm_dtype())
+    model = SpeechLM.build(config.parts(config.task), config.lm_dtype(), encoder_dtype=config.encoder_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
         model.load_trained(load_trained(find_checkpoint(config.init_from)))

@@ -5,7 +5,7 @@ PyTorch's operations. It runs on the same weights, and its loss and gradients mu
 the loss and the gradients of adapter and initial state; frozen weights have none on either side. On a CPU: 8
 utterances of 2.5 to 6 s for a random model of the 0.1B's shape; its encoder is cut to 4 narrow layers, so that it takes
 about the share of the operations that WavLM-Large takes beside the 3B model. Goals there: twice as fast, 0.6 of the
-memory. With `--device cuda`: the shapes of 3B and 7B under bfloat16, WavLM-Large's in float32, 16 utterances of 15 s.
+memory. With `--device cuda`: the shapes of 3B, 7B and WavLM-Large under bfloat16, 16 utterances of 15 s.
 Memory is what a step adds to the weights at its height, each side in a process of its own on a CPU.
 """
 
@@ -124,12 +124,14 @@ class Bench:
         self.case, self.device = case, device
         theirs = random_encoder(*case.encoder).to(device)
         self.encoder_sizes = EncoderSizes.of(theirs)
-        # Our encoder changes its modules in place: the plain one keeps the originals, with the same tensors.
-        self.plain_encoder: Any = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
+        # Our encoder changes its modules in place, under bfloat16 its tensors, too; the plain side casts as it goes.
+        shared = {} if case.bf16 else {id(p): p for p in theirs.parameters()}
+        self.plain_encoder: Any = copy.deepcopy(theirs, shared)
         lm = random_lm(case.lm, torch.bfloat16 if case.bf16 else torch.float32, device)
         lm.grad_cp = grad_cp
         origin = Origin("random", "", "random", "", case.lm.n_layer, case.lm.C, STACK, 2048, "#")
-        self.model = SpeechLM(SpeechEncoder(theirs, "random"), lm, WorldTokenizer(), origin).to(device)
+        encoder = SpeechEncoder(theirs, "random", dtype=torch.bfloat16 if case.bf16 else torch.float32)
+        self.model = SpeechLM(encoder, lm, WorldTokenizer(), origin).to(device)
         nn.init.normal_(self.model.time_state, 0, 0.1)
         num_samples, text_lengths = case.lengths()
         waveforms = 0.1 * torch.randn(case.utterances, int(num_samples.max()))
@@ -177,7 +179,7 @@ class Bench:
         """The same number the plain way."""
         waveforms, num_samples, ids, text_lengths = self.batch
         model = self.model
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+        with torch.no_grad():
             mask = length_mask(num_samples, waveforms.shape[1]).long()
             frames = self.plain_encoder(normalise(waveforms, num_samples), attention_mask=mask).last_hidden_state
         U, longest, _ = frames.shape
@@ -204,8 +206,8 @@ class Bench:
         found = {"loss": losses["plain"], "loss_error": abs(losses["ours"] / losses["plain"] - 1)}
         pairs = zip(gradients["ours"], gradients["plain"], strict=True)
         found["gradient_error"] = max(relative_rms(a, b) for a, b in pairs)
-        # bfloat16 rounds to 3 digits, in other places on either side.
-        limits = {"loss_error": 1e-2, "gradient_error": 0.1} if self.case.bf16 else dict.fromkeys(
+        # bfloat16 rounds to 3 digits, in other places on either side; a wrong gradient would be off by about 1.
+        limits = {"loss_error": 1e-2, "gradient_error": 0.3} if self.case.bf16 else dict.fromkeys(
             ("loss_error", "gradient_error"), 1e-4)  # fmt: skip
         if not all(found[name] <= limit for name, limit in limits.items()):
             raise ValueError(f"the two sides do not compute the same: found {found}, expected at most {limits}")
@@ -323,7 +325,6 @@ def gpu_row(bench: Bench, side: str, rounds: int) -> Row:
     }
     if side == "ours":
         row["our_seconds"] = bench.split()
-        # The encoder is in float32 and does not reach for this peak.
         row["lm_mfu"] = work.lm / (taken - row["our_seconds"]["encoder"]) / H200.bf16
     return row
 

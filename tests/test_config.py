@@ -78,6 +78,17 @@ def test_accelerator_without_a_gpu():
         ModelConfig(device="tpu").accelerator()
 
 
+def test_encoder_precision_follows_precision_unless_given():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for given, own, wanted in (
+        ("fp32", "auto", fp32),
+        ("bf16", "auto", bf16),
+        ("bf16", "fp32", fp32),
+        ("fp32", "bf16", bf16),
+    ):
+        assert ModelConfig(device="cpu", precision=given, encoder_precision=own).encoder_dtype() == wanted
+
+
 def test_check_sizes_names_flag_given_and_found():
     ModelConfig(n_layer=24).check_sizes(24, 2048)
     with pytest.raises(UserError, match="--n_embd: given 2560, but .* 2048"):

@@ -76,6 +76,14 @@ def test_plan_prints_what_a_run_needs_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() >= 64, reason="plans for GPUs that are not there")
+def test_plan_for_gpus_that_are_not_here(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert train_script.main(arguments(corpus, tmp_path / "run", device="64", plan=1)) == 0
+    shown = capsys.readouterr().out
+    assert "not measured: this machine does not have 64 GPU(s)" in shown and "64 x auto" in shown
+    assert "bfloat16" in shown  # what GPUs compute in, unless told otherwise
+
+
 def test_report_and_run_record_are_written(run: Path):
     page = (run / "report.html").read_text()
     assert "<svg" in page and "WER" in page

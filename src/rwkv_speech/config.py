@@ -48,6 +48,7 @@ class ModelConfig:
     separator: str = flag("#", "the one token between audio and text")
     device: str = flag("auto", "auto, cpu, cuda, or the number of GPUs")
     precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
+    encoder_precision: str = flag("auto", "the speech encoder's; auto: as --precision", PRECISIONS)
     micro_bsz: int = flag(4, "utterances per device and step")
     wkv6: str = flag(
         "auto",
@@ -70,25 +71,27 @@ class ModelConfig:
 
     def accelerator(self) -> tuple[str, int]:
         """("cpu" or "gpu", how many); raises UserError if the machine has fewer GPUs than were asked for."""
-        available = torch.cuda.device_count()
+        kind, wanted = self._asked_for()
+        if kind == "gpu" and wanted > torch.cuda.device_count():
+            raise UserError(
+                f"--device: asked for {wanted} GPU(s), found {torch.cuda.device_count()}; give a smaller number, or "
+                "cpu to run without"
+            )
+        return kind, wanted
+
+    def _asked_for(self) -> tuple[str, int]:
         name, colon, count = self.device.partition(":")
         if name == "cpu" and (not colon or (count.isdecimal() and int(count) > 0)):
             return "cpu", int(count or 1)
-        if self.device == "auto" and not available:
+        if self.device == "auto" and not torch.cuda.device_count():
             return "cpu", 1
         if self.device in ("auto", "cuda"):
-            wanted = 1
-        elif self.device.isdecimal() and int(self.device) > 0:
-            wanted = int(self.device)
-        else:
-            raise UserError(
-                f"--device: found {self.device!r}, expected auto, cpu, cpu:N (processes), cuda or a number of GPUs"
-            )
-        if wanted > available:
-            raise UserError(
-                f"--device: asked for {wanted} GPU(s), found {available}; give a smaller number, or cpu to run without"
-            )
-        return "gpu", wanted
+            return "gpu", 1
+        if self.device.isdecimal() and int(self.device) > 0:
+            return "gpu", int(self.device)
+        raise UserError(
+            f"--device: found {self.device!r}, expected auto, cpu, cpu:N (processes), cuda or a number of GPUs"
+        )
 
     def torch_device(self) -> torch.device:
         """The one device of evaluation and prediction."""
@@ -101,6 +104,11 @@ class ModelConfig:
     def lm_dtype(self) -> torch.dtype:
         """The type of the frozen language model's weights."""
         return torch.bfloat16 if self.uses_bf16() else torch.float32
+
+    def encoder_dtype(self) -> torch.dtype:
+        """The type of the frozen encoder's matrices."""
+        bf16 = self.uses_bf16() if self.encoder_precision == "auto" else self.encoder_precision == "bf16"
+        return torch.bfloat16 if bf16 else torch.float32
 
     def check_sizes(self, n_layer: int, n_embd: int) -> None:
         """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
@@ -175,6 +183,10 @@ class TrainConfig(_DataConfig):
     init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
     score_first: int = flag(0, "1: score the validation data before training, too")
     log_every: int = flag(10, "steps between two lines of the log")
+
+    def accelerator(self) -> tuple[str, int]:
+        """As for every command; a plan may be made for GPUs that are not here."""
+        return self._asked_for() if self.plan else super().accelerator()
 
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed's engine holds the gradients and the optimizer."""

@@ -177,6 +177,8 @@ class RunPlan:
                 f"  measured {self.measured:.3f} s a step: {duration(epoch)} an epoch, "
                 f"{duration(epoch * data.epochs)} in all, {heard / epoch:,.0f} times real time"
             )
+        else:
+            lines.append(f"  not measured: this machine does not have {setup.ranks} GPU(s)")
         return lines
 
     def _paper(self) -> list[str]:

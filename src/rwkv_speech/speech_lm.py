@@ -91,13 +91,20 @@ class SpeechLM(nn.Module):
         self.separator_id = _one_token(tokenizer, origin.separator)
 
     @classmethod
-    def build(cls, parts: Parts, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "SpeechLM":
+    def build(
+        cls,
+        parts: Parts,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        encoder_dtype: torch.dtype = torch.float32,
+    ) -> "SpeechLM":
         """Frozen parts from their files, trained parts new; `dtype` is the language model's."""
         parts = parts.filled()
         base = tiny.BASE_MODEL if parts.load_model == tiny.NAME else Path(parts.load_model)
         vocab = tiny.VOCAB_FILE if parts.vocab_file == tiny.NAME else parts.vocab_file or None
         lm = RWKV6.from_pretrained(base, dtype, device)
-        encoder = SpeechEncoder.from_pretrained(tiny.ENCODER if parts.encoder == tiny.NAME else parts.encoder)
+        encoder_name = tiny.ENCODER if parts.encoder == tiny.NAME else parts.encoder
+        encoder = SpeechEncoder.from_pretrained(encoder_name, encoder_dtype)
         tokenizer = WorldTokenizer(vocab)
         if tokenizer.vocab_size > lm.sizes.vocab:
             raise UserError(
@@ -126,6 +133,7 @@ class SpeechLM(nn.Module):
         parts: Parts | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        encoder_dtype: torch.dtype = torch.float32,
     ) -> "SpeechLM":
         """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts`.
 
@@ -138,7 +146,7 @@ class SpeechLM(nn.Module):
                 f"{trained.path}: a published file does not name its base model; expected the model that it was "
                 "trained on: give its path with --load_model"
             )
-        model = cls.build(_parts_of(trained, given), dtype, device)
+        model = cls.build(_parts_of(trained, given), dtype, device, encoder_dtype)
         model.load_trained(trained)
         return model.eval()
 

@@ -18,8 +18,9 @@ _BATCHES = 4
 
 
 def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPlan:
-    """Parameters, memory, steps and time of this run; a few micro batches are computed on this machine."""
-    _, devices = config.accelerator()
+    """Parameters, memory, steps and time of this run; a few micro batches are computed, if it is this machine's."""
+    kind, devices = config.accelerator()
+    here = kind == "cpu" or devices <= torch.cuda.device_count()
     setup = Setup(
         bf16=config.uses_bf16(),
         encoder_bf16=model.encoder.dtype == torch.bfloat16,
@@ -42,7 +43,7 @@ def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPl
         config.epoch_steps,
         data.parts(),
     )
-    return RunPlan(sizes, setup, planned, measured=config.accumulate * _measured(config, model, data))
+    return RunPlan(sizes, setup, planned, measured=config.accumulate * _measured(config, model, data) if here else None)
 
 
 def memory_advice(config: TrainConfig) -> str:
