@@ -12,7 +12,7 @@ from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
 from rwkv_speech.config import TrainConfig, exit_code, parse
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.errors import UserError
-from rwkv_speech.ops import native
+from rwkv_speech.ops import mix, native
 from rwkv_speech.speech_lm import SpeechLM
 from rwkv_speech.training_data import make_datasets, open_train_and_valid
 from rwkv_speech.training_plan import memory_advice, plan_run
@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> None:
     config = with_own_folder(config)
     sources = open_train_and_valid(config)
     native.choose(config.wkv6)
+    mix.fuse(bool(config.compile))
     pl.seed_everything(config.seed, verbose=False)
     model = SpeechLM.build(config.parts(config.task), config.lm_dtype(), encoder_dtype=config.encoder_dtype())
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)

@@ -38,7 +38,7 @@ from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.base_weights import RWKV6Sizes
 from rwkv_speech.checkpoint import Origin
 from rwkv_speech.encoder import SpeechEncoder, length_mask, normalise
-from rwkv_speech.ops import native
+from rwkv_speech.ops import mix, native
 from rwkv_speech.plan_compute import H200, Operations, operations
 from rwkv_speech.plan_sizes import BASE_MODELS, EncoderSizes, MicroBatch, ModelSizes
 from rwkv_speech.rwkv6 import RWKV6
@@ -336,9 +336,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="fuse elementwise parts, of both sides' language model")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print one peak in bytes, no more")
     flags = parser.parse_args(argv)
     torch.set_num_threads(flags.threads)
+    mix.fuse(flags.compile)
     # transformers' attention has a float bias beside a boolean mask.
     warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
     if flags.peak:

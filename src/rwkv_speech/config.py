@@ -149,6 +149,11 @@ class TrainConfig(_DataConfig):
     strategy: str = flag("auto", "how several GPUs work together", STRATEGIES)
     num_nodes: int = flag(1, "machines")
     grad_cp: int = flag(0, "1: compute the language model's layers again in the backward pass, for less memory")
+    compile: int = flag(
+        0,
+        "1: fuse the language model's elementwise parts with torch.compile; needs a C++ compiler, on a GPU Triton,\n"
+        "and up to a minute at the start",
+    )
     lr_adapter: float = flag(1e-4, "learning rate of the adapter")
     lr_state: float = flag(1e-2, "learning rate of the initial state")
     lr_schedule: str = flag("cosine", "course of both learning rates after the warm-up", SCHEDULES)

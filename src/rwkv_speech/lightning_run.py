@@ -41,7 +41,8 @@ POINTS = "resume"
 # What a resumed run may set anew without another result of the steps that are left.
 FREE_FLAGS = frozenset(
     "device num_nodes strategy micro_bsz batch_seconds accumulate workers log_every save_steps resume score_first "
-    "epoch_save proj_dir plan wandb max_bad wkv6 keep_best patience min_delta feature_cache feature_dtype".split()
+    "epoch_save proj_dir plan wandb max_bad wkv6 compile keep_best patience min_delta feature_cache "
+    "feature_dtype".split()
 )
 
 

@@ -1,16 +1,27 @@
 """RWKV-6's elementwise parts behind explicit backward passes, for frozen weights: they keep less and compute it again.
 
-Autograd alone would keep the five mixes of every token, and the gate twice: a quarter of what a layer keeps.
+Autograd alone would keep the five mixes of every token, and the gate twice: a quarter of what a layer keeps. The
+arithmetic stands in plain functions, which torch.compile may fuse.
 """
 
 # B batch · T positions · C channels · R mix rank
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+_fused = False
+
+
+def fuse(on: bool) -> None:
+    """Whether torch.compile fuses these parts from now on: fewer launches, at the price of compiling them once."""
+    global _fused
+    _fused = on
 
 
 def mixes(x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor) -> tuple[Tensor, ...]:
@@ -35,22 +46,50 @@ def squared_relu(x: Tensor) -> Tensor:
     return _SquaredReLU.apply(x) if torch.is_grad_enabled() else x.relu_().square()
 
 
+def _fusable(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor) -> Any:
+        return compiled()(*tensors) if _fused else function(*tensors)
+
+    return call
+
+
+@_fusable
+def _mix(
+    x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The low-rank activations (B, T, 5 R) and the five mixes."""
+    low = torch.tanh(torch.addcmul(x, xx, maa_x) @ w1)
+    rows = low.flatten(0, -2).unflatten(-1, (5, -1)).transpose(0, 1)
+    scales = torch.bmm(rows, w2.to(low.dtype)).add_(base[:, None])
+    return low, tuple(torch.addcmul(x, xx, scale.view_as(x)).to(low.dtype) for scale in scales)
+
+
+@_fusable
+def _mix_gradients(
+    xx: Tensor, low: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor, *gradients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of x and xx, from those of the five mixes."""
+    dx, dxx, dlow = torch.zeros_like(xx), torch.zeros_like(xx), []
+    for gradient, rows, up, start in zip(gradients, low.unflatten(-1, (5, -1)).unbind(-2), w2, base, strict=True):
+        up = up.to(low.dtype)
+        dx += gradient
+        dxx.addcmul_(gradient, rows @ up + start.to(low.dtype))
+        dlow.append((gradient * xx).to(low.dtype) @ up.T)
+    inner = torch.ops.aten.tanh_backward(torch.cat(dlow, -1), low) @ w1.T.to(low.dtype)
+    return dx.add_(inner), dxx.addcmul_(inner, maa_x)
+
+
+@_fusable
 def _gate(y: Tensor, gate: Tensor) -> Tensor:
     return (y * F.silu(gate)).to(gate.dtype)
 
 
-def _scales(low: Tensor, w2: Tensor, base: Tensor) -> Tensor:
-    """What each of the five multiplies xx by, (5, B T, C)."""
-    rows = low.flatten(0, -2).unflatten(-1, (5, -1)).transpose(0, 1)
-    return torch.bmm(rows, w2.to(low.dtype)).add_(base[:, None])
-
-
-def _mix(
-    x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    low = torch.tanh(torch.addcmul(x, xx, maa_x) @ w1)
-    scales = _scales(low, w2, base)
-    return low, tuple(torch.addcmul(x, xx, scale.view_as(x)).to(low.dtype) for scale in scales)
+@_fusable
+def _gate_gradients(y: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return (gradient * F.silu(gate)).to(y.dtype), torch.ops.aten.silu_backward((gradient * y).to(gate.dtype), gate)
 
 
 class _Mixes(torch.autograd.Function):
@@ -65,18 +104,7 @@ class _Mixes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        xx, low, maa_x, w1, w2, base = ctx.saved_tensors
-        dx, dxx, dlow = torch.zeros_like(xx), torch.zeros_like(xx), []
-        for gradient, rows, up, start in zip(gradients, low.unflatten(-1, (5, -1)).unbind(-2), w2, base, strict=True):
-            up = up.to(low.dtype)
-            dx += gradient
-            dxx.addcmul_(gradient, rows @ up + start.to(low.dtype))
-            dlow.append((gradient * xx).to(low.dtype) @ up.T)
-        dlow_all = torch.ops.aten.tanh_backward(torch.cat(dlow, -1), low)
-        inner = dlow_all @ w1.T.to(low.dtype)
-        dx += inner
-        dxx.addcmul_(inner, maa_x)
-        return dx, dxx, None, None, None, None
+        return *_mix_gradients(*ctx.saved_tensors, *gradients), None, None, None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -90,8 +118,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        y, gate = ctx.saved_tensors
-        return (gradient * F.silu(gate)).to(y.dtype), torch.ops.aten.silu_backward((gradient * y).to(gate.dtype), gate)
+        return _gate_gradients(*ctx.saved_tensors, gradient)
 
 
 class _SquaredReLU(torch.autograd.Function):
