@@ -136,10 +136,9 @@ class Bench:
         num_samples, text_lengths = case.lengths()
         waveforms = 0.1 * torch.randn(case.utterances, int(num_samples.max()))
         ids = torch.randint(1, case.lm.vocab, (int(text_lengths.sum()),))
-        self.batch = (
-            (waveforms * length_mask(num_samples, waveforms.shape[1])).to(device),
-            *(x.to(device) for x in (num_samples, ids, text_lengths)),
-        )
+        # As batches come from the loader: lengths and text on the host.
+        audio = (waveforms * length_mask(num_samples, waveforms.shape[1])).to(device)
+        self.batch = (audio, num_samples, ids, text_lengths)
         self.targets = len(ids) + case.utterances
         self.marks: list[list[float]] = []
         self.cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -177,7 +176,7 @@ class Bench:
 
     def plain_loss_sum(self) -> Tensor:
         """The same number the plain way."""
-        waveforms, num_samples, ids, text_lengths = self.batch
+        waveforms, num_samples, ids, text_lengths = (x.to(self.device) for x in self.batch)
         model = self.model
         with torch.no_grad():
             mask = length_mask(num_samples, waveforms.shape[1]).long()

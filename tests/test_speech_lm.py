@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from rwkv_speech.checkpoint import export_published, load_trained
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech_lm import Parts, SpeechLM
+from rwkv_speech.speech_lm import Parts, Prepared, SpeechLM
 
 SEPARATOR_ID = 1 + ord("#")  # the vocabulary's ids are bytes + 1
 EOS_ID = 0
@@ -130,6 +131,20 @@ def test_a_training_step_leaves_the_frozen_parts_as_they_were(tiny_parts: Parts)
     optimizer.step()
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
     assert changed == {"time_state", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_training_step_never_waits_for_the_device(
+    tiny_parts: Parts, normalised: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """On "meta" nothing has a value: whatever asked the device for one, or for a size, would fail."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" does not know
+    model = build(tiny_parts).to("meta")
+    waveforms, *on_the_host = batch_of(model, sounds(LENGTHS), TEXTS)
+    loss, count = model.loss_sum(waveforms.to("meta"), *on_the_host, Prepared(normalised=normalised))
+    loss.backward()
+    assert (loss.device.type, count) == ("meta", sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS))
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.trained_parameters())
 
 
 def test_generate_equals_reading_the_whole_prefix_again(model: SpeechLM):

@@ -21,10 +21,14 @@ class Adapter(nn.Sequential):
     def forward(  # type: ignore[override] # Sequential for the names of its parameters
         self, frames: Tensor, frame_lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """frames (B, F, D), lengths (B,) -> packed audio tokens (sum of A, C) and A of each, (B,)."""
+        """frames (B, F, D), lengths (B,) -> packed audio tokens (sum of A, C) and A of each, (B,).
+
+        The lengths are best on the host: the device is not waited for.
+        """
         lengths = frame_lengths // self.stack
         B, F, D = frames.shape
         longest = F // self.stack
         stacked = frames[:, : longest * self.stack].reshape(B, longest, D * self.stack)
-        inside = torch.arange(longest, device=frames.device)[None] < lengths[:, None]
-        return super().forward(stacked[inside]), lengths
+        inside = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
+        positions = inside.flatten().nonzero()[:, 0].to(frames.device, non_blocking=True)
+        return super().forward(stacked.flatten(0, 1)[positions]), lengths

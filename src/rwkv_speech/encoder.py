@@ -28,15 +28,16 @@ _UNUSED = "masked_spec_embed"
 _PROVENANCE = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
-def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """True inside each of the B lengths, (B, size)."""
-    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
+def length_mask(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
+    """True inside each of the B lengths, (B, size), on `device`, else on that of the lengths."""
+    device = device or lengths.device
+    return torch.arange(size, device=device)[None] < lengths.to(device, non_blocking=True)[:, None]
 
 
 def normalise(waveforms: Tensor, num_samples: Tensor) -> Tensor:
     """Zero mean and unit variance over each true length, zero in the padding; (B, S) float32."""
-    mask = length_mask(num_samples, waveforms.shape[1])
-    count = num_samples.clamp_min(1)[:, None]
+    mask = length_mask(num_samples, waveforms.shape[1], waveforms.device)
+    count = num_samples.clamp_min(1)[:, None].to(waveforms.device, non_blocking=True)
     centred = (waveforms.float() - (waveforms.float() * mask).sum(1, keepdim=True) / count) * mask
     variance = centred.square().sum(1, keepdim=True) / count
     return centred / torch.sqrt(variance + _VARIANCE_FLOOR)
@@ -117,9 +118,10 @@ class SpeechEncoder(nn.Module):
     def forward(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
         """waveforms (B, S) in -1..1, num_samples (B,) -> frames (B, F, D) float32 and their lengths (B,).
 
-        F is the longest utterance's, at least 1. `normalised`: the caller has done already what `do_normalize`
-        asks for. What the frames past an utterance's length hold means nothing.
+        Lengths are taken to the host and stay there. F is the longest utterance's, at least 1. `normalised`: the caller
+        has done already what `do_normalize` asks for. What the frames past an utterance's length hold means nothing.
         """
+        num_samples = num_samples.cpu()
         lengths = self.frame_lengths(num_samples)
         # Shorter than one frame: the encoder sees silence added, and no frame of it is counted.
         waveforms = nn.functional.pad(waveforms, (0, max(0, self.min_samples - waveforms.shape[1])))
@@ -131,7 +133,7 @@ class SpeechEncoder(nn.Module):
             hidden = model.feature_projection(self._convolve(x, num_samples, rows))
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         # One frame at least is attended, so that no row of the attention is empty.
-        mask = length_mask(lengths.clamp_min(1), hidden.shape[1])
+        mask = length_mask(lengths.clamp_min(1), hidden.shape[1], hidden.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             frames = model.encoder(hidden, attention_mask=mask).last_hidden_state
         return frames.float(), lengths

@@ -173,26 +173,29 @@ class SpeechModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _summed(self, *numbers: float) -> list[float]:
-        """Each number added up over all ranks."""
-        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+    def _summed(self, numbers: Tensor) -> Tensor:
+        """Each number added up over all ranks, on the device."""
+        numbers = numbers.to(self.device, torch.float64, non_blocking=True)
         if self.trainer.world_size > 1:
-            dist.all_reduce(totals)
-        summed: list[float] = totals.tolist()
-        return summed
+            dist.all_reduce(numbers)
+        return numbers
 
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
         """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
         for batch in step:
             self.bad_files.add(batch.bad)
         # An utterance's targets are its text and the end of text.
-        targets, seconds, padded = self._summed(
-            sum(len(batch.text_ids) + len(batch) for batch in step),
-            sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE,
-            sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE,
-        )
-        losses = [self._backward(batch, targets, last=batch is step[-1]) for batch in step]
-        loss_sum = float(self._summed(float(torch.stack(losses).sum()))[0])
+        targets = sum(len(batch.text_ids) + len(batch) for batch in step)
+        seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
+        padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
+        counts = self._summed(torch.tensor([targets, seconds, padded], dtype=torch.float64))
+        # Data-parallel training averages over ranks, which their number undoes.
+        scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
+        losses = torch.stack([self._backward(batch, scale, last=batch is step[-1]) for batch in step])
+        norm = self._gradient_norm()
+        # The one time in a step that the device is waited for.
+        numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
+        targets, seconds, padded, loss_sum, norm_found = numbers
         if not math.isfinite(loss_sum):
             ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
             raise UserError(
@@ -200,7 +203,11 @@ class SpeechModule(pl.LightningModule):
                 f"{', '.join(ids) or 'of another rank'}; no weight was changed by it: listen to them, lower "
                 "--lr_state and --lr_adapter, or set --precision fp32"
             )
-        rates = self._update(targets)
+        rates = {f"lr_{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        if targets:
+            rates["grad_norm"] = self._update(norm, norm_found)
+        else:
+            self.trainer.optimizers[0].zero_grad()
         self.log_dict({"loss": loss_sum / max(targets, 1), "target_tokens": targets, "audio_seconds": seconds,
                        "padding": 1 - seconds / padded if padded else 0.0, **rates})  # fmt: skip
 
@@ -208,7 +215,7 @@ class SpeechModule(pl.LightningModule):
         """The trained tensors stay in float32; Lightning's DeepSpeed plugin would not compute in bfloat16 by itself."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_bf16())
 
-    def _backward(self, batch: Batch, targets: float, last: bool) -> Tensor:
+    def _backward(self, batch: Batch, scale: Tensor, last: bool) -> Tensor:
         """Add one micro batch's share to the gradients; its summed loss."""
         if len(batch):
             with self._autocast():
@@ -217,8 +224,6 @@ class SpeechModule(pl.LightningModule):
                 )
         else:  # every rank must take part, with nothing to add
             loss = sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
-        # Data-parallel training averages over ranks, which their number undoes.
-        scale = self.trainer.world_size / max(targets, 1)
         strategy: Any = self.trainer.strategy
         if self.config.uses_deepspeed():
             # Lightning gives the engine one micro batch a step, so that it neither averages over them nor counts them.
@@ -230,26 +235,27 @@ class SpeechModule(pl.LightningModule):
                 self.manual_backward(loss * scale)
         return loss.detach()
 
-    def _update(self, targets: float) -> dict[str, float]:
-        """The optimizer's and the schedule's step; what is logged of them."""
+    def _gradient_norm(self) -> Tensor:
+        """Of all trained tensors together; 0 where DeepSpeed's engine holds them."""
+        if self.config.uses_deepspeed():
+            return torch.zeros((), device=self.device)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.trained_parameters() if p.grad is not None])
+
+    def _update(self, norm: Tensor, norm_found: float) -> float:
+        """The optimizer's and the schedule's step; the gradient's norm."""
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-        if not targets:
-            optimizer.zero_grad()
-            return rates
         if self.config.uses_deepspeed():
             optimizer.step()  # the engine clips, steps and clears by itself, at the last micro batch
-            norm = self.trainer.model.get_global_grad_norm()  # type: ignore[union-attr, operator]
+            norm_found = float(self.trainer.model.get_global_grad_norm() or 0.0)  # type: ignore[union-attr, operator]
         else:
-            parameters = [p for p in self.model.trained_parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.config.grad_clip:
+                parameters = [p for p in self.model.trained_parameters() if p.grad is not None]
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()
-        return {**rates, "grad_norm": float(norm or 0.0)}
+        return norm_found
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode one batch; a rank may be left with an empty one."""

@@ -58,6 +58,10 @@ class Packing(NamedTuple):
         filled = cu_seqlens.diff().nonzero()[:, 0]
         return cls(cu_seqlens, filled, cu_seqlens[filled], cu_seqlens[filled + 1] - 1)
 
+    def to(self, device: torch.device) -> "Packing":
+        """The same on a device, which is not waited for."""
+        return Packing(*(x.to(device, non_blocking=True) for x in self))
+
 
 def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """The previous token less the current one, (B, T, C), and each sequence's last token, (B or S, C)."""

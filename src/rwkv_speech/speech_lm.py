@@ -200,8 +200,9 @@ class SpeechLM(nn.Module):
         return self.adapter(frames, lengths)
 
     def _hidden(self, spliced: splice.Spliced, audio: Tensor, keep_state: bool = True) -> tuple[Tensor, State]:
+        packing = Packing.of(spliced.cu_seqlens).to(audio.device)
+        spliced = spliced.to(audio.device)
         x = splice.fill(spliced, audio, self.lm.embed(spliced.token_ids))
-        packing = Packing.of(spliced.cu_seqlens)
         hidden, state = self.lm.hidden(x, self.initial_state(len(spliced.cu_seqlens) - 1), packing, keep_state)
         return hidden[0], state
 
@@ -213,12 +214,17 @@ class SpeechLM(nn.Module):
         text_lengths: Tensor,
         prepared: Prepared = NOTHING_PREPARED,
     ) -> tuple[Tensor, int]:
-        """The summed loss of a batch, float32, and its number of target tokens (text and end of text)."""
+        """The summed loss of a batch, float32, and its number of target tokens (text and end of text).
+
+        With lengths and text on the host, where they are wanted, nothing here waits for the device.
+        """
+        text_ids, text_lengths = text_ids.cpu(), text_lengths.cpu()
         audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
         spliced = splice.splice(audio_lengths, text_ids, text_lengths, self.separator_id, self.tokenizer.eos_id)
         hidden, _ = self._hidden(spliced, audio, keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
-        return head_loss_sum(hidden[at], self.lm.head.weight, spliced.labels[at]), len(at)
+        targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
+        return head_loss_sum(hidden[rows], self.lm.head.weight, targets), len(at)
 
     @torch.no_grad()
     def generate(
@@ -234,7 +240,7 @@ class SpeechLM(nn.Module):
         audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
         spliced = splice.splice_prompt(audio_lengths, self.separator_id)
         hidden, state = self._hidden(spliced, audio)
-        logits = self.lm.head(hidden[spliced.cu_seqlens[1:] - 1])
+        logits = self.lm.head(hidden[(spliced.cu_seqlens[1:] - 1).to(hidden.device)])
         limits = [
             max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
             if max_new_tokens is None

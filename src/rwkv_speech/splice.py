@@ -3,7 +3,8 @@
     audio 0     audio 1     #           text 0      text 1
     -100        -100        text 0      text 1      end of text
 
-Each column is a position: what goes in, above what must come out. Free functions of tensors; no model here.
+Each column is a position: what goes in, above what must come out. Free functions of tensors; no model here. They are
+for the host: lengths decide sizes, and a device asked for these would keep it waiting.
 """
 
 # U utterances · A audio tokens · L text tokens · T all positions of the packed batch · C channels
@@ -24,6 +25,10 @@ class Spliced(NamedTuple):
     token_positions: Tensor  # (sum of L + U,) of the separators and the text
     token_ids: Tensor  # (sum of L + U,) what stands there
     labels: Tensor  # (T,) the token to predict at each position, IGNORE where none
+
+    def to(self, device: torch.device) -> "Spliced":
+        """The same on a device, which is not waited for."""
+        return Spliced(*(x.to(device, non_blocking=True) for x in self))
 
 
 def bounds(lengths: Tensor) -> Tensor:

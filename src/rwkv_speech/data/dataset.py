@@ -90,8 +90,11 @@ class Batch:
         return Prepared(self.normalised, self.frames, self.frame_lengths)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device; from pinned memory the copy runs beside what the device does."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.
+
+        Lengths and text stay on the host, which plans with them.
+        """
+        return self._mapped(lambda x: x.to(device, non_blocking=True) if x.is_floating_point() else x)
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory; a loader with `pin_memory` calls this."""
