@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> None:
 
     from rwkv_speech.lightning_run import fit
 
+    config.check_strategy()
     config = with_own_folder(config)
     sources = open_train_and_valid(config)
     native.choose(config.wkv6)

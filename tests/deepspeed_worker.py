@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -49,13 +50,18 @@ class OnCPU(DeepSpeedStrategy):
             "calls": engine.micro_steps,
             "stage": engine.zero_optimization_stage(),
             "accumulate": engine.gradient_accumulation_steps(),
-            "reduced": sum(p.numel() for group in zero.bit16_groups for p in group),
+            "reduced": sum(getattr(p, "ds_numel", p.numel()) for group in _groups(zero) for p in group),
             "moments": sum(x["exp_avg"].numel() for x in zero.optimizer.state.values()),
             "frozen_with_grad": sum(p.grad is not None for p in engine.module.parameters() if not p.requires_grad),
         }
         folder = Path(self.lightning_module.config.proj_dir)  # type: ignore[union-attr, arg-type]
         (folder / f"engine-{self.global_rank}.json").write_text(json.dumps(seen))
         super().teardown()
+
+
+def _groups(zero: Any) -> list[list[torch.Tensor]]:
+    """The tensors whose gradients it reduces."""
+    return zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.fp16_groups
 
 
 class DyingPoints(ResumePoints):

@@ -89,6 +89,14 @@ def test_encoder_precision_follows_precision_unless_given():
         assert ModelConfig(device="cpu", precision=given, encoder_precision=own).encoder_dtype() == wanted
 
 
+@pytest.mark.parametrize("name", ["valid_data", "feature_cache"])
+def test_stage_3_takes_nothing_that_ranks_do_each_in_its_own_time(name: str):
+    TrainConfig(strategy="deepspeed_stage_2", **{name: "x"}).check_strategy()
+    TrainConfig(strategy="deepspeed_stage_3").check_strategy()
+    with pytest.raises(UserError, match=f"--{name}: found 'x' with --strategy deepspeed_stage_3, expected nothing"):
+        TrainConfig(strategy="deepspeed_stage_3", **{name: "x"}).check_strategy()
+
+
 def test_check_sizes_names_flag_given_and_found():
     ModelConfig(n_layer=24).check_sizes(24, 2048)
     with pytest.raises(UserError, match="--n_embd: given 2560, but .* 2048"):

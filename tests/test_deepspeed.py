@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1 and 2 on two CPU processes: the same steps as one plain process, resumed as uninterrupted."""
+"""DeepSpeed's ZeRO 1, 2 and 3 on two CPU processes: the same steps as one plain process, resumed as uninterrupted."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from rwkv_speech.tiny.make_corpus import make_corpus
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[1]
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 
 
 def run_of(folder: Path, name: str, die_at: int | None = None, **flags: object) -> dict[str, Any]:
@@ -38,7 +38,12 @@ def launch(runs: list[dict[str, Any]], processes: int = 2) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    own = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    own = {
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     if processes > 1:
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     started = [
@@ -65,16 +70,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     make_corpus(folder, {"train": 16}, seed=3)
     plain = [run_of(folder, f"plain-{n}", device="cpu", accumulate=n) for n in (2, 4)]
+    # Three micro batches: in the second step a rank has none.
+    plain.append(run_of(folder, "plain-odd", device="cpu", accumulate=2, micro_bsz=6))
     assert launch(plain, processes=1) == [0]
     whole = [
         run_of(folder, f"zero{z}-{n}", strategy=f"deepspeed_stage_{z}", accumulate=n) for z in STAGES for n in (1, 2)
     ]
+    whole += [run_of(folder, f"zero{z}-odd", strategy=f"deepspeed_stage_{z}", micro_bsz=6) for z in STAGES]
     killed = [run_of(folder, f"killed{z}", 2, strategy=f"deepspeed_stage_{z}") for z in STAGES]
     again = [{**run, "die_at": None} for run in killed]
-    assert launch([*whole, killed[0]]) == [-9, -9]
+    # Stage 3 leaves its own matrix product behind in a process: the others come before it.
+    third = [run for run in whole if "deepspeed_stage_3" in run["argv"]]
+    assert launch([*(run for run in whole if run not in third), killed[0]]) == [-9, -9]
     assert launch([again[0], killed[1]]) == [-9, -9]
-    assert launch([again[1]]) == [0, 0]
+    assert launch([again[1], *third, killed[2]]) == [-9, -9]
+    assert launch([again[2]]) == [0, 0]
     return folder
+
+
+def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
+    one, two = learned(plain), learned(run)
+    # Stage 3 rounds matrix products in another way: where a ReLU flips, so do the gradients in front of it.
+    tolerances = {"adapter.0": 5e-3 if stage == 3 else 1e-4, "": 3e-4 if stage == 3 else 1e-4}
+    for name, x in one.items():
+        assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -83,11 +102,18 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
     run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{2 * accumulate}"
     assert len(column(run, "loss")) == 4 // accumulate
     for name in ("loss", "grad_norm", "lr_adapter", "lr_state"):
-        assert column(run, name) == pytest.approx(column(plain, name), rel=2e-5), name
+        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5), name
     assert min(column(run, "grad_norm")) > 0.1  # all steps were clipped
-    one, two = learned(plain), learned(run)
-    for name, x in one.items():
-        assert_rms_close(name, two[name], x, 1e-4)
+    assert_learned_alike(run, plain, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_utterances_takes_part(folder: Path, stage: int):
+    run, plain = folder / f"zero{stage}-odd", folder / "plain-odd"
+    assert len(column(run, "loss")) == 2
+    for name in ("loss", "grad_norm"):
+        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5), name
+    assert_learned_alike(run, plain, stage)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -112,7 +138,7 @@ def test_a_point_holds_the_trained_weights_alone(folder: Path, stage: int):
     trained = sum(x.numel() for x in load_file(run / "last.safetensors").values())
     files = list(point.path.rglob("*.pt"))
     model = torch.load(next(x for x in files if "model_states" in x.name), weights_only=False)["module"]
-    assert sum(x.numel() for x in model.values()) == trained
+    assert sum(x.numel() for x in model.values()) == (trained if stage < 3 else 0)
     parts = [path for path in files if "optim_states" in path.name]
     assert len(parts) == 2
     # Weights, master weights and two moments in float32.

@@ -48,8 +48,11 @@ class TrainedWeights(Callback):
         assert isinstance(pl_module, SpeechModule)
         if pl_module.scores is not None and self.stop.should_stop(pl_module.scores.wer):
             trainer.should_stop = True
-        if not trainer.is_global_zero:
-            return
+        with pl_module.whole_weights():
+            if trainer.is_global_zero:
+                self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: SpeechModule) -> None:
         epoch = trainer.current_epoch + 1
         metrics: dict[str, float | int] = {"epoch": epoch, "step": trainer.global_step}
         names, dropped = [LAST], list[Path]()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
+from rwkv_speech.encoder import SpeechEncoder
 from rwkv_speech.errors import UserError
 from rwkv_speech.metrics import Scores, score
 from rwkv_speech.optim import lr_factor, make_optimizer
@@ -65,6 +67,11 @@ class SpeechModule(pl.LightningModule):
         self.model, self.config = model, config
         self._train_data, self._valid_data, self._cache = train, valid, cache
         model.lm.grad_cp = bool(config.grad_cp)
+        if config.shards_frozen_weights():
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # Its convolutions run as often as a rank has utterances: they are gathered once, with the rest of it.
+            set_z3_leaf_modules(model, [SpeechEncoder])
         self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
         self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
         self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
@@ -217,23 +224,44 @@ class SpeechModule(pl.LightningModule):
 
     def _backward(self, batch: Batch, scale: Tensor, last: bool) -> Tensor:
         """Add one micro batch's share to the gradients; its summed loss."""
-        if len(batch):
-            with self._autocast():
-                loss, _ = self.model.loss_sum(
-                    batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
-                )
-        else:  # every rank must take part, with nothing to add
-            loss = sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
         strategy: Any = self.trainer.strategy
         if self.config.uses_deepspeed():
-            # Lightning gives the engine one micro batch a step, so that it neither averages over them nor counts them.
+            # Lightning calls the engine once a step, so that it neither averages over micro batches nor counts them:
+            # it must be told which backward pass is the last, and, as its own forward would, that another begins.
             strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
+            strategy.deepspeed_engine.optimizer.clear_backward_seen_flag()
+        if len(batch):
+            with self._autocast():
+                loss, _ = self.model(
+                    batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
+                )
+        else:
+            loss = self._nothing()
         if last or self.config.uses_deepspeed() or self.trainer.world_size == 1:
             self.manual_backward(loss * scale)
         else:
             with strategy.block_backward_sync():
                 self.manual_backward(loss * scale)
         return loss.detach()
+
+    def _nothing(self) -> Tensor:
+        """A loss of 0 for a rank without utterances, which must take part all the same."""
+        if self.config.shards_frozen_weights():  # in every layer
+            silence, none = torch.zeros(1, SAMPLE_RATE, device=self.device), torch.zeros(1, dtype=torch.int64)
+            with self._autocast():
+                return self.model(silence, none + SAMPLE_RATE, none[:0], none)[0] * 0.0
+        return sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """The trained tensors are whole for as long, whatever the strategy; for all ranks to enter together."""
+        if self.config.shards_frozen_weights():
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.model.trained_parameters())):
+                yield
+        else:
+            yield
 
     def _gradient_norm(self) -> Tensor:
         """Of all trained tensors together; 0 where DeepSpeed's engine holds them."""

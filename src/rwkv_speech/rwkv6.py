@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_speech.base_weights import RWKV6Sizes, check_tensors, read_tensors
+from rwkv_speech.losses import head_loss_sum
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6
 
@@ -165,6 +166,16 @@ class Block(nn.Module):
         return x + out, wkv, att_shift, ffn_shift
 
 
+class Head(nn.Linear):
+    """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss.
+
+    Within one module, since ZeRO-3 has a matrix only while its module runs.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(hidden) if targets is None else head_loss_sum(hidden, self.weight, targets)
+
+
 class RWKV6(nn.Module):
     """The language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`."""
 
@@ -175,7 +186,7 @@ class RWKV6(nn.Module):
         self.emb = nn.Embedding(sizes.vocab, sizes.C)
         self.blocks = nn.ModuleList(Block(layer, sizes) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.C)
-        self.head = nn.Linear(sizes.C, sizes.vocab, bias=False)
+        self.head = Head(sizes.C, sizes.vocab, bias=False)
 
     @classmethod
     def from_pretrained(

@@ -19,7 +19,6 @@ from rwkv_speech.decoding import greedy
 from rwkv_speech.encoder import SpeechEncoder
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.losses import head_loss_sum
 from rwkv_speech.rwkv6 import RWKV6, Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -206,6 +205,10 @@ class SpeechLM(nn.Module):
         hidden, state = self.lm.hidden(x, self.initial_state(len(spliced.cu_seqlens) - 1), packing, keep_state)
         return hidden[0], state
 
+    def forward(self, *batch: Any) -> tuple[Tensor, int]:
+        """`loss_sum`, for engines that prepare a module before it runs."""
+        return self.loss_sum(*batch)
+
     def loss_sum(
         self,
         waveforms: Tensor,
@@ -224,7 +227,7 @@ class SpeechLM(nn.Module):
         hidden, _ = self._hidden(spliced, audio, keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
-        return head_loss_sum(hidden[rows], self.lm.head.weight, targets), len(at)
+        return self.lm.head(hidden[rows], targets), len(at)
 
     @torch.no_grad()
     def generate(
