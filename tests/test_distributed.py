@@ -84,6 +84,18 @@ def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     assert len(lines) == len({line["id"] for line in lines}) == 3
 
 
+def test_sigterm_to_one_rank_ends_both_behind_the_same_step(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    process = train(corpus, run, wait=False, save_steps=1000, epoch_count=2)
+    table = run / "logs/csv/metrics.csv"
+    while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=100)
+    point = newest_point(run / "resume")
+    assert process.returncode == 143 and point is not None and point.step > 0
+
+
 def test_another_number_of_ranks_goes_on_from_the_end_of_an_epoch(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     train(corpus, run, epoch_count=2, lr_schedule="constant", epoch_steps=2)

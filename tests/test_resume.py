@@ -188,14 +188,16 @@ def test_killed_20_times_ends_as_the_whole_one(corpus: Path, whole: dict[str, st
     assert killed == 20
 
 
-def test_sigterm_saves_and_ends(corpus: Path, whole: dict[str, str], tmp_path: Path):
+@pytest.mark.parametrize("later", [0, 0.02])
+def test_sigterm_saves_and_ends(corpus: Path, whole: dict[str, str], tmp_path: Path, later: float):
     run = tmp_path / "run"
     argv = arguments(corpus, run, save_steps=1000)
     process = start(argv)
     table = run / "logs/csv/metrics.csv"
     while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
         assert process.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.001)
+    time.sleep(later)  # somewhere else in a step
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

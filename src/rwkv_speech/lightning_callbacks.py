@@ -3,6 +3,8 @@
 import csv
 import math
 import random
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,18 +80,33 @@ class ResumePoints(Callback):
 
     def __init__(self, folder: Path, every: int, info: Mapping[str, Any]) -> None:
         self.folder, self.every, self.info = folder, every, info
+        self._end_the_run: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """SIGTERM is kept for the end of a step, the same on all ranks: Lightning would end the run between two hooks.
+
+        A handler can be set in the main thread alone; elsewhere Lightning's own stays.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._end_the_run = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Inside an epoch; its end has a point of its own, after validation."""
-        ending = trainer.received_sigterm
-        if (ending or (batch_idx + 1) % self.every == 0) and batch_idx + 1 < trainer.num_training_batches:
+        if batch_idx + 1 == trainer.num_training_batches:
+            return
+        if pl_module.ending or (batch_idx + 1) % self.every == 0:
             self._save(trainer, trainer.current_epoch, batch_idx + 1)
+        if pl_module.ending:
+            self._end_the_run(signal.SIGTERM, None)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the epoch's validation and checkpoints: callbacks before this one have done their work."""
         self._save(trainer, trainer.current_epoch + 1, 0)
+        if pl_module.ending:
+            self._end_the_run(signal.SIGTERM, None)
 
     def _save(self, trainer: pl.Trainer, epoch: int, step: int) -> None:
         number = trainer.global_step

@@ -74,6 +74,8 @@ class SpeechModule(pl.LightningModule):
             set_z3_leaf_modules(model, [SpeechEncoder])
         self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
         self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
+        self.asked_to_end = False  # this rank, by a signal
+        self.ending = False  # all ranks, behind this step
         self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
         self.validated: list[tuple[str, str, str]] = []  # id, reference, hypothesis
         self.scores: Scores | None = None
@@ -195,14 +197,16 @@ class SpeechModule(pl.LightningModule):
         targets = sum(len(batch.text_ids) + len(batch) for batch in step)
         seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
         padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
-        counts = self._summed(torch.tensor([targets, seconds, padded], dtype=torch.float64))
+        known = [targets, seconds, padded, float(self.asked_to_end)]
+        counts = self._summed(torch.tensor(known, dtype=torch.float64))
         # Data-parallel training averages over ranks, which their number undoes.
         scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
         losses = torch.stack([self._backward(batch, scale, last=batch is step[-1]) for batch in step])
         norm = self._gradient_norm()
         # The one time in a step that the device is waited for.
         numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
-        targets, seconds, padded, loss_sum, norm_found = numbers
+        targets, seconds, padded, asked_to_end, loss_sum, norm_found = numbers
+        self.ending = asked_to_end > 0
         if not math.isfinite(loss_sum):
             ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
             raise UserError(
