@@ -107,7 +107,7 @@ class SpeechModule(pl.LightningModule):
         fill(
             cache,
             plain,
-            lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes.to(self.device)),
+            lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes),
             encoder.width,
             self.config.micro_bsz,
             self.config.batch_seconds,
