@@ -102,7 +102,7 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
     run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{2 * accumulate}"
     assert len(column(run, "loss")) == 4 // accumulate
     for name in ("loss", "grad_norm", "lr_adapter", "lr_state"):
-        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5), name
+        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5 if stage == 3 else 1e-5), name
     assert min(column(run, "grad_norm")) > 0.1  # all steps were clipped
     assert_learned_alike(run, plain, stage)
 
@@ -112,7 +112,7 @@ def test_a_rank_without_utterances_takes_part(folder: Path, stage: int):
     run, plain = folder / f"zero{stage}-odd", folder / "plain-odd"
     assert len(column(run, "loss")) == 2
     for name in ("loss", "grad_norm"):
-        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5), name
+        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5 if stage == 3 else 1e-5), name
     assert_learned_alike(run, plain, stage)
 
 
