@@ -21,16 +21,16 @@ from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech_lm import Parts, SpeechLM
-from rwkv_speech.tiny.make_corpus import make_corpus
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight training, four validation, three test utterances."""
+    """Eight training, four validation, three test utterances; of a new process, so that they are always the same."""
     folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder, {"train": 8, "valid": 4, "test": 3}, seed=3)
+    words = ["--out", str(folder), "--train", "8", "--valid", "4", "--test", "3", "--seed", "3"]
+    subprocess.run([sys.executable, "-m", "rwkv_speech.tiny.make_corpus", *words], check=True, capture_output=True)
     return folder
 
 
@@ -110,9 +110,11 @@ def test_accumulation_does_not_change_the_gradient(
     """One huge step of plain gradient descent leaves the gradient itself in the weights."""
     from rwkv_speech import lightning_module
 
+    step = 1e6
+
     def descent(adapter, state, *rates):
         groups = [{"params": list(adapter), "name": "adapter"}, {"params": list(state), "name": "state"}]
-        return torch.optim.SGD(groups, lr=1e6)
+        return torch.optim.SGD(groups, lr=step)
 
     monkeypatch.setattr(lightning_module, "make_optimizer", descent)
     whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, wkv6=form)
@@ -120,7 +122,8 @@ def test_accumulation_does_not_change_the_gradient(
     for name, tensor in whole.items():
         assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
         # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
-        assert_rms_close(name, parts[name], tensor, 1e-3 if "time_state" in name else 5e-5)
+        assert_rms_close(name, parts[name], tensor, 3e-4 if "time_state" in name else 2e-5)
+        assert float((parts[name] - tensor).abs().max()) <= 1e-5 * step, name
 
 
 def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tmp_path: Path):
