@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from rwkv_speech.config import EvalConfig, exit_code, parse
-from rwkv_speech.data.dataset import BadFileLog
+from rwkv_speech.config import EvalConfig, parse
+from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.sources import open_source
-from rwkv_speech.evaluation import evaluate
+from rwkv_speech.errors import exit_code
+from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
-from rwkv_speech.speech_lm import SpeechLM
+from rwkv_speech.scoring.evaluate import evaluate
 
 
 def score_all(config: EvalConfig) -> None:

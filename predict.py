@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_speech.audio import AudioError, load_audio
-from rwkv_speech.config import PredictConfig, exit_code, parse
-from rwkv_speech.errors import UserError
+from rwkv_speech.config import PredictConfig, parse
+from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
-from rwkv_speech.speech_lm import SpeechLM
 
 
 def predict(config: PredictConfig) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from rwkv_speech.checkpoint import LAST, find_checkpoint, load_trained
-from rwkv_speech.config import TrainConfig, exit_code, parse
+from rwkv_speech.config import TrainConfig, parse
 from rwkv_speech.data.dataset import SpeechDataset
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.models.checkpoint import LAST, find_checkpoint, load_trained
+from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import mix, native
-from rwkv_speech.speech_lm import SpeechLM
-from rwkv_speech.training_data import make_datasets, open_train_and_valid
-from rwkv_speech.training_plan import memory_advice, plan_run
+from rwkv_speech.planning.run import memory_advice, plan_run
+from rwkv_speech.training.data import make_datasets, open_train_and_valid
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:
@@ -33,7 +33,7 @@ def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
     import pytorch_lightning as pl
 
-    from rwkv_speech.lightning_run import fit
+    from rwkv_speech.training.run import fit
 
     config.check_strategy()
     config = with_own_folder(config)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, cpu_name, write_result
-from rwkv_speech.data.plan import Epoch, EpochPlan, Floats
+from rwkv_speech.data.epoch import Epoch, EpochPlan, Floats
 from rwkv_speech.data.samplers import BatchSampler
 from rwkv_speech.data.sources import open_source
 

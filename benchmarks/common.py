@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_speech.run_record import commit
+from rwkv_speech.reports.record import commit
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from transformers import WavLMConfig, WavLMModel
 
 from benchmarks.common import RESULTS, cpu_name, seconds, write_result
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
-from rwkv_speech.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.models.encoder import SpeechEncoder, length_mask, normalise
 
 SIDES = ("transformers", "ours")
 PARTS = ("attention", "encoder")

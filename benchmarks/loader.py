@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.batch import Batch
 from rwkv_speech.data.augment import Augment, Augmenter
-from rwkv_speech.data.dataset import Batch, Fit, SpeechDataset
+from rwkv_speech.data.dataset import Fit, SpeechDataset
+from rwkv_speech.data.folder import FileSource
 from rwkv_speech.data.loader import make_loader
-from rwkv_speech.data.sources import FileSource, Utterance
+from rwkv_speech.data.source import Utterance
 from rwkv_speech.tokenizer import WorldTokenizer
 
 MICRO_BATCH = 16

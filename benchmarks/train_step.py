@@ -35,15 +35,16 @@ from transformers import WavLMConfig, WavLMModel
 from benchmarks.common import RESULTS, cpu_name, interleaved, relative_rms, write_result
 from benchmarks.encoder import resident
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
-from rwkv_speech.base_weights import RWKV6Sizes
-from rwkv_speech.checkpoint import Origin
-from rwkv_speech.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.batch import Prepared
+from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.checkpoint import Origin
+from rwkv_speech.models.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.models.splice import IGNORE
 from rwkv_speech.ops import mix, native
-from rwkv_speech.plan_compute import H200, Operations, operations
-from rwkv_speech.plan_sizes import BASE_MODELS, EncoderSizes, MicroBatch, ModelSizes
-from rwkv_speech.rwkv6 import RWKV6
-from rwkv_speech.speech_lm import Prepared, SpeechLM
-from rwkv_speech.splice import IGNORE
+from rwkv_speech.planning.compute import H200, Operations, operations
+from rwkv_speech.planning.sizes import BASE_MODELS, EncoderSizes, MicroBatch, ModelSizes
 from rwkv_speech.tokenizer import WorldTokenizer
 
 SIDES = ("plain", "ours")

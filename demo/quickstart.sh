@@ -13,7 +13,7 @@ micro_bsz=${micro_bsz-16}
 setup_environment
 
 echo "== 1 of 4: synthesising the corpus into $run/data"
-"$python" -m rwkv_speech.tiny.make_corpus --out "$run/data" \
+"$python" -m rwkv_speech.synthetic.make_corpus --out "$run/data" \
     --train "$train_utterances" --test "$test_utterances"
 
 echo "== 2 of 4: training the adapter and the initial state of the tiny model"

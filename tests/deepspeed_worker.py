@@ -16,8 +16,8 @@ import train
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
-from rwkv_speech import lightning_run
-from rwkv_speech.lightning_callbacks import ResumePoints
+from rwkv_speech.training import run as lightning_run
+from rwkv_speech.training.callbacks import ResumePoints
 
 
 class OnCPU(DeepSpeedStrategy):

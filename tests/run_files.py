@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rwkv_speech.checkpoint import named_tensors
-from rwkv_speech.speech_lm import Parts, SpeechLM
+from rwkv_speech.models.checkpoint import named_tensors
+from rwkv_speech.models.speech_lm import Parts, SpeechLM
 
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.

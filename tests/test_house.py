@@ -9,18 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "rwkv_speech"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
-# From the ground up: a module may import only modules that stand before it.
-ORDER = """
-    errors files ops ops.build ops.native ops.wkv6_ref ops.wkv6_chunked ops.wkv6 ops.mix audio text metrics losses optim
-    splice adapter encoder_attention encoder tokenizer base_weights rwkv6 checkpoint decoding tiny speech_lm selection
-    data data.utterance data.mixture data.manifest data.manifest_reader data.manifest_writer data.manifest_table
-    data.sources data.huggingface data.tar_shards data.augment data.feature_cache data.dataset data.plan data.samplers
-    data.loader data.feature_fill data.streaming data.synth evaluation config plan_sizes plan_memory plan_compute
-    plan run_record report_charts report average export resume training_data training_plan lightning_module
-    lightning_callbacks lightning_run tiny.corpus tiny.voices tiny.augment tiny.speech_pool tiny.phone_prompts
-    tiny.make_corpus tiny.pretrain_encoder tiny.pretrain_lm
-""".split()
+# A room imports rooms of lower rank only; rooms of one rank never each other.
+RANKS = [
+    "errors files config audio text tokenizer tiny",
+    "devices tasks ops",
+    "batch",
+    "models data",
+    "decoding planning synthetic",
+    "scoring",
+    "reports serving",
+    "training",
+    "__main__",
+]
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms.split()}
+# The ground floor's one order: files and tokenizer raise errors.
+GROUND = {"errors"}
 
 
 def name_of(path: Path) -> str:
@@ -37,27 +42,41 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     own = {name.removeprefix("rwkv_speech.") for name in names if name.startswith("rwkv_speech.")}
-    return own & set(ORDER)
+    return own & set(map(name_of, MODULES)) - {name_of(path)}
 
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-def test_every_module_has_its_place():
-    assert sorted(map(name_of, MODULES)) == sorted(ORDER)
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_down(path: Path):
-    mine = ORDER.index(name_of(path))
-    # Sources know of each other; those of the hub and of tar shards are imported when they are asked for.
-    allowed = {"data.huggingface", "data.tar_shards"} if name_of(path) == "data.sources" else set()
-    assert {name for name in imported(path) if ORDER.index(name) >= mine} <= allowed
+    mine = room(name_of(path))
+    others = {room(name) for name in imported(path)} - {mine} - GROUND
+    assert {other for other in others if RANK[other] >= RANK[mine]} == set()
 
 
-def test_only_the_lightning_files_import_it():
-    users = [path.name for path in PACKAGE.rglob("*.py") if "import pytorch_lightning" in path.read_text()]
-    assert sorted(users) == ["lightning_callbacks.py", "lightning_module.py", "lightning_run.py"]
+def test_no_circles():
+    graph = {name_of(path): imported(path) for path in MODULES}
+    # A package's own __init__ is imported with each of its modules; only what it imports itself counts.
+    while free := {name for name, needs in graph.items() if not needs & set(graph)}:
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+    assert graph == {}
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [("pytorch_lightning", "training"), ("deepspeed", "training"), ("datasets", "data"), ("pyarrow", "data")],
+)
+def test_a_library_has_one_home(library: str, home: str):
+    users = {
+        room(name_of(path))
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        and library in {n.split(".")[0] for n in [getattr(node, "module", None) or "", *(a.name for a in node.names)]}
+    }
+    assert users == {home}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

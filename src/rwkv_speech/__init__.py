@@ -5,7 +5,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["RWKV6", "SpeechLM", "wkv6"]
-_HOME = {"RWKV6": "rwkv_speech.rwkv6", "SpeechLM": "rwkv_speech.speech_lm", "wkv6": "rwkv_speech.ops.wkv6"}
+_HOME = {
+    "RWKV6": "rwkv_speech.models.rwkv6",
+    "SpeechLM": "rwkv_speech.models.speech_lm",
+    "wkv6": "rwkv_speech.ops.wkv6",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from rwkv_speech.data.feature_cache import DTYPES
-from rwkv_speech.data.sources import ACCEPTED_FORMS
+from rwkv_speech.data.source import ACCEPTED_FORMS
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.speech_lm import Parts
 from rwkv_speech.ops.native import FORMS
-from rwkv_speech.optim import SCHEDULES
-from rwkv_speech.speech_lm import Parts
 from rwkv_speech.text import LABEL_MODES
+from rwkv_speech.training.optim import SCHEDULES
 
 STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 YES_NO = ("yes", "no")
@@ -288,13 +288,3 @@ def _or_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any
 
     convert.__name__ = getattr(kind, "__name__", "value")
     return convert
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Run a command: 0 if it ended well, 2 and the message if the user can mend what stopped it."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

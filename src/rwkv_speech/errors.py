@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the exit codes of commands."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -6,3 +9,13 @@ class UserError(ValueError):
 
     The message names the flag or file, what was found, what was expected, the remedy.
     """
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command: 0 if it ended well, 2 and the message if the user can mend what stopped it."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # torchaudio is imported where it is used: it takes a second, and data that is not augmented never needs it.
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
-from rwkv_speech.data.sources import AUDIO_SUFFIXES
+from rwkv_speech.data.source import AUDIO_SUFFIXES
 from rwkv_speech.errors import UserError
 
 # The filter that takes bands out, which resolves 31 Hz, and the samples that are transformed at a time.

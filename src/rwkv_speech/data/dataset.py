@@ -3,12 +3,9 @@
 B batch · S samples · L text tokens
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,92 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
+from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.feature_cache import FeatureCache, content_key, identity_of
-from rwkv_speech.data.mixture import Part
-from rwkv_speech.data.sources import Source, parts_of
+from rwkv_speech.data.source import Part, Source, parts_of
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech_lm import Prepared
 from rwkv_speech.text import normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
 
 _VARIANCE_FLOOR = 1e-7  # as in the encoder
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds.
-
-    `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
-    `frames` (F, D) instead, and the waveform is empty.
-    """
-
-    id: str
-    waveform: Tensor
-    text: str
-    ids: list[int]
-    duration: float
-    index: int
-    normalised: bool = False
-    frames: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """An utterance that cannot be used, and why; `too_long` marks sound audio beyond the length limit."""
-
-    id: str
-    reason: str
-    too_long: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B usable utterances, and the unusable ones that were drawn with them; B may be 0.
-
-    waveforms   (B, S_max) float32, zero after each utterance's own S
-    num_samples (B,) int64, S of each
-    text_ids    (sum of L,) int64, the texts' ids one after another, no end of text
-    text_lengths (B,) int64, L of each
-    normalised  whether the waveforms have zero mean and unit variance
-    frames      (B, F_max, D) the encoder's frames in the feature cache's type, zero after each utterance's own F; where
-                they are given, the waveforms are (B, 0)
-    frame_lengths (B,) int64, F of each
-    """
-
-    ids: list[str]
-    waveforms: Tensor
-    num_samples: Tensor
-    text_ids: Tensor
-    text_lengths: Tensor
-    texts: list[str]
-    bad: list[BadSample]
-    normalised: bool = False
-    frames: Tensor | None = None
-    frame_lengths: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def prepared(self) -> Prepared:
-        """What the model need not do any more."""
-        return Prepared(self.normalised, self.frames, self.frame_lengths)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.
-
-        Lengths and text stay on the host, which plans with them.
-        """
-        return self._mapped(lambda x: x.to(device, non_blocking=True) if x.is_floating_point() else x)
-
-    def pin_memory(self) -> "Batch":
-        """Copy the tensors to page-locked memory; a loader with `pin_memory` calls this."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **changed)
 
 
 def normalise(waveform: Tensor) -> Tensor:
@@ -266,46 +186,3 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
         row[: len(tensor)] = tensor
         row[len(tensor) :] = 0
     return padded
-
-
-class BadFileLog:
-    """A JSON-lines list of the utterances that could not be used, each distinct id once, and a limit on them.
-
-    An existing list is continued; only what this run meets counts towards `max_bad`, and an utterance that
-    is merely too long is listed but never counts.
-    """
-
-    def __init__(self, path: str | Path, max_bad: int) -> None:
-        self.path, self._max_bad = Path(path), max_bad
-        self._listed = _listed_ids(self.path)
-        self._broken: set[str] = set()
-
-    @property
-    def num_bad(self) -> int:
-        """Count the distinct broken utterances met so far in this run."""
-        return len(self._broken)
-
-    def add(self, bad: Iterable[BadSample]) -> None:
-        """List what is new; raises UserError, naming the list, when more than `max_bad` are broken."""
-        for sample in bad:
-            if sample.id not in self._listed:
-                self._listed.add(sample.id)
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": sample.id, "reason": sample.reason}, ensure_ascii=False) + "\n")
-            if not sample.too_long:
-                self._broken.add(sample.id)
-        if self.num_bad > self._max_bad:
-            raise UserError(
-                f"{self.path}: {self.num_bad} recordings could not be used; expected {self._max_bad} at "
-                "most: mend or remove those listed there, or raise the limit"
-            )
-
-
-def _listed_ids(path: Path) -> set[str]:
-    if not path.is_file():
-        return set()
-    try:
-        return {json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not a list of bad files ({error}); expected JSON lines: move it away") from error

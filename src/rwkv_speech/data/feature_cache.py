@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rwkv_speech.audio import FRAME_RATE
-from rwkv_speech.data.sources import Source
+from rwkv_speech.data.source import Source
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 

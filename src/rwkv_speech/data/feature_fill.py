@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_speech.data.dataset import BadSample, Batch, Sample, SpeechDataset, collate
+from rwkv_speech.batch import BadSample, Batch, Sample
+from rwkv_speech.data.dataset import SpeechDataset, collate
+from rwkv_speech.data.epoch import Floats
 from rwkv_speech.data.feature_cache import FeatureCache, content_key, identity_of
-from rwkv_speech.data.plan import Floats
 from rwkv_speech.data.samplers import BatchSampler
 
 # Decoded to tell the size of a cache where no duration is known.

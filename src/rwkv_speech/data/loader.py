@@ -5,7 +5,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
-from rwkv_speech.data.dataset import Batch, SpeechDataset, collate
+from rwkv_speech.batch import Batch
+from rwkv_speech.data.dataset import SpeechDataset, collate
 from rwkv_speech.data.samplers import BatchSampler
 
 

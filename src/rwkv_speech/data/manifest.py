@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 
 JSON_SUFFIXES = frozenset({".jsonl", ".json"})

@@ -21,7 +21,7 @@ from torch import Tensor
 from rwkv_speech.audio import load_audio
 from rwkv_speech.data.manifest import no_audio, summary, unreadable
 from rwkv_speech.data.manifest_writer import STAMP, write_table
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 

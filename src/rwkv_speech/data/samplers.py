@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from rwkv_speech.data.mixture import Part
-from rwkv_speech.data.plan import EpochPlan, Floats
+from rwkv_speech.data.epoch import EpochPlan, Floats
+from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
 
 

@@ -16,8 +16,9 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from rwkv_speech.batch import Batch
 from rwkv_speech.data.augment import Augmenter
-from rwkv_speech.data.dataset import Batch, SpeechDataset, collate
+from rwkv_speech.data.dataset import SpeechDataset, collate
 from rwkv_speech.data.huggingface import Columns, HuggingFaceSource
 from rwkv_speech.data.samplers import BatchSampler
 from rwkv_speech.errors import UserError

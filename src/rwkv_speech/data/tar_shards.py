@@ -24,8 +24,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.data.manifest import row_faults, summary
-from rwkv_speech.data.sources import AUDIO_SUFFIXES
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 

@@ -1,0 +1,98 @@
+"""What data hands to the model: samples, and batches of them.
+
+B batch · S samples · F frames · D encoder width · L text tokens
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prepared(NamedTuple):
+    """What was done to a batch's audio already: its waveforms have zero mean and unit variance, or are frames."""
+
+    normalised: bool = False
+    frames: Tensor | None = None  # (U, F, D)
+    frame_lengths: Tensor | None = None  # (U,)
+
+
+NOTHING_PREPARED = Prepared()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds.
+
+    `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
+    `frames` (F, D) instead, and the waveform is empty.
+    """
+
+    id: str
+    waveform: Tensor
+    text: str
+    ids: list[int]
+    duration: float
+    index: int
+    normalised: bool = False
+    frames: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """An utterance that cannot be used, and why; `too_long` marks sound audio beyond the length limit."""
+
+    id: str
+    reason: str
+    too_long: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B usable utterances, and the unusable ones that were drawn with them; B may be 0.
+
+    waveforms   (B, S_max) float32, zero after each utterance's own S
+    num_samples (B,) int64, S of each
+    text_ids    (sum of L,) int64, the texts' ids one after another, no end of text
+    text_lengths (B,) int64, L of each
+    normalised  whether the waveforms have zero mean and unit variance
+    frames      (B, F_max, D) the encoder's frames in the feature cache's type, zero after each utterance's own F; where
+                they are given, the waveforms are (B, 0)
+    frame_lengths (B,) int64, F of each
+    """
+
+    ids: list[str]
+    waveforms: Tensor
+    num_samples: Tensor
+    text_ids: Tensor
+    text_lengths: Tensor
+    texts: list[str]
+    bad: list[BadSample]
+    normalised: bool = False
+    frames: Tensor | None = None
+    frame_lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prepared(self) -> Prepared:
+        """What the model need not do any more."""
+        return Prepared(self.normalised, self.frames, self.frame_lengths)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.
+
+        Lengths and text stay on the host, which plans with them.
+        """
+        return self._mapped(lambda x: x.to(device, non_blocking=True) if x.is_floating_point() else x)
+
+    def pin_memory(self) -> "Batch":
+        """Copy the tensors to page-locked memory; a loader with `pin_memory` calls this."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)

@@ -1,0 +1,74 @@
+"""Utterances whose audio lies in files, and folders of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkv_speech.audio import AudioError, load_audio
+from rwkv_speech.data.manifest import summary
+from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance
+from rwkv_speech.errors import UserError
+
+
+class FileSource:
+    """Utterances whose audio lies in files: a manifest or a folder."""
+
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
+        self._utterances = list(utterances)
+
+    def __len__(self) -> int:
+        return len(self._utterances)
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance, without decoding."""
+        return self._utterances[index]
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        found = self._utterances[index]
+        if found.audio is None:
+            raise AudioError(f"{found.id}: has no audio file; expected a path: mend its source")
+        return load_audio(found.audio, found.offset, found.duration)
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        return np.array([found.duration for found in self._utterances], np.float32)
+
+
+def read_folder(path: str | Path, *, require_text: bool = True) -> list[Utterance]:
+    """Read every audio file under a folder, sorted by path, with the text of the same-named `.txt` beside it.
+
+    Names that start with a dot are left out. Raises UserError that lists the audio files without a readable
+    text.
+    """
+    root = Path(path).absolute()
+    files = sorted(
+        (found for found in root.rglob("*") if found.suffix.lower() in AUDIO_SUFFIXES and found.is_file()),
+        key=lambda found: found.relative_to(root).as_posix(),
+    )
+    utterances: list[Utterance] = []
+    problems: list[str] = []
+    for file in files:
+        name = file.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        transcript = file.with_suffix(".txt")
+        text = ""
+        if transcript.is_file():
+            try:
+                text = transcript.read_text(encoding="utf-8-sig").strip()
+            except (UnicodeDecodeError, OSError) as error:
+                problems.append(f"{name}: {transcript.name} cannot be read as UTF-8 ({error})")
+        elif require_text:
+            problems.append(f"{name}: no {transcript.name} beside it")
+        utterances.append(Utterance(id=name.as_posix(), audio=str(file), text=text))
+    if problems:
+        raise UserError(
+            summary(f"folder {path}: {len(problems)} of {len(utterances)} audio files lack a text", problems)
+        )
+    if not utterances:
+        raise UserError(f"folder {path}: holds no audio file; expected any of: {' '.join(sorted(AUDIO_SUFFIXES))}")
+    return utterances

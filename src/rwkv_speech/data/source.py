@@ -1,0 +1,153 @@
+"""What a source of utterances is: one recording's metadata, an indexed set of them, several with weights."""
+
+import bisect
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkv_speech.errors import UserError
+
+# What libsndfile decodes and people record in; headerless RAW is not among them, for its rate is unknown.
+AUDIO_SUFFIXES = frozenset(
+    [
+        ".wav",
+        ".flac",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".mp3",
+        ".aiff",
+        ".aif",
+        ".aifc",
+        ".au",
+        ".snd",
+        ".caf",
+        ".w64",
+        ".rf64",
+        ".sph",
+    ]
+)
+ACCEPTED_FORMS = """\
+  FILE.jsonl or FILE.json      a manifest: JSON lines with audio_filepath and text
+  FILE.parquet or FILE.arrow   a manifest with such columns
+  FOLDER                       audio files, each with a .txt of the same name beside it
+  FOLDER or FOLDER:SPLIT       what datasets' save_to_disk wrote
+  hf:NAME:SPLIT                a Hugging Face dataset; SPLIT may be a+b
+  hf:NAME:CONFIG:SPLIT         one configuration of it
+  librispeech:SPLIT            LibriSpeech, for example librispeech:train-960 or librispeech:test-clean
+  tar:FOLDER or tar:PATTERN    WebDataset shards, for example tar:/data/train-{000..099}.tar
+  hf-stream:NAME:SPLIT         a Hugging Face dataset that no disk holds: --train_data alone, with --epoch_steps"""
+
+_MOST = 1000
+_WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What is known of one recording without decoding it.
+
+    `offset` and `duration` (s) choose a segment of the file. `audio` is an absolute path, or None where the
+    source keeps the bytes itself; `identity` then names them, if it can: it changes whenever they may have changed.
+    """
+
+    id: str
+    audio: str | None
+    text: str
+    duration: float | None = None
+    offset: float = 0.0
+    lang: str | None = None
+    task: str | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of `size` neighbouring utterances; each is heard `weight` times per epoch on average."""
+
+    size: int
+    weight: Fraction = Fraction(1)
+
+
+def split_weight(spec: str) -> tuple[str, Fraction]:
+    """Split a final `@NUMBER` off a data source; without one the weight is 1.
+
+    A file or folder of the whole name wins over the weight. Raises UserError for a weight that is not above 0 and
+    at most 1000.
+    """
+    found = _WEIGHTED.fullmatch(spec)
+    if found is None or os.path.exists(spec):
+        return spec, Fraction(1)
+    weight = Fraction(found["weight"])
+    if not 0 < weight <= _MOST:
+        raise UserError(
+            f"data source {spec!r}: weight {found['weight']}; expected above 0 and at most {_MOST}, such as @2 (every "
+            "utterance twice per epoch) or @0.5 (every other one); leave the part out to give it no weight"
+        )
+    return found["spec"], weight
+
+
+class Source(Protocol):
+    """An indexed set of utterances."""
+
+    def __len__(self) -> int: ...
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance, without decoding."""
+        ...
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        ...
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        ...
+
+
+class ConcatSource:
+    """Several sources one after another, each with its weight, 1 by default; ids stay as the sources gave them."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction] | None = None) -> None:
+        self._sources = list(sources)
+        self._weights = [Fraction(1)] * len(self._sources) if weights is None else list(weights)
+        self._ends = list(accumulate(len(source) for source in self._sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance, without decoding."""
+        source, local = self._locate(index)
+        return source.utterance(local)
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        source, local = self._locate(index)
+        return source.load(local)
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        return np.concatenate([np.zeros(0, np.float32), *(source.durations() for source in self._sources)])
+
+    def parts(self) -> list[Part]:
+        """Give the size and weight of every source."""
+        return [Part(len(source), weight) for source, weight in zip(self._sources, self._weights, strict=True)]
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of {len(self)}")
+        part = bisect.bisect_right(self._ends, index)
+        return self._sources[part], index - (self._ends[part - 1] if part else 0)
+
+
+def parts_of(source: Source) -> list[Part]:
+    """The runs of utterances that have weights of their own."""
+    return source.parts() if isinstance(source, ConcatSource) else [Part(len(source))]

@@ -1,0 +1,1 @@
+"""What computes: the frozen parts, the trained ones, and the whole that they make."""

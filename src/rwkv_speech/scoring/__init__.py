@@ -1,0 +1,1 @@
+"""Error rates, and what is wrong in them."""

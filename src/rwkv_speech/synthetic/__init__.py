@@ -1,0 +1,1 @@
+"""Synthetic speech, and everything that makes the embedded default."""

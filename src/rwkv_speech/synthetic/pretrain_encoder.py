@@ -1,0 +1,174 @@
+"""Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone heard at every frame."""
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import WavLMConfig, WavLMModel
+
+from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.synthetic.rooms import augment
+from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool
+from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
+from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "conv_dim": (128, 128, 128),
+    "conv_kernel": CONV_KERNELS,
+    "conv_stride": CONV_STRIDES,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "num_conv_pos_embeddings": 32,
+    "num_conv_pos_embedding_groups": 8,
+    "num_buckets": 64,
+    "max_bucket_distance": 200,
+    "layerdrop": 0.0,
+    "hidden_dropout": 0.05,
+    "attention_dropout": 0.05,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "mask_time_prob": 0.2,
+    "mask_time_length": 5,
+}
+_IGNORED = -100
+
+
+def _batches(pool: list[LabelledSpeech], seconds: float, g: torch.Generator) -> list[list[LabelledSpeech]]:
+    """Batches of similar length, about `seconds` each, in random order."""
+    jitter = torch.rand(len(pool), generator=g).tolist()
+    order = sorted(range(len(pool)), key=lambda i: len(pool[i].waveform) * (0.9 + 0.2 * jitter[i]))
+    batches: list[list[LabelledSpeech]] = [[]]
+    for i in order:
+        if sum(len(u.waveform) for u in batches[-1]) > seconds * SAMPLE_RATE:
+            batches.append([])
+        batches[-1].append(pool[i])
+    return [batches[i] for i in torch.randperm(len(batches), generator=g).tolist()]
+
+
+def _tensors(
+    batch: list[LabelledSpeech], g: torch.Generator, strength: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised waveforms (B, S), their mask (B, S) and the labels (B, F)."""
+    sizes = torch.tensor([len(u.waveform) for u in batch])
+    waveforms = nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True
+    )
+    waveforms = augment(waveforms, g, strength)
+    mask = torch.arange(waveforms.shape[1])[None] < sizes[:, None]
+    mean = (waveforms * mask).sum(1, keepdim=True) / sizes[:, None]
+    centred = (waveforms - mean) * mask
+    waveforms = centred / torch.sqrt(centred.pow(2).sum(1, keepdim=True) / sizes[:, None] + 1e-7)
+    labels = torch.full((len(batch), int(num_frames(waveforms.shape[1], CONV_KERNELS, CONV_STRIDES))), _IGNORED)
+    for row, utterance in zip(labels, batch, strict=True):
+        row[: len(utterance.labels)] = torch.from_numpy(utterance.labels.astype(np.int64))
+    return waveforms, mask.long(), labels
+
+
+def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> float:
+    model.eval()
+    right = total = 0
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for batch in _batches(pool, 60.0, g):
+            waveforms, mask, labels = _tensors(batch, g, 1.0)
+            guess = head(model(waveforms, attention_mask=mask).last_hidden_state).argmax(-1)
+            right += int((guess == labels)[labels != _IGNORED].sum())
+            total += int((labels != _IGNORED).sum())
+    model.train()
+    return right / total
+
+
+@torch.no_grad()
+def initialise(model: WavLMModel) -> None:
+    """Start the convolutions as a filter bank: sines and cosines on the mel scale, then their smoothed envelopes."""
+    layers: Any = model.feature_extractor.conv_layers
+    first, *others = (layer.conv.weight for layer in layers)
+    channels, _, size = first.shape
+    lowest, highest = 80.0, 7600.0
+    mel = torch.linspace(math.log1p(lowest / 700), math.log1p(highest / 700), channels // 2)
+    hertz = 700 * torch.expm1(mel)[:, None]
+    time = (torch.arange(size) - (size - 1) / 2) / SAMPLE_RATE
+    bandwidth = (0.09 * hertz).clamp_min(36.0)
+    window = torch.exp(-0.5 * (2 * math.pi * bandwidth * time) ** 2) * torch.hann_window(size, periodic=False)
+    phase = 2 * math.pi * hertz * time
+    filters = torch.cat((window * phase.cos(), window * phase.sin()))
+    first.copy_((filters / filters.norm(dim=1, keepdim=True))[:, None])
+    for weight in others:
+        smoothing = torch.hann_window(weight.shape[2] + 2, periodic=False)[1:-1]
+        smoothing = smoothing / smoothing.sum()
+        weight.normal_(std=0.01)
+        channel = torch.arange(channels)
+        weight[channel, channel] += smoothing
+        weight[channel, (channel + channels // 2) % channels] += smoothing
+
+
+def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: float, lr: float) -> dict[str, float]:
+    """Trains from random weights, writes `out` (fp16 safetensors and config), returns what the card states."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    started = time.time()
+    pool = speech_pool(hours, TRAIN_VARIANTS, seed)
+    unheard = speech_pool(0.1, TEST_VARIANTS, seed + 1)
+    print(f"{len(pool)} utterances synthesised in {time.time() - started:.0f} s", flush=True)
+    model = WavLMModel(WavLMConfig(**CONFIG))
+    initialise(model)
+    head = nn.Linear(CONFIG["hidden_size"], len(PHONES))
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    steps = epochs * len(_batches(pool, batch_seconds, g))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 200, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 1e-3)
+    )
+    accuracy, step = 0.0, 0
+    for epoch in range(epochs):
+        model.train()
+        for batch in _batches(pool, batch_seconds, g):
+            waveforms, mask, labels = _tensors(batch, g, min(1.0, step / (0.2 * steps)))
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = head(model(waveforms, attention_mask=mask).last_hidden_state)
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % 100 == 0:
+                print(f"step {step}/{steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
+        accuracy = _accuracy(model, head, unheard)
+        print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unheard voices right", flush=True)
+        copy.deepcopy(model).half().save_pretrained(out)
+    return {
+        "hours": hours,
+        "epochs": epochs,
+        "minutes": (time.time() - started) / 60,
+        "frame_accuracy": accuracy,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the encoder's half of demo/pretrain-tiny.sh."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--hours", type=float, default=6.0)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch_seconds", type=float, default=10.0)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    args = parser.parse_args(argv)
+    print(pretrain(args.out, args.hours, args.epochs, args.seed, args.batch_seconds, args.lr))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""From flags to what training iterates over: sources, changes of the audio, kept features."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.augment import Augment, Augmenter, numbers
+from rwkv_speech.data.dataset import Fit, SpeechDataset
+from rwkv_speech.data.feature_cache import FeatureCache
+from rwkv_speech.data.source import Source
+from rwkv_speech.data.sources import open_sources
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.speech_lm import SpeechLM
+
+if TYPE_CHECKING:
+    from rwkv_speech.data.streaming import Stream, StreamedData
+
+PREFIX = "hf-stream:"
+
+
+def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source | None]":
+    """The sources of --train_data and --valid_data; raises UserError for what cannot be read."""
+    if not config.train_data:
+        raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
+    train: Source | Stream
+    if config.train_data.startswith(PREFIX):
+        # Imported here: `datasets` takes a second, and manifests never need it.
+        from rwkv_speech.data.huggingface import Columns
+        from rwkv_speech.data.streaming import open_stream
+
+        train = open_stream(config.train_data, Columns(config.audio_column, config.text_column, True))
+    else:
+        train = _open(config, config.train_data)
+    return train, _open(config, config.valid_data) if config.valid_data else None
+
+
+def _open(config: TrainConfig, spec: str) -> Source:
+    return open_sources(spec, audio_column=config.audio_column, text_column=config.text_column)
+
+
+def make_augmenter(config: TrainConfig) -> Augmenter | None:
+    """The changes of the training audio that the flags ask for, None for none."""
+    settings = Augment(
+        speed=numbers(config.speed, "--speed"),
+        volume_db=numbers(config.volume_db, "--volume_db"),
+        noise_dir=config.noise_dir,
+        noise_snr_db=numbers(config.noise_snr_db, "--noise_snr_db"),
+        time_masks=config.time_masks,
+        time_mask_seconds=config.time_mask_seconds,
+        freq_masks=config.freq_masks,
+        freq_mask_hz=config.freq_mask_hz,
+    )
+    return Augmenter(settings, config.seed) if settings.flags_on else None
+
+
+def make_datasets(
+    config: TrainConfig, model: SpeechLM, train: "Source | Stream", valid: Source | None
+) -> "tuple[SpeechDataset | StreamedData, SpeechDataset | None, FeatureCache | None]":
+    """Training and validation data as the model wants them, and the cache that the training data reads."""
+    normalise = model.encoder.do_normalize
+    validation = None
+    if valid is not None:
+        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, normalise=normalise)
+    settings: dict[str, Any] = {
+        "tokenizer": model.tokenizer,
+        "label_mode": config.label_mode,
+        "fit": Fit(config.ctx_len, model.origin.stack),
+        "normalise": normalise,
+    }
+    augment = make_augmenter(config)
+    if config.train_data.startswith(PREFIX):
+        return _streamed(config, train, functools.partial(SpeechDataset, **settings), augment), validation, None
+    cache = None
+    if config.feature_cache:
+        cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
+    return SpeechDataset(cast(Source, train), **settings, augment=augment, cache=cache), validation, cache
+
+
+def _streamed(
+    config: TrainConfig, train: "Source | Stream", build: Callable[..., SpeechDataset], augment: Augmenter | None
+) -> "StreamedData":
+    from rwkv_speech.data.streaming import Stream, StreamedData
+
+    if config.feature_cache or config.plan:
+        flag = "--feature_cache" if config.feature_cache else "--plan"
+        raise UserError(
+            f"{flag}: {config.train_data} arrives row by row; expected data that can be gone through: a "
+            "manifest, a folder, tar shards or a set on the disk"
+        )
+    return StreamedData(cast(Stream, train), build, augment)

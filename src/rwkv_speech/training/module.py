@@ -1,0 +1,320 @@
+"""Training with Lightning: the module. This file and lightning_callbacks.py alone import Lightning and DeepSpeed."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.batch import Batch
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.bad_files import BadFileLog
+from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.feature_cache import FeatureCache
+from rwkv_speech.data.feature_fill import fill
+from rwkv_speech.data.loader import make_loader
+from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.scoring.metrics import Scores, score
+from rwkv_speech.text import normalise_score
+from rwkv_speech.training.optim import lr_factor, make_optimizer
+
+
+class StepLoader:
+    """Groups this rank's micro batches: each item is what one optimizer step accumulates."""
+
+    def __init__(self, batches: "DataLoader[Batch] | StreamLoader", accumulate: int) -> None:
+        self._batches, self._accumulate = batches, accumulate
+        # Where Lightning sets the epoch.
+        self.sampler: Any = batches.sampler if isinstance(batches, StreamLoader) else batches.batch_sampler.sampler  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self._batches) // self._accumulate
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self._batches)
+        while step := [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]:
+            yield step
+
+
+class SpeechModule(pl.LightningModule):
+    """Loss, optimizer and validation of a SpeechLM.
+
+    A step's gradient is that of the loss summed over the whole global batch (ranks and accumulation), divided by its
+    number of target tokens, which all ranks know before the first backward pass: how the batch was cut up does not
+    change it, whatever engine adds up the gradients.
+    """
+
+    def __init__(
+        self,
+        model: SpeechLM,
+        config: TrainConfig,
+        train: SpeechDataset | StreamedData,
+        valid: SpeechDataset | None,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # a saved state holds the trained tensors alone
+        self.model, self.config = model, config
+        self._train_data, self._valid_data, self._cache = train, valid, cache
+        model.lm.grad_cp = bool(config.grad_cp)
+        if config.shards_frozen_weights():
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # Its convolutions run as often as a rank has utterances: they are gathered once, with the rest of it.
+            set_z3_leaf_modules(model, [SpeechEncoder])
+        self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
+        self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
+        self.asked_to_end = False  # this rank, by a signal
+        self.ending = False  # all ranks, behind this step
+        self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
+        self.validated: list[tuple[str, str, str]] = []  # id, reference, hypothesis
+        self.scores: Scores | None = None
+
+    def setup(self, stage: str) -> None:
+        """Open the list of bad files, one of each rank."""
+        rank = self.trainer.global_rank
+        name = f"bad_files-rank{rank}.jsonl" if rank else "bad_files.jsonl"
+        self.bad_files = BadFileLog(Path(self.config.proj_dir) / name, self.config.max_bad)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained tensors alone: frozen weights are in no checkpoint."""
+        trained = {id(x) for x in self.model.trained_parameters()}
+        wanted = {name for name, x in self.named_parameters() if id(x) in trained}
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in wanted}
+
+    def on_fit_start(self) -> None:
+        """Take over weights and optimizer, if any; fill the feature cache, each rank its share."""
+        if self.taken_over is not None:
+            self.load_state_dict(self.taken_over["state_dict"], strict=False)
+            self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
+            self._forward_schedule(self.taken_over["lr_schedulers"][0]["last_epoch"])
+            self.taken_over = None
+        if self._cache is None or isinstance(self._train_data, StreamedData):
+            return
+        plain = self._train_data.plain()
+        cache = self._cache.for_writer(self.trainer.global_rank)
+        encoder = self.model.encoder
+        fill(
+            cache,
+            plain,
+            lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes),
+            encoder.width,
+            self.config.micro_bsz,
+            self.config.batch_seconds,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            workers=self.config.workers,
+        )
+        self.trainer.strategy.barrier()
+        self._cache.refresh()
+
+    def _forward_schedule(self, steps: int) -> None:
+        """The learning rates as behind so many optimizer steps."""
+        schedule: Any = self.lr_schedulers()
+        schedule.last_epoch = steps
+        for group, base, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(steps)
+
+    def train_dataloader(self) -> StepLoader:
+        """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
+        c = self.config
+        layout: dict[str, Any] = {
+            "workers": c.workers,
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "accumulate": c.accumulate,
+            "pin_memory": self.device.type == "cuda",
+        }
+        if isinstance(self._train_data, StreamedData):
+            plan = StreamPlan(c.micro_bsz, c.batch_seconds, c.seed)
+            loader = StepLoader(self._train_data.loader(plan, c.epoch_steps, **layout), c.accumulate)
+            loader.sampler.set_state(*self.start)
+            return loader
+        batches = make_loader(self._train_data, c.micro_bsz, c.batch_seconds, shuffle=True, seed=c.seed, **layout)
+        loader = StepLoader(batches, c.accumulate)
+        if c.epoch_steps and c.epoch_steps > len(loader):
+            raise UserError(
+                f"--epoch_steps: given {c.epoch_steps}, but {len(self._train_data)} utterances in batches of "
+                f"{c.micro_bsz} on {self.trainer.world_size} device(s) make {len(loader)}; leave it "
+                "empty, or give at most that"
+            )
+        loader.sampler.set_state(*self.start)
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """This rank's share of the validation data, if there is any."""
+        if not self._valid_data:
+            return []
+        return make_loader(
+            self._valid_data,
+            self.config.micro_bsz,
+            shuffle=False,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with two learning rates and one schedule over the optimizer's steps."""
+        c = self.config
+        optimizer = make_optimizer(
+            self.model.adapter.parameters(),
+            [self.model.time_state],
+            c.lr_adapter,
+            c.lr_state,
+            c.weight_decay,
+            (c.beta1, c.beta2),
+            c.adam_eps,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = lr_factor(c.lr_schedule, min(c.warmup_steps, max(1, total // 2)), total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _summed(self, numbers: Tensor) -> Tensor:
+        """Each number added up over all ranks, on the device."""
+        numbers = numbers.to(self.device, torch.float64, non_blocking=True)
+        if self.trainer.world_size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def training_step(self, step: list[Batch], batch_idx: int) -> None:
+        """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
+        for batch in step:
+            self.bad_files.add(batch.bad)
+        # An utterance's targets are its text and the end of text.
+        targets = sum(len(batch.text_ids) + len(batch) for batch in step)
+        seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
+        padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
+        known = [targets, seconds, padded, float(self.asked_to_end)]
+        counts = self._summed(torch.tensor(known, dtype=torch.float64))
+        # Data-parallel training averages over ranks, which their number undoes.
+        scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
+        losses = torch.stack([self._backward(batch, scale, last=batch is step[-1]) for batch in step])
+        norm = self._gradient_norm()
+        # The one time in a step that the device is waited for.
+        numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
+        targets, seconds, padded, asked_to_end, loss_sum, norm_found = numbers
+        self.ending = asked_to_end > 0
+        if not math.isfinite(loss_sum):
+            ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
+            raise UserError(
+                f"step {self.global_step}: the loss is {loss_sum}, expected a finite number, for the utterances "
+                f"{', '.join(ids) or 'of another rank'}; no weight was changed by it: listen to them, lower "
+                "--lr_state and --lr_adapter, or set --precision fp32"
+            )
+        rates = {f"lr_{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        if targets:
+            rates["grad_norm"] = self._update(norm, norm_found)
+        else:
+            self.trainer.optimizers[0].zero_grad()
+        self.log_dict({"loss": loss_sum / max(targets, 1), "target_tokens": targets, "audio_seconds": seconds,
+                       "padding": 1 - seconds / padded if padded else 0.0, **rates})  # fmt: skip
+
+    def _autocast(self) -> torch.autocast:
+        """The trained tensors stay in float32; Lightning's DeepSpeed plugin would not compute in bfloat16 by itself."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_bf16())
+
+    def _backward(self, batch: Batch, scale: Tensor, last: bool) -> Tensor:
+        """Add one micro batch's share to the gradients; its summed loss."""
+        strategy: Any = self.trainer.strategy
+        if self.config.uses_deepspeed():
+            # Lightning calls the engine once a step, so that it neither averages over micro batches nor counts them:
+            # it must be told which backward pass is the last, and, as its own forward would, that another begins.
+            strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
+            strategy.deepspeed_engine.optimizer.clear_backward_seen_flag()
+        if len(batch):
+            with self._autocast():
+                loss, _ = self.model(
+                    batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
+                )
+        else:
+            loss = self._nothing()
+        if last or self.config.uses_deepspeed() or self.trainer.world_size == 1:
+            self.manual_backward(loss * scale)
+        else:
+            with strategy.block_backward_sync():
+                self.manual_backward(loss * scale)
+        return loss.detach()
+
+    def _nothing(self) -> Tensor:
+        """A loss of 0 for a rank without utterances, which must take part all the same."""
+        if self.config.shards_frozen_weights():  # in every layer
+            silence, none = torch.zeros(1, SAMPLE_RATE, device=self.device), torch.zeros(1, dtype=torch.int64)
+            with self._autocast():
+                return self.model(silence, none + SAMPLE_RATE, none[:0], none)[0] * 0.0
+        return sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """The trained tensors are whole for as long, whatever the strategy; for all ranks to enter together."""
+        if self.config.shards_frozen_weights():
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.model.trained_parameters())):
+                yield
+        else:
+            yield
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all trained tensors together; 0 where DeepSpeed's engine holds them."""
+        if self.config.uses_deepspeed():
+            return torch.zeros((), device=self.device)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.trained_parameters() if p.grad is not None])
+
+    def _update(self, norm: Tensor, norm_found: float) -> float:
+        """The optimizer's and the schedule's step; the gradient's norm."""
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        if self.config.uses_deepspeed():
+            optimizer.step()  # the engine clips, steps and clears by itself, at the last micro batch
+            norm_found = float(self.trainer.model.get_global_grad_norm() or 0.0)  # type: ignore[union-attr, operator]
+        else:
+            if self.config.grad_clip:
+                parameters = [p for p in self.model.trained_parameters() if p.grad is not None]
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        return norm_found
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Decode one batch; a rank may be left with an empty one."""
+        self.bad_files.add(batch.bad)
+        if not len(batch):
+            return
+        with self._autocast():
+            ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
+        for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
+            self._hyps[name, text] = self.model.tokenizer.decode(hyp)
+
+    def on_validation_epoch_end(self) -> None:
+        """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
+        gathered = self._hyps
+        if self.trainer.world_size > 1:
+            parts: list[dict[tuple[str, str], str]] = [{} for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(parts, self._hyps)
+            gathered = {key: hyp for part in parts for key, hyp in part.items()}
+        self._hyps = {}
+        if not gathered:
+            return
+        refs = [normalise_score(ref) for _, ref in gathered]
+        hyps = [normalise_score(hyp) for hyp in gathered.values()]
+        self.validated = [(name, ref, hyp) for (name, ref), hyp in gathered.items()]
+        self.scores = score(refs, hyps)
+        # The same number on every rank, so that all decide alike by it.
+        self.log("wer", self.scores.wer, prog_bar=True, rank_zero_only=False)
+        self.log("cer", self.scores.cer)

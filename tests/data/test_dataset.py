@@ -1,0 +1,207 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+from rwkv_speech.batch import BadSample, Batch, Sample
+from rwkv_speech.data.augment import Augment, Augmenter
+from rwkv_speech.data.bad_files import BadFileLog
+from rwkv_speech.data.dataset import Fit, SpeechDataset, collate, normalise
+from rwkv_speech.data.folder import FileSource
+from rwkv_speech.data.source import Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.models import encoder
+from rwkv_speech.tokenizer import WorldTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> WorldTokenizer:
+    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    file.write_text("".join(f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1\n" for i in range(256)))
+    return WorldTokenizer(file)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FileSource:
+    rng = np.random.default_rng(0)
+    utterances = []
+    for i, samples in enumerate((800, 1_600, 500)):
+        soundfile.write(tmp_path / f"{i}.wav", rng.uniform(-0.5, 0.5, samples), 16_000)
+        utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), f"  Text  {i}"))
+    (tmp_path / "bad.wav").write_text("not audio")
+    return FileSource([*utterances, Utterance("bad", str(tmp_path / "bad.wav"), "x")])
+
+
+def test_dataset_gives_samples(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer, label_mode="lower")
+    sample = dataset[1]
+    assert isinstance(sample, Sample) and len(dataset) == 4
+    assert (sample.id, sample.text, sample.index, sample.duration) == ("u1", "text 1", 1, 0.1)
+    assert torch.equal(sample.waveform, source.load(1))
+    assert sample.ids == [byte + 1 for byte in b"text 1"]
+
+
+def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=9, stack=1))
+    broken = dataset[3]
+    assert isinstance(broken, BadSample) and broken.id == "bad" and not broken.too_long
+    assert "bad.wav" in broken.reason
+    assert isinstance(dataset[0], Sample)
+    long = dataset[1]
+    assert (
+        isinstance(long, BadSample)
+        and long.too_long
+        and "0.10 s" in long.reason
+        and "the limit is 9 (--ctx_len)" in long.reason
+    )
+
+
+def test_dataset_trusts_a_known_duration_before_decoding(tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, fit=Fit(300, 5))
+    found = dataset[0]
+    assert isinstance(found, BadSample) and found.too_long
+
+
+def test_dataset_rejects_an_unknown_label_mode(source: FileSource, tokenizer: WorldTokenizer):
+    with pytest.raises(UserError, match="label mode"):
+        SpeechDataset(source, tokenizer, label_mode="upper")
+
+
+def test_normalised_waveforms_are_the_encoders(source: FileSource, tokenizer: WorldTokenizer):
+    plain, normalised = (
+        collate([SpeechDataset(source, tokenizer, normalise=flag)[i] for i in range(3)]) for flag in (False, True)
+    )
+    assert normalised.normalised and not plain.normalised
+    expected = encoder.normalise(plain.waveforms, plain.num_samples)
+    torch.testing.assert_close(normalised.waveforms, expected, rtol=1e-6, atol=1e-6)
+    assert normalised.waveforms.dtype == torch.float32
+
+
+@pytest.mark.parametrize("waveform", [torch.zeros(500), torch.ones(1), torch.rand(300_000) * 1e-4 + 0.9])
+def test_normalise_of_silence_offsets_and_single_samples(waveform: torch.Tensor):
+    kept = waveform.clone()
+    expected = encoder.normalise(waveform[None], torch.tensor([len(waveform)]))[0]
+    torch.testing.assert_close(normalise(waveform), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(waveform, kept)
+
+
+def test_augmented_samples_depend_on_the_epoch(source: FileSource, tokenizer: WorldTokenizer):
+    augmenter = Augmenter(Augment(speed=(0.9, 1.1), volume_db=(-6.0, 6.0)), seed=1)
+    dataset = SpeechDataset(source, tokenizer, augment=augmenter)
+    samples = [dataset[epoch, 1] for epoch in range(6)]
+    assert all(torch.allclose(s.waveform, augmenter(source.load(1), e, 1)) for e, s in enumerate(samples))
+    assert {len(s.waveform) for s in samples} == {1_455, 1_778}
+    assert all(s.duration == len(s.waveform) / 16_000 for s in samples)
+    assert torch.equal(dataset[1].waveform, samples[0].waveform)  # a plain index is epoch 0
+
+
+def test_fit_counts_the_changed_duration(source: FileSource, tokenizer: WorldTokenizer):
+    # 0.1 s are 5 frames; at half the speed they are 10.
+    fit = Fit(ctx_len=5 + 1 + 6, stack=1)
+    slow = Augmenter(Augment(speed=(0.5,)), 0)
+    assert isinstance(SpeechDataset(source, tokenizer, fit=fit)[1], Sample)
+    long = SpeechDataset(source, tokenizer, fit=fit, augment=slow)[1]
+    assert isinstance(long, BadSample) and long.too_long and "0.20 s" in long.reason
+    known = FileSource([Utterance("a", "/gone.wav", "Text 1", 0.1)])  # before anything is decoded
+    assert isinstance(SpeechDataset(known, tokenizer, fit=fit, augment=slow)[0], BadSample)
+    assert SpeechDataset(known, tokenizer, fit=fit, augment=slow)[0].too_long
+
+
+def test_durations_are_the_longest_that_may_come(tokenizer: WorldTokenizer):
+    source = FileSource([Utterance("a", "/a.wav", "", 3.0), Utterance("b", "/b.wav", "")])
+    for speed, seconds in (((), 3.0), ((0.75, 1.5), 4.0), ((1.5,), 2.0)):
+        found = SpeechDataset(source, tokenizer, augment=Augmenter(Augment(speed=speed), 0)).durations()
+        assert found.dtype == np.float32 and found[0] == seconds and np.isnan(found[1])
+
+
+def test_noise_that_cannot_be_decoded_stops(tokenizer: WorldTokenizer, tmp_path: Path):
+    soundfile.write(tmp_path / "noise.wav", np.ones(8_000) / 2, 16_000)
+    augmenter = Augmenter(Augment(noise_dir=str(tmp_path)), 0)
+    (tmp_path / "noise.wav").write_text("broken since")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        SpeechDataset(_Memory(), tokenizer, augment=augmenter)[0]
+
+
+class _Memory:
+    """One second of a constant."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def utterance(self, index: int) -> Utterance:
+        return Utterance("memory", None, "text")
+
+    def load(self, index: int) -> torch.Tensor:
+        return torch.full((16_000,), 0.5)
+
+
+def test_collate_pads_with_zeros_and_packs_text(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer)
+    batch = collate([dataset[i] for i in range(4)])
+    assert len(batch) == 3 and batch.ids == ["u0", "u1", "u2"] and [b.id for b in batch.bad] == ["bad"]
+    assert batch.num_samples.tolist() == [800, 1_600, 500] and batch.waveforms.shape == (3, 1_600)
+    for i, length in enumerate(batch.num_samples.tolist()):
+        assert torch.equal(batch.waveforms[i, :length], source.load(i))
+        assert not batch.waveforms[i, length:].any()
+    texts = [tokenizer.decode(part.tolist()) for part in batch.text_ids.split(batch.text_lengths.tolist())]
+    assert texts == batch.texts == ["Text 0", "Text 1", "Text 2"]
+
+
+def test_collate_of_bad_samples_only_is_empty():
+    batch = collate([BadSample("a", "broken")])
+    assert len(batch) == 0 and batch.waveforms.shape == (0, 0) and batch.text_ids.shape == (0,)
+    assert batch.waveforms.dtype == torch.float32
+    for tensor in (batch.num_samples, batch.text_ids, batch.text_lengths):
+        assert tensor.dtype == torch.int64 and tensor.shape == (0,)
+
+
+def test_batch_to_moves_audio_and_leaves_lengths_and_text(source: FileSource, tokenizer: WorldTokenizer):
+    dataset = SpeechDataset(source, tokenizer)
+    moved = collate([dataset[0]]).to("meta")
+    devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    assert devices == {"waveforms": "meta", "num_samples": "cpu", "text_ids": "cpu", "text_lengths": "cpu"}
+    assert moved.ids == ["u0"]
+
+
+def test_batch_pins_every_tensor(source: FileSource, tokenizer: WorldTokenizer, monkeypatch: pytest.MonkeyPatch):
+    # Memory can be pinned only beside an accelerator; which tensors are asked to is the same everywhere.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    pinned = collate([SpeechDataset(source, tokenizer)[0]]).pin_memory()
+    tensors = [value for value in vars(pinned).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4 and all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_dataset_works_in_data_workers(source: FileSource, tokenizer: WorldTokenizer):
+    loader = DataLoader(SpeechDataset(source, tokenizer), batch_size=2, num_workers=1, collate_fn=collate)
+    batches = list(loader)
+    assert all(isinstance(batch, Batch) for batch in batches)
+    assert [batch.ids for batch in batches] == [["u0", "u1"], ["u2"]]
+
+
+def test_bad_file_log_lists_each_once_and_stops_at_the_limit(tmp_path: Path):
+    path = tmp_path / "run" / "bad.jsonl"
+    log = BadFileLog(path, max_bad=1)
+    log.add([])
+    assert not path.exists()
+    log.add([BadSample("a", "broken\u2028ü"), BadSample("a", "broken\u2028ü")])
+    log.add([BadSample("long", "lasts", too_long=True), BadSample("a", "broken\u2028ü")])
+    assert log.num_bad == 1
+    with pytest.raises(UserError, match="bad.jsonl: 2 recordings .* expected 1 at most"):
+        log.add([BadSample("b", "gone")])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    assert [row["id"] for row in rows] == ["a", "long", "b"] and rows[0]["reason"] == "broken\u2028ü"
+
+
+def test_bad_file_log_continues_a_list_but_counts_anew(tmp_path: Path):
+    path = tmp_path / "bad.jsonl"
+    BadFileLog(path, max_bad=5).add([BadSample("a", "broken\u2028")])
+    resumed = BadFileLog(path, max_bad=1)
+    resumed.add([BadSample("a", "broken")])
+    assert resumed.num_bad == 1 and len(path.read_text().rstrip("\n").split("\n")) == 1
+    path.write_text("something else")
+    with pytest.raises(UserError, match="not a list of bad files"):
+        BadFileLog(path, max_bad=1)

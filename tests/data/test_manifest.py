@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from manifests import BAD_ROWS, write_audio, write_manifest
+
+from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.source import Utterance
+from rwkv_speech.errors import UserError
+
+
+def test_read_manifest_reads_every_key(tmp_path: Path):
+    write_audio(tmp_path / "clips" / "a.wav")
+    outside = write_audio(tmp_path / "b.flac")
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        {"audio_filepath": "clips/a.wav", "text": "héllo", "duration": 0.05, "speaker": "x"},
+        "",
+        {"audio_filepath": str(outside), "text": "", "offset": 0, "lang": "en", "task": "asr", "id": "b"},
+    )
+    first, second = read_manifest(manifest)
+    assert first == Utterance("clips/a.wav", str(tmp_path / "clips" / "a.wav"), "héllo", 0.05)
+    assert second == Utterance("b", str(outside), "", None, 0.0, "en", "asr")
+
+
+def test_read_manifest_takes_byte_order_mark_crlf_and_null(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    line = json.dumps({"audio_filepath": "a.wav", "text": "x", "duration": None, "lang": None})
+    (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert [u.text for u in read_manifest(tmp_path / "m.json")] == ["x"]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_read_manifest_names_the_bad_line(tmp_path: Path, row: dict[str, Any] | str | bytes, reason: str):
+    write_audio(tmp_path / "a.wav")
+    good = {"audio_filepath": "a.wav", "text": "x"}
+    manifest = write_manifest(tmp_path / "m.jsonl", good, row)
+    with pytest.raises(UserError, match=f"m.jsonl: 1 of 2 lines are bad.*\n  line 2: .*{reason}"):
+        read_manifest(manifest)
+
+
+def test_read_manifest_names_every_bad_line_at_once(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    same_id = {"audio_filepath": "a.wav", "text": "x", "id": "one"}
+    rows = [same_id, same_id, {"audio_filepath": "gone.wav", "offset": -1}]
+    with pytest.raises(UserError) as caught:
+        read_manifest(write_manifest(tmp_path / "m.jsonl", *rows, *["?"] * 23))
+    lines = str(caught.value).split("\n")
+    assert "25 of 26" in lines[0] and "id 'one' is already that of line 1" in lines[1]
+    assert all(part in lines[2] for part in ("line 3", "lacks 'text'", "'offset'", "no such audio file"))
+    assert len(lines) == 22 and lines[-1] == "  ... and 5 more"
+
+
+def test_read_manifest_rejects_an_empty_or_missing_file(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no utterance"):
+        read_manifest(write_manifest(tmp_path / "m.jsonl", "", "  "))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(tmp_path / "gone.jsonl")
+
+
+def test_read_manifest_text_is_optional_for_prediction(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "a.wav"})
+    assert read_manifest(manifest, require_text=False)[0].text == ""
+
+
+def test_read_manifest_default_ids_are_unique(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    write_audio(tmp_path / "b.wav")
+    rows: list[dict[str, Any]] = [
+        {"audio_filepath": "a.wav", "offset": 0},
+        {"audio_filepath": "a.wav", "offset": 1.5},
+        {"audio_filepath": "./a.wav"},
+        {"audio_filepath": "a.wav", "offset": 1.5},
+        {"audio_filepath": "b.wav"},
+        {"audio_filepath": "b.wav", "id": "a.wav@0"},
+    ]
+    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *[{**row, "text": "x"} for row in rows]))
+    ids = [utterance.id for utterance in found]
+    assert len(set(ids)) == len(ids)
+    assert ids[1] == "a.wav@1.5" and ids[5] == "a.wav@0"

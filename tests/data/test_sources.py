@@ -1,0 +1,110 @@
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from manifests import write_audio, write_manifest
+
+from rwkv_speech.audio import AudioError
+from rwkv_speech.data import sources
+from rwkv_speech.data.folder import FileSource, read_folder
+from rwkv_speech.data.manifest_table import TableSource
+from rwkv_speech.data.source import ConcatSource, Part, Utterance, parts_of
+from rwkv_speech.data.sources import open_source, open_sources
+from rwkv_speech.errors import UserError
+
+
+def test_read_folder_pairs_audio_with_text(tmp_path: Path):
+    for name in ("b.wav", "sub/a.FLAC", "sub/c.ogg"):
+        file = write_audio(tmp_path / name)
+        file.with_suffix(".txt").write_text(f"text of {name}\n", encoding="utf-8")
+    write_audio(tmp_path / ".hidden.wav")
+    (tmp_path / "README.txt").write_text("not a transcript")
+    found = read_folder(tmp_path)
+    assert [u.id for u in found] == ["b.wav", "sub/a.FLAC", "sub/c.ogg"]
+    assert found[1] == Utterance("sub/a.FLAC", str(tmp_path / "sub" / "a.FLAC"), "text of sub/a.FLAC")
+
+
+def test_read_folder_lists_audio_without_text(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    write_audio(tmp_path / "b.wav").with_suffix(".txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="(?s)2 of 2 audio files.*a.wav: no a.txt.*b.txt cannot be read"):
+        read_folder(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    assert [u.text for u in read_folder(tmp_path, require_text=False)] == ["", ""]
+    with pytest.raises(UserError, match="holds no audio file"):
+        read_folder(tmp_path / "gone")
+
+
+def test_file_source_loads_the_segment(tmp_path: Path):
+    file = write_audio(tmp_path / "a.wav", samples=1_600)
+    manifest = write_manifest(
+        tmp_path / "m.jsonl", {"audio_filepath": "a.wav", "text": "x", "offset": 0.05, "duration": 0.025}
+    )
+    whole = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
+    assert torch.equal(open_source(str(manifest)).load(0), whole[800:1_200])
+    with pytest.raises(AudioError, match="has no audio file"):
+        FileSource([Utterance("a", None, "")]).load(0)
+
+
+def test_open_sources_joins_in_order(tmp_path: Path):
+    for name, samples in (("one", 500), ("two", 600)):
+        write_audio(tmp_path / name / "a.wav", samples).with_suffix(".txt").write_text(name)
+    write_audio(tmp_path / "c.wav", 700)
+    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "c.wav", "text": "three"})
+    joined = open_sources(f"{tmp_path / 'one'}, {manifest},{tmp_path / 'two'}")
+    assert isinstance(joined, ConcatSource) and len(joined) == 3
+    assert [joined.utterance(i).text for i in range(3)] == ["one", "three", "two"]
+    assert [len(joined.load(i)) for i in range(3)] == [500, 700, 600]
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            joined.utterance(index)
+    assert len(open_sources(str(manifest))) == 1
+
+
+@pytest.mark.parametrize("spec", ["gone.jsonl", "gone", "gone:train", "hf:", "hf:name", "hf:a:b:c:d", "s3:x", "a.wav"])
+def test_open_source_lists_the_accepted_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str):
+    monkeypatch.chdir(write_audio(tmp_path / "a.wav").parent)
+    with pytest.raises(UserError, match="(?s)FILE.jsonl.*FOLDER.*hf:NAME:SPLIT.*librispeech:SPLIT"):
+        open_source(spec)
+
+
+def test_open_sources_weighs_its_parts(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    row = {"audio_filepath": "a.wav", "text": "x"}
+    one = write_manifest(tmp_path / "one.jsonl", row)
+    two = write_manifest(tmp_path / "two@2.jsonl", row, row)
+    joined = open_sources(f"{one}@0.5, {two},{two}@3")
+    assert parts_of(joined) == [Part(1, Fraction(1, 2)), Part(2), Part(2, Fraction(3))]
+    assert parts_of(open_sources(f"{one}@2")) == [Part(1, Fraction(2))]
+    assert parts_of(open_sources(str(two))) == [Part(2)]
+    with pytest.raises(UserError, match="two@2.jsonl@0': weight 0; expected above 0"):
+        open_sources(f"{one},{two}@0")
+    with pytest.raises(UserError, match="gone.jsonl': no such file"):
+        open_sources("gone.jsonl@2")
+
+
+def test_durations_are_nan_where_unknown(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    rows = [{"audio_filepath": "a.wav", "text": "x", "duration": seconds} for seconds in (0.5, None, 2)]
+    manifest = write_manifest(tmp_path / "m.jsonl", *rows)
+    durations = open_sources(f"{manifest},{manifest}").durations()
+    assert durations.dtype == np.float32
+    np.testing.assert_array_equal(durations, np.array([0.5, np.nan, 2.0] * 2, np.float32))
+    assert ConcatSource([]).durations().shape == (0,)
+
+
+def test_open_source_keeps_a_big_manifest_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_audio(tmp_path / "a.wav")
+    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "a.wav", "text": "x", "duration": 0.05})
+    assert isinstance(open_source(str(manifest)), FileSource)
+    monkeypatch.setattr(sources, "BIG_MANIFEST", 10)
+    found = open_source(str(manifest))
+    assert isinstance(found, TableSource) and len(found.load(0)) == 800
+
+
+def test_open_sources_rejects_an_empty_list():
+    with pytest.raises(UserError, match="(?s)names nothing.*librispeech:SPLIT"):
+        open_sources(" , ")

@@ -1,0 +1,79 @@
+"""The embedded default: what its card says, and what a user does with it."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_speech import tiny
+from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.synthetic import corpus
+from rwkv_speech.synthetic.phone_prompts import PHONE_LETTERS, blends, frames, pronunciations
+from rwkv_speech.synthetic.pretrain_encoder import pretrain as pretrain_encoder
+from rwkv_speech.synthetic.pretrain_lm import pretrain as pretrain_lm
+from rwkv_speech.synthetic.rooms import augment
+from rwkv_speech.synthetic.voices import PHONES
+from rwkv_speech.tokenizer import WorldTokenizer
+
+WEIGHTS = tiny.BASE_MODEL.parent
+
+
+def test_weights_are_small_and_described():
+    files = [tiny.BASE_MODEL, tiny.ENCODER / "model.safetensors"]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    card = (WEIGHTS / "CARD.md").read_text(encoding="utf-8")
+    for file in files:
+        count = sum(x.numel() for x in load_file(file).values())
+        assert f"{count:,}" in card, file
+    assert "demo/pretrain-tiny.sh" in card
+
+
+def test_vocabulary_knows_every_word_of_the_corpus():
+    tokenizer = WorldTokenizer(tiny.VOCAB_FILE)
+    assert all(len(tokenizer.encode(word)) == len(tokenizer.encode(" " + word)) == 1 for word in corpus.words())
+    assert tokenizer.encode("#") == [36]
+    assert RWKV6.from_pretrained(tiny.BASE_MODEL).sizes.vocab == tokenizer.vocab_size
+
+
+def test_corpus_has_150_words_and_repeats_for_a_seed():
+    rng = random.Random(3)
+    sentences = [corpus.sentence(rng) for _ in range(3000)]
+    assert len({word for sentence in sentences for word in sentence.split()}) >= 150
+    assert all(re.fullmatch("[a-z]+( [a-z]+){0,11}", sentence) for sentence in sentences)
+    rng = random.Random(3)
+    assert sentences[:50] == [corpus.sentence(rng) for _ in range(50)]
+
+
+def test_prompts_follow_the_phones():
+    said = pronunciations(["two"], 3, seed=1)
+    labels = frames("two", said, random.Random(5), difficulty=0.0)
+    heard = [PHONES[label] for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
+    assert [name for name in heard if name != "_"] == ["t", "u"]
+    shares = blends(labels, 3)
+    assert shares.shape == (len(labels) // 3, len(PHONES)) and shares.sum(1) == pytest.approx(1.0)
+    assert len(set(PHONE_LETTERS[: len(PHONES)])) == len(PHONES) and "#" not in PHONE_LETTERS
+
+
+def test_augment_keeps_shape_and_adds_the_noise_it_says():
+    g = torch.Generator().manual_seed(1)
+    waveforms = torch.randn(4, 8000, generator=g)
+    loud, faint = augment(waveforms, g, 1.0), augment(waveforms, g, 0.0)
+    assert loud.shape == faint.shape == waveforms.shape and torch.isfinite(loud).all()
+    assert (faint - waveforms).norm() < 0.05 * waveforms.norm() < (loud - waveforms).norm()
+
+
+def test_pretraining_of_the_language_model_writes_what_loads(tmp_path: Path):
+    facts = pretrain_lm(tmp_path, steps=2, utterances=4, lr=1e-3, seed=1)
+    assert facts["steps"] == 2
+    assert RWKV6.from_pretrained(tmp_path / "rwkv6.safetensors").sizes == RWKV6.from_pretrained(tiny.BASE_MODEL).sizes
+    assert (tmp_path / "vocab.txt").read_bytes() == tiny.VOCAB_FILE.read_bytes()
+
+
+@pytest.mark.soak
+def test_pretraining_of_the_encoder_writes_what_loads(tmp_path: Path):
+    facts = pretrain_encoder(tmp_path, hours=0.02, epochs=1, seed=1, batch_seconds=10.0, lr=1e-3)
+    assert 0.0 <= facts["frame_accuracy"] <= 1.0
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(tiny.ENCODER / "model.safetensors").keys()

@@ -1,0 +1,253 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.checkpoint import (
+    FORMAT,
+    Origin,
+    Trained,
+    export_published,
+    find_checkpoint,
+    load_trained,
+    save_trained,
+)
+
+LAYERS, HEADS, HEAD_SIZE, WIDTH, HIDDEN = 3, 2, 4, 10, 6
+ORIGIN = Origin(
+    base_model="/models/base.pth",
+    base_sha256="ab" * 32,
+    encoder="microsoft/wavlm-large",
+    vocab_file="",
+    n_layer=LAYERS,
+    n_embd=HEADS * HEAD_SIZE,
+    stack=5,
+    adapter_hidden=HIDDEN,
+    separator="#",
+)
+
+
+def make_adapter() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"0.weight": (HIDDEN, WIDTH), "0.bias": (HIDDEN,), "2.weight": (8, HIDDEN), "2.bias": (8,)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def make_state() -> Tensor:
+    return torch.randn(LAYERS, HEADS, HEAD_SIZE, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def published(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The layout of the published files, written out by hand."""
+    adapter, state = make_adapter(), make_state()
+    tensors = {
+        "language_model.blocks.0.att.time_state": state[0],
+        "language_model.blocks.1.att.time_state": state[1],
+        "language_model.blocks.2.att.time_state": state[2],
+        "speech_encoder.adapter.0.weight": adapter["0.weight"],
+        "speech_encoder.adapter.0.bias": adapter["0.bias"],
+        "speech_encoder.adapter.2.weight": adapter["2.weight"],
+        "speech_encoder.adapter.2.bias": adapter["2.bias"],
+    }
+    return {name: x.to(dtype, copy=True) for name, x in tensors.items()}
+
+
+def save(path: Path, **metrics: object) -> Path:
+    save_trained(path, make_adapter(), make_state(), ORIGIN, metrics)
+    return path
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
+
+
+def test_own_checkpoint_comes_back_bit_for_bit(tmp_path: Path):
+    path = save(tmp_path / "run" / "last.safetensors", wer=0.25, step=7, name="ü")
+    trained = load_trained(path)
+    assert_same_bits(trained.adapter, make_adapter())
+    assert_same_bits({"time_state": trained.time_state}, {"time_state": make_state()})
+    assert trained.origin == ORIGIN
+    assert trained.metrics == {"wer": 0.25, "step": 7, "name": "ü"}
+    assert (trained.path, trained.ignored) == (path, ())
+
+
+def test_own_checkpoint_of_parameters_that_train(tmp_path: Path):
+    adapter = {name: torch.nn.Parameter(x) for name, x in make_adapter().items()}
+    save_trained(tmp_path / "a.safetensors", adapter, torch.nn.Parameter(make_state()), ORIGIN, {})
+    assert_same_bits(load_trained(tmp_path / "a.safetensors").adapter, make_adapter())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_published_file_loads(tmp_path: Path, dtype: torch.dtype):
+    torch.save(published(dtype), tmp_path / "a.pth")
+    trained = load_trained(str(tmp_path / "a.pth"))
+    assert_same_bits(trained.adapter, {name: x.to(dtype) for name, x in make_adapter().items()})
+    assert_same_bits({"": trained.time_state}, {"": make_state().to(dtype)})
+    assert (trained.origin, trained.metrics, trained.ignored) == (None, {}, ())
+
+
+def test_published_file_keeps_the_order_of_many_layers(tmp_path: Path):
+    """Layer 10 comes after layer 9, not after layer 1."""
+    tensors = {name: x for name, x in published().items() if "adapter" in name}
+    layers = {f"language_model.blocks.{i}.att.time_state": torch.full((1, 1, 1), float(i)) for i in range(12)}
+    torch.save(dict(sorted((tensors | layers).items(), reverse=True)), tmp_path / "a.pth")
+    assert load_trained(tmp_path / "a.pth").time_state.flatten().tolist() == list(range(12))
+
+
+def test_published_file_with_the_whole_model_names_what_it_ignores(tmp_path: Path):
+    others = [
+        "language_model.emb.weight",
+        "language_model.blocks.0.att.time_faaaa",
+        "language_model.blocks.0.att.time_state_old",
+        "speech_encoder.model.encoder.layers.0.weight",
+    ]
+    torch.save(published() | {name: torch.zeros(2) for name in others}, tmp_path / "a.pth")
+    trained = load_trained(tmp_path / "a.pth")
+    assert sorted(trained.ignored) == sorted(others)
+    assert_same_bits(trained.adapter, make_adapter())
+
+
+def test_export_published_has_the_published_keys_and_the_same_bits(tmp_path: Path):
+    trained = load_trained(save(tmp_path / "a.safetensors"))
+    export_published(trained, tmp_path / "out" / "a.pth")
+    assert_same_bits(torch.load(tmp_path / "out" / "a.pth", weights_only=True), published())
+    again = load_trained(tmp_path / "out" / "a.pth")
+    assert_same_bits(again.adapter, trained.adapter)
+    assert torch.equal(again.time_state, trained.time_state)
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """Files that are no checkpoint, and what the error has to say of each."""
+    whole = save(folder / "whole.safetensors").read_bytes()
+    torch.save(published(), folder / "whole.pth")
+    zipped = (folder / "whole.pth").read_bytes()
+    for suffix, content in (("safetensors", whole), ("pth", zipped)):
+        (folder / f"garbage.{suffix}").write_bytes(bytes(range(256)) * 20)
+        (folder / f"cut.{suffix}").write_bytes(content[: len(content) * 2 // 3])
+        (folder / f"empty.{suffix}").write_bytes(b"")
+    without = published()
+    del without["language_model.blocks.1.att.time_state"]
+    torch.save(without, folder / "layer.pth")
+    state_only = {name: x for name, x in published().items() if "time_state" in name}
+    torch.save(state_only, folder / "state.pth")
+    torch.save({name: x for name, x in published().items() if "time_state" not in name}, folder / "adapter.pth")
+    torch.save(published() | {"speech_encoder.adapter.4.weight": torch.zeros(1)}, folder / "more.pth")
+    torch.save([1, 2], folder / "list.pth")
+    uneven = published() | {"language_model.blocks.1.att.time_state": torch.zeros(HEADS, 5, 5)}
+    torch.save(uneven, folder / "uneven.pth")
+    save_file(published(), folder / "foreign.safetensors")
+    origin = {key: value for key, value in asdict(ORIGIN).items() if key != "stack"}
+    stripped = {"format": FORMAT, "origin": json.dumps(origin), "metrics": "{}"}
+    save_file(published(), folder / "stripped.safetensors", stripped)
+    save_file(published(), folder / "headless.safetensors", {"format": FORMAT})
+    return {
+        "garbage.safetensors": "cannot be read as safetensors",
+        "cut.safetensors": "cannot be read as safetensors",
+        "empty.safetensors": "cannot be read as safetensors",
+        "garbage.pth": "cannot be read as a torch zip",
+        "cut.pth": "cannot be read as a torch zip",
+        "empty.pth": "cannot be read as a torch zip",
+        "missing.pth": "no such file",
+        "layer.pth": r"layers \[1\] are missing",
+        "state.pth": "found 3 tensors .* and adapter tensors \\[\\]",
+        "adapter.pth": "found 0 tensors",
+        "more.pth": "4.weight",
+        "list.pth": "expected a dictionary of tensors, found list",
+        "uneven.pth": "time_state",
+        "foreign.safetensors": "found format None, expected 'rwkv_speech-1'",
+        "stripped.safetensors": "stack",
+        "headless.safetensors": "origin",
+    }
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("broken")
+    return folder, broken_files(folder)
+
+
+BROKEN = [
+    *(f"{fault}.{suffix}" for fault in ("garbage", "cut", "empty") for suffix in ("safetensors", "pth")),
+    *("missing.pth", "layer.pth", "state.pth", "adapter.pth", "more.pth", "list.pth", "foreign.safetensors"),
+    *("uneven.pth", "stripped.safetensors", "headless.safetensors"),
+]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_load_trained_names_file_and_fault(broken: tuple[Path, dict[str, str]], name: str):
+    folder, faults = broken
+    with pytest.raises(UserError, match=faults[name]) as caught:
+        load_trained(folder / name)
+    assert str(folder / name) in str(caught.value)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("a pickle was run",)
+
+
+def test_load_trained_runs_no_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"a": Payload()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth"):
+        load_trained(tmp_path / "a.pth")
+    assert "a pickle was run" not in capsys.readouterr().out
+
+
+def test_find_checkpoint_takes_best_before_last_before_the_only_one(tmp_path: Path):
+    only = tmp_path / "published.pth"
+    only.touch()
+    assert find_checkpoint(tmp_path) == only and find_checkpoint(only) == only
+    (tmp_path / "last.safetensors").touch()
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "last.safetensors"
+    (tmp_path / "best.safetensors").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "best.safetensors"
+    assert find_checkpoint(only) == only
+
+
+def test_find_checkpoint_never_chooses_among_several(tmp_path: Path):
+    for name in ("b.pth", "a.pth", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"found 2 checkpoints \(a\.pth, b\.pth\)") as caught:
+        find_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "--checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["there", "gone"])
+def test_find_checkpoint_names_an_empty_folder(tmp_path: Path, folder: str):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
+    with pytest.raises(UserError, match="found no trained weights there") as caught:
+        find_checkpoint(tmp_path / folder)
+    assert str(tmp_path / folder) in str(caught.value) and "train first" in str(caught.value)
+
+
+def test_find_checkpoint_ignores_a_half_written_file(tmp_path: Path):
+    (tmp_path / "a.pth").touch()
+    (tmp_path / ".last.safetensors.x1y2").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "a.pth"
+
+
+def test_trained_is_what_export_takes(tmp_path: Path):
+    trained = Trained(tmp_path / "x", make_adapter(), make_state().bfloat16(), None, (), {})
+    export_published(trained, tmp_path / "a.pth")
+    tensors = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert {x.dtype for name, x in tensors.items() if "time_state" in name} == {torch.bfloat16}
+
+
+def test_the_same_checkpoint_is_the_same_file_every_time(tmp_path: Path):
+    """As read by a library of its own, too: the header is rewritten."""
+    origin = Origin("base «é»", "00", "wavlm", "", 1, 32, 2, 16, "#")
+    adapter = {name: torch.randn(3, 5) for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    state = torch.randn(2, 1, 4, 4)
+    for number in range(8):
+        save_trained(tmp_path / f"{number}.safetensors", adapter, state, origin, {"wer": 0.5, "step": 3})
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
+    assert load_trained(tmp_path / "0.safetensors").origin == origin
+    assert torch.equal(load_file(tmp_path / "0.safetensors")["speech_encoder.adapter.0.bias"], adapter["0.bias"])

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.errors import UserError
+from rwkv_speech.synthetic.espeak import Synthesizer, Voice
+from rwkv_speech.synthetic.speech_pool import frame_labels
+from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS, phone
+from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
+
+
+@pytest.fixture(scope="module")
+def synthesizer() -> Synthesizer:
+    return Synthesizer()
+
+
+def test_say_gives_sound_and_phones_in_order(synthesizer: Synthesizer):
+    speech = synthesizer.say("seven", Voice("en-us"))
+    names = [phone(name) for name, _ in speech.phonemes]
+    assert [name for name in names if name != "_"] == ["s", "ɛ", "v", "ə", "n"]
+    starts = [start for _, start in speech.phonemes]
+    assert starts == sorted(starts) and starts[-1] <= len(speech.samples)
+    assert 0.1 < np.abs(speech.samples).max() <= 1.0
+    assert len(speech.waveform()) == pytest.approx(len(speech.samples) * SAMPLE_RATE / speech.sample_rate, abs=2)
+
+
+def test_corpus_repeats_exactly_in_a_new_process(tmp_path: Path):
+    """Not within one: eSpeak's noise generator goes on from call to call."""
+    for name in ("a", "b"):
+        words = ["--out", str(tmp_path / name), "--train", "4", "--valid", "1", "--test", "2"]
+        subprocess.run(
+            [sys.executable, "-m", "rwkv_speech.synthetic.make_corpus", *words], check=True, capture_output=True
+        )
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 3 + 7
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+
+
+def test_say_follows_the_rate(synthesizer: Synthesizer):
+    slow, fast = (len(synthesizer.say("the weather is good", Voice(rate=rate)).samples) for rate in (110, 230))
+    assert slow > 1.4 * fast
+
+
+def test_say_names_an_unknown_voice(synthesizer: Synthesizer):
+    with pytest.raises(UserError, match="no voice 'nowhere'"):
+        synthesizer.say("a", Voice("nowhere"))
+
+
+def test_every_voice_speaks(synthesizer: Synthesizer):
+    for variant in TRAIN_VARIANTS + TEST_VARIANTS:
+        assert np.abs(synthesizer.say("two", Voice(f"en-us+{variant}")).samples).max() > 0.02, variant
+
+
+def test_test_voices_are_kept_apart():
+    assert not set(TRAIN_VARIANTS) & set(TEST_VARIANTS)
+
+
+def test_frame_labels_mark_silence_where_the_sound_is_low(synthesizer: Synthesizer):
+    speech = synthesizer.say("one, two, three, four", Voice("en-us", rate=110))
+    waveform = speech.waveform().numpy()
+    labels = frame_labels(speech, len(waveform))
+    assert len(labels) == num_frames(len(waveform), CONV_KERNELS, CONV_STRIDES)
+    energy = np.array([np.square(waveform[i * 320 + 230 : i * 320 + 630]).mean() for i in range(len(labels))])
+    silent = labels == PHONES.index("_")
+    assert silent.any() and np.median(energy[silent]) < 0.01 * np.median(energy[~silent])

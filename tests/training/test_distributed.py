@@ -1,0 +1,116 @@
+"""Two processes on a CPU: the same steps as one, resumed as one, each process with its own data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from assertions import assert_rms_close
+from run_files import LINEAR_STEPS, column, learned
+from safetensors.torch import load_file
+
+from rwkv_speech.files import sha256_file
+from rwkv_speech.synthetic.make_corpus import make_corpus
+from rwkv_speech.training.points import newest_point
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, {"train": 16, "valid": 3}, seed=3)
+    return folder
+
+
+def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "subprocess.Popen[str]":
+    """The real command, as a user gives it; each process on one thread."""
+    values = {
+        "device": "cpu:2", "strategy": "ddp", "proj_dir": run, "train_data": corpus / "train.jsonl", "micro_bsz": 2,
+        "workers": 0, "log_every": 1, "warmup_steps": 1, "lr_adapter": 1e-3, "save_steps": 1, **flags,
+    }  # fmt: skip
+    argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if wait:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return process
+
+
+def first_moments(run: Path) -> list[torch.Tensor]:
+    saved = torch.load(run / "resume" / "step-1" / "trainer.ckpt", weights_only=False)
+    return [x["exp_avg"] for x in saved["optimizer_states"][0]["state"].values()]
+
+
+def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
+    """1 rank x 4 micro batches is 2 ranks x 2."""
+    train(corpus, tmp_path / "one", device="cpu", strategy="auto", accumulate=4, **LINEAR_STEPS)
+    train(corpus, tmp_path / "two", accumulate=2, **LINEAR_STEPS)
+    for name in ("loss", "grad_norm"):
+        one, two = (column(tmp_path / run, name) for run in ("one", "two"))
+        assert len(one) == len(two) == 2
+        assert two[0] == pytest.approx(one[0], rel=1e-6)
+        assert two[1] == pytest.approx(one[1], rel=1e-5)
+    # AdamW's first moment behind the first step is a tenth of its gradient.
+    for one, two in zip(first_moments(tmp_path / "one"), first_moments(tmp_path / "two"), strict=True):
+        assert_rms_close("gradient", two, one, 1e-6)
+    first, second = learned(tmp_path / "one"), learned(tmp_path / "two")
+    for name, x in first.items():
+        assert_rms_close(name, second[name], x, 1e-4)
+
+
+def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
+    train(corpus, tmp_path / "whole", valid_data=corpus / "valid.jsonl")
+    run = tmp_path / "killed"
+    process = train(corpus, run, wait=False, valid_data=corpus / "valid.jsonl")
+    while not list((run / "resume").glob("step-*")):
+        assert process.poll() is None
+    os.killpg(process.pid, 9)
+    process.communicate()
+    point = newest_point(run / "resume")
+    assert point is not None and point.info["world_size"] == 2
+    train(corpus, run, valid_data=corpus / "valid.jsonl")
+    for name in ("last.safetensors", "best.safetensors"):
+        assert sha256_file(run / name) == sha256_file(tmp_path / "whole" / name)
+    assert column(run, "loss") == column(tmp_path / "whole", "loss")
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["id"] for line in lines}) == 3
+
+
+def test_sigterm_to_one_rank_ends_both_behind_the_same_step(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    process = train(corpus, run, wait=False, save_steps=1000, epoch_count=2)
+    table = run / "logs/csv/metrics.csv"
+    while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=100)
+    point = newest_point(run / "resume")
+    assert process.returncode == 143 and point is not None and point.step > 0
+
+
+def test_another_number_of_ranks_goes_on_from_the_end_of_an_epoch(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    train(corpus, run, epoch_count=2, lr_schedule="constant", epoch_steps=2)
+    before = load_file(run / "last.safetensors")
+    point = newest_point(run / "resume")
+    assert point is not None and point.info["epoch"] == 2
+    # As if it had been killed behind the third of its four steps.
+    (run / "resume" / "step-4").rename(tmp_path / "step-4")
+    taken = torch.load(run / "resume" / "step-3" / "trainer.ckpt", weights_only=False)
+    train(corpus, run, device="cpu", strategy="auto", epoch_count=2, lr_schedule="constant", epoch_steps=2)
+    after = load_file(run / "last.safetensors")
+    point = newest_point(run / "resume")
+    assert point is not None and point.step == 5 and point.info["world_size"] == 1
+    state = torch.load(point.path / "trainer.ckpt", weights_only=False)["optimizer_states"][0]["state"]
+    assert [x["step"] for x in state.values()] == [5.0] * len(state)
+    assert [x["step"] for x in taken["optimizer_states"][0]["state"].values()] == [3.0] * len(state)
+    assert all(x.isfinite().all() for x in after.values())
+    assert any(not torch.equal(x, before[name]) for name, x in after.items())
