@@ -53,7 +53,9 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_flag_is_read(config: type[ModelConfig]):
     script = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "predict.py"}[config]
-    own = "".join(path.read_text() for path in (ROOT / "src/rwkv_speech").rglob("*.py")) if config is TrainConfig else ""
+    own = (
+        "".join(path.read_text() for path in (ROOT / "src/rwkv_speech").rglob("*.py")) if config is TrainConfig else ""
+    )
     text = own + (ROOT / script).read_text() + (ROOT / "src/rwkv_speech/config.py").read_text()
     unread = [f.name for f in dataclasses.fields(config) if not re.search(rf"\b(config|self|c)\.{f.name}\b", text)]
     assert unread == []
