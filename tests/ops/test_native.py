@@ -1,6 +1,8 @@
 """Building the native kernels and choosing among them."""
 
 import multiprocessing
+import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from wkv6_cases import random_inputs
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops import build, native
 from rwkv_speech.ops.wkv6 import wkv6
+from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
@@ -71,6 +74,43 @@ def test_failed_build_shows_the_compiler_s_words_and_the_flag(fresh: Path, monke
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(UserError, match=r"(?s)failed, the whole log is .*log.txt; .*--wkv6 torch\n.*nonsense"):
         build.compiled(build.cpu_library())
+
+
+ODD_NAME = "my clone, $HOME: 'a' \"b\" & (ü) #1 %"
+
+
+def _odd_folder(parent: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with such a name, and in it the sources; the compiler's path has blanks, too."""
+    folder, tools = parent / ODD_NAME, parent / "my tools"
+    shutil.copytree(build.SOURCES, folder / "cuda")
+    monkeypatch.setattr(build, "SOURCES", folder / "cuda")
+    monkeypatch.setattr(build, "CACHE", folder / "build")
+    tools.mkdir()
+    for name in ("g++", "clang++", "c++", "nvcc"):
+        if path := shutil.which(name):
+            (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(path)} "$@"\n')
+            (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+@needs_compiler
+def test_cpu_kernel_is_built_in_a_folder_of_any_name(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = _odd_folder(fresh, monkeypatch)
+    target = build.cpu_library()
+    assert Path(target.tool).parent.name == "my tools"
+    assert build.compiled(target).is_relative_to(folder)
+    inputs = random_inputs(1, 5, 2, 64, torch.float32)
+    assert native.kernels_for(inputs[0]) is not None
+    for got, want in zip(wkv6(*inputs), wkv6_ref(*inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_nvcc_compiles_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = _odd_folder(tmp_path, monkeypatch)
+    (folder / "cuda/wkv6_cuda.cu").write_text('#include "wkv6.h"\n__global__ void nothing() {}\n')
+    assert build.compiled(build.cuda_library(build.nvcc_architectures()[-1:])).is_relative_to(folder)
 
 
 def test_without_sources_the_error_says_where_they_were_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -10,13 +10,14 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ def compiled(target: Target) -> Path:
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not result.exists():
-                os.replace(_run_ninja(target, folder), result)
+                os.replace(_compile(target, folder), result)
     except OSError as error:
         raise UserError(f"native kernels: cannot write {folder} ({error}); mend that, or {_REMEDY}") from error
     return result
@@ -129,40 +130,41 @@ _REMEDY = "choose the PyTorch form with --wkv6 torch"
 
 
 def _key(target: Target) -> str:
-    digest = hashlib.sha256(subprocess.run([target.tool, "--version"], capture_output=True, check=True).stdout)
+    version = subprocess.run([target.tool, "--version"], capture_output=True, check=False)
+    digest = hashlib.sha256(version.stdout)
     digest.update(repr(target.steps).encode())
     for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _run_ninja(target: Target, folder: Path) -> Path:
-    """Compile into `folder`; the result has a name of its own until it is complete."""
-    import ninja
+def _compile(target: Target, folder: Path) -> Path:
+    """Run the steps in `folder`, all but the last at once; the result has a name of its own until it is complete.
 
+    No shell and no build file reads the paths, and compilers get them relative to `folder`: any folder name will do.
+    """
+    cuda = Path(os.path.relpath(SOURCES, folder.resolve()))
     pending = f"{target.steps[-1].output}.pending"
-    with (folder / "build.ninja").open("w") as file:
-        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
-        for number, step in enumerate(target.steps):
-            last = number == len(target.steps) - 1
-            writer.rule(f"step{number}", " ".join([*map(_quoted, step.command), "$in", "-o", "$out"]))
-            inputs = [name if name.endswith(".o") else _quoted(str(SOURCES / name)) for name in step.sources]
-            writer.build(pending if last else step.output, f"step{number}", inputs)
-    program = Path(ninja.BIN_DIR) / "ninja"
-    done = subprocess.run([program, "-C", folder, "--quiet"], capture_output=True, text=True, check=False)
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+
+    def run(step: Step, output: str) -> subprocess.CompletedProcess[str]:
+        inputs = [name if name.endswith(".o") else str(cuda / name) for name in step.sources]
+        command = [*step.command, *inputs, "-o", output]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda step: run(step, step.output), target.steps[:-1]))
+    if not any(step.returncode for step in done):
+        done.append(run(target.steps[-1], pending))
+    words = [shlex.join(step.args) + "\n" + step.stdout + step.stderr for step in done]
+    (folder / "log.txt").write_text("".join(words), encoding="utf-8", errors="replace")
+    failed = [text for text, step in zip(words, done, strict=True) if step.returncode]
+    if failed:
+        tail = "\n".join(failed[0].splitlines()[-20:])
         raise UserError(
             f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
             f"{_REMEDY}\n{tail}"
         )
     return folder / pending
-
-
-def _quoted(text: str) -> str:
-    """For ninja's file and the shell behind it."""
-    return text.replace("$", "$$").replace(" ", "$ ")
 
 
 def _find_compiler() -> str:
