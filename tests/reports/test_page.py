@@ -1,4 +1,3 @@
-import csv
 import json
 import re
 from collections import Counter
@@ -12,7 +11,7 @@ import pytest
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.reports.page import main, write_report
-from rwkv_speech.reports.record import write_run, write_validation
+from rwkv_speech.reports.record import LogRow, add_metrics, start_metrics, write_run, write_validation
 from rwkv_speech.text import normalise_score
 
 TEXTS = [
@@ -51,23 +50,18 @@ class Page(HTMLParser):
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
-    path = folder / "logs" / "csv" / "metrics.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = sorted({name for row in rows for name in row})
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    start_metrics(folder)
+    add_metrics(folder, *(LogRow(**{"epoch": 1} | row) for row in rows))
 
 
 def training(steps: int = 300) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
-        {"step": i, "epoch": i // 100, "loss": 3 / (i + 1), "lr_adapter": 1e-4, "lr_state": 1e-2, "grad_norm": 0.5,
-         "audio_hours_per_hour": 100 + i, "data_wait": 0.01, "padding": 0.02, "memory": 9.5}
+        {"step": i + 1, "epoch": i // 100 + 1, "loss": 3 / (i + 1), "lr_adapter": 1e-4, "lr_state": 1e-2,
+         "grad_norm": 0.5, "audio_hours_per_hour": 100 + i, "data_wait": 0.01, "padding": 0.02, "memory": 9.5}
         for i in range(steps)
     ]  # fmt: skip
-    wers = [{"step": 100 * i + 99, "epoch": i, "wer": wer, "cer": wer / 2} for i, wer in enumerate((0.5, 0.125, 0.25))]
-    return rows + wers
+    wers = ((1, 0.5), (2, 0.125), (3, 0.25))
+    return rows + [{"step": 100 * i, "epoch": i, "wer": wer, "cer": wer / 2} for i, wer in wers]
 
 
 @pytest.fixture
@@ -110,16 +104,16 @@ def test_charts_are_drawn_of_what_there_is(run: Path):
     assert page.tags["svg"] == 1 and "Speed" not in page.text
 
 
-def test_validation_before_training_is_epoch_zero(run: Path):
-    write_metrics(run, [{"step": 0, "epoch": 0, "wer": 1.0}, {"step": 9, "epoch": 0, "wer": 0.5}])
+def test_validations_stand_at_their_epochs(run: Path):
+    write_metrics(run, [{"step": 9, "epoch": 1, "wer": 1.0}, {"step": 18, "epoch": 2, "wer": 0.5}])
     svg = write_report(run).read_text()
     circles = re.findall(r'<circle class="s0" cx="([\d.]+)"', svg)
     ticks = dict(re.findall(r'<text class="tick" x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)<', svg))
-    assert [float(ticks[x]) for x in circles] == [0, 1]
+    assert [float(ticks[x]) for x in circles] == [1, 2]
 
 
 def test_several_validations_of_an_epoch_are_shown_by_step(run: Path):
-    write_metrics(run, [{"step": 50, "epoch": 0, "wer": 1.0}, {"step": 99, "epoch": 0, "wer": 0.5}])
+    write_metrics(run, [{"step": 50, "wer": 1.0}, {"step": 99, "wer": 0.5}])
     assert "optimizer step" in page_of(run).text["Curves"] and "epoch" not in page_of(run).text["Curves"]
 
 

@@ -1,4 +1,6 @@
+import csv
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -11,10 +13,13 @@ import torch
 from rwkv_speech.errors import UserError
 from rwkv_speech.reports import record as run_record
 from rwkv_speech.reports.record import (
-    find_metrics,
+    METRICS,
+    LogRow,
+    add_metrics,
     read_metrics,
     read_run,
     read_texts,
+    start_metrics,
     write_run,
     write_validation,
 )
@@ -58,7 +63,7 @@ def test_commit_is_empty_without_git(monkeypatch: pytest.MonkeyPatch):
 def test_a_run_without_a_record_has_none(tmp_path: Path):
     assert read_run(tmp_path) == {}
     assert read_texts(tmp_path / "validation.jsonl") == []
-    assert find_metrics(tmp_path) is None
+    assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize(("text", "found"), [("[1]", "found list"), ("{", "not JSON")])
@@ -90,41 +95,50 @@ def test_texts_of_an_evaluation_can_be_read(tmp_path: Path):
     assert read_texts(path)[0]["cut"] is False
 
 
-def metrics(tmp_path: Path, text: str) -> list[dict[str, float]]:
-    path = tmp_path / "metrics.csv"
-    path.write_bytes(text.encode())
-    return read_metrics(path)
+ROWS = [
+    LogRow(step=9, epoch=1, loss=0.1 + 0.2, lr_adapter=1e-4, target_tokens=12.0),
+    LogRow(step=10, epoch=1, wer=0.25, cer=1 / 3),
+    LogRow(step=11, epoch=2, loss=math.inf),
+]
 
 
-def test_metrics_leave_out_empty_cells(tmp_path: Path):
-    rows = metrics(tmp_path, "step,loss,wer\n9,2.5,\n19,1e-1,\n19,,0.25\n")
-    assert rows == [{"step": 9, "loss": 2.5}, {"step": 19, "loss": 0.1}, {"step": 19, "wer": 0.25}]
+def test_metrics_come_back_as_they_were_written(tmp_path: Path):
+    start_metrics(tmp_path)
+    assert read_metrics(tmp_path) == []
+    for row in ROWS:
+        add_metrics(tmp_path, row)
+    assert read_metrics(tmp_path) == ROWS
+    table = list(csv.DictReader((tmp_path / "logs/csv/metrics.csv").open()))
+    assert (table[1]["step"], table[1]["epoch"], table[1]["wer"], table[1]["loss"]) == ("10", "1", "0.25", "")
 
 
-def test_metrics_take_ragged_rows_and_words(tmp_path: Path):
-    rows = metrics(tmp_path, "step,loss,wer\r\n9\r\n19,0.5,0.1,7,8\r\n\r\nhello,0.25,n/a\r\n")
-    assert rows == [{"step": 9}, {"step": 19, "loss": 0.5, "wer": 0.1}, {"loss": 0.25}]
+@pytest.mark.parametrize(("done", "kept"), [(0, 0), (8, 0), (9, 1), (10, 2), (99, 3)])
+def test_a_resumed_run_keeps_the_rows_of_the_steps_it_has_done(tmp_path: Path, done: int, kept: int):
+    start_metrics(tmp_path)
+    add_metrics(tmp_path, *ROWS)
+    start_metrics(tmp_path, steps_done=done)
+    assert read_metrics(tmp_path) == ROWS[:kept]
 
 
-def test_metrics_take_a_second_head(tmp_path: Path):
-    rows = metrics(tmp_path, "step,loss\n1,2.5\nloss,step,wer\n1.5,2,0.3\n")
-    assert rows == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "wer": 0.3}]
+def test_metrics_of_another_version_and_a_torn_last_row_are_read(tmp_path: Path):
+    path = tmp_path / METRICS
+    path.parent.mkdir(parents=True)
+    path.write_text("loss,speed,epoch,step,wer\n1.5,7,1,1,\n2.5,7,1,2")
+    assert read_metrics(tmp_path) == [LogRow(step=1, epoch=1, loss=1.5), LogRow(step=2, epoch=1, loss=2.5)]
 
 
-def test_metrics_of_an_empty_file_are_none(tmp_path: Path):
-    assert metrics(tmp_path, "") == []
-
-
-def test_metrics_that_are_no_text_are_an_error(tmp_path: Path):
-    path = tmp_path / "metrics.csv"
-    path.write_bytes(b"step,loss\n\xff\xfe\x00,1\n")
-    with pytest.raises(UserError, match="metrics.csv: cannot be read as a table of metrics"):
-        read_metrics(path)
-
-
-def test_metrics_are_found_where_lightning_writes_them(tmp_path: Path):
-    (tmp_path / "logs" / "csv").mkdir(parents=True)
-    (tmp_path / "logs" / "csv" / "metrics.csv").touch()
-    assert find_metrics(tmp_path) == tmp_path / "logs" / "csv" / "metrics.csv"
-    (tmp_path / "metrics.csv").touch()
-    assert find_metrics(tmp_path) == tmp_path / "metrics.csv"
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,epoch,loss\n\xff\xfe\x00,1\n", "metrics.csv: cannot be read as a table of metrics"),
+        (b"step,epoch,loss\n1,1,2.5\n2,1,n/a\n", "metrics.csv, line 3: found .*'n/a', expected numbers"),
+        (b"step,epoch,loss\ninf,1,2.5\n", "metrics.csv, line 2: found .*infinity"),
+        (b"loss\n2.5\n", "metrics.csv, line 2: found 'step', expected numbers, with step and epoch"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / METRICS
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_metrics(tmp_path)

@@ -62,6 +62,10 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert len(losses) == 4 and min(losses) > 0
+    # Two steps an epoch, each epoch with its validation behind them; steps and epochs count from 1.
+    assert [(row["step"], row["epoch"], bool(row["wer"])) for row in rows] == [
+        ("1", "1", False), ("2", "1", False), ("2", "1", True), ("3", "2", False), ("4", "2", False), ("4", "2", True)
+    ]  # fmt: skip
     assert {"lr_adapter", "lr_state", "wer", "cer", "target_tokens"} <= set(rows[0])
     assert list((run / "logs/tensorboard").glob("events*"))
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import jiwer
 from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.reports.charts import Point, Series, line_chart, with_trend
-from rwkv_speech.reports.record import VALIDATION, find_metrics, read_metrics, read_run, read_texts
+from rwkv_speech.reports.record import VALIDATION, read_metrics, read_run, read_texts
 from rwkv_speech.scoring.metrics import Scores, score
 from rwkv_speech.text import normalise_score
 
@@ -79,8 +79,7 @@ def write_report(folder: Path) -> Path:
 
     Raises UserError naming the folder if it holds nothing to report, and naming a file of it that cannot be read.
     """
-    path = find_metrics(folder)
-    metrics = read_metrics(path) if path else []
+    metrics = [{k: v for k, v in asdict(row).items() if v is not None} for row in read_metrics(folder)]
     texts = read_texts(folder / VALIDATION)
     run = read_run(folder)
     if not (metrics or texts):
@@ -178,11 +177,10 @@ def _by_epoch(rows: Rows, name: str) -> str:
 
 
 def _validations(rows: Rows, name: str) -> list[Point]:
-    """(epoch or step, per cent); a validation before the first step is that of epoch 0."""
+    """(epoch or step, per cent)."""
     if _by_epoch(rows, name) != "epoch":
         return _column(rows, name, 100.0)
-    found = [row for row in rows if name in row]
-    return [(row["epoch"] + 1 if row.get("step") else 0.0, 100 * row[name]) for row in found]
+    return [(row["epoch"], 100 * row[name]) for row in rows if name in row]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What a run leaves in its folder beside the weights, for a report: `run.json`, `validation.jsonl`, `metrics.csv`.
+"""What a run leaves in its folder beside the weights, written and read.
 
-run.json          flags, the command, versions, commit, machine, start
-validation.jsonl  a line for each utterance of the last validation: id, ref, hyp, wer (a fraction)
-metrics.csv       Lightning's: columns come and go, cells are empty; also under logs/csv/
+run.json              flags, the command, versions, commit, machine, start
+validation.jsonl      a line for each utterance of the last validation: id, ref, hyp, wer (a fraction)
+logs/csv/metrics.csv  a line for each `LogRow`
 """
 
 import csv
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +22,31 @@ from rwkv_speech.files import write_text_atomically
 from rwkv_speech.scoring.metrics import score
 from rwkv_speech.text import normalise_score
 
-RUN, VALIDATION = "run.json", "validation.jsonl"
-_METRICS = ("metrics.csv", "logs/csv/metrics.csv")
+RUN, VALIDATION, METRICS = "run.json", "validation.jsonl", "logs/csv/metrics.csv"
 _PACKAGES = ("rwkv-speech", "torch", "pytorch-lightning", "deepspeed", "transformers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRow:
+    """A row of metrics.csv, whose columns are these fields; None, an empty cell, for what was not measured then."""
+
+    step: int  # optimizer steps done
+    epoch: int  # counted from 1
+    loss: float | None = None  # nats per target token
+    lr_adapter: float | None = None
+    lr_state: float | None = None
+    grad_norm: float | None = None  # before clipping
+    target_tokens: float | None = None
+    padding: float | None = None  # share of the encoder's input
+    audio_seconds: float | None = None
+    audio_hours_per_hour: float | None = None
+    data_wait: float | None = None  # share of the time
+    memory: float | None = None  # of a GPU, peak, GiB
+    wer: float | None = None  # a fraction, as all rates in files; people are shown %
+    cer: float | None = None
+
+
+COLUMNS = tuple(field.name for field in fields(LogRow))
 
 
 def write_run(folder: Path, flags: Mapping[str, Any], device: str) -> Path:
@@ -116,34 +139,40 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error}), found {text[:80]!r}; delete it or write it again") from error
 
 
-def find_metrics(folder: Path) -> Path | None:
-    """The table of a run, if there is one."""
-    return next((folder / name for name in _METRICS if (folder / name).is_file()), None)
+def start_metrics(folder: Path, steps_done: int = 0) -> None:
+    """Begin a run's table of metrics: of one that is there the rows of the first `steps_done` steps stay."""
+    kept = [row for row in read_metrics(folder) if row.step <= steps_done] if steps_done else []
+    (folder / METRICS).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / METRICS).open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow(COLUMNS)
+    add_metrics(folder, *kept)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The numbers of each row by column; cells that are empty or no number are left out.
+def add_metrics(folder: Path, *rows: LogRow) -> None:
+    """Append rows to a run's table of metrics."""
+    with (folder / METRICS).open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerows(map(asdict, rows))
 
-    A row may be shorter or longer than the head; a resumed run may have written another head in between.
-    Raises UserError naming the file if it cannot be read as text.
+
+def read_metrics(folder: Path) -> list[LogRow]:
+    """A run's table of metrics, empty without one; columns of another version are left out.
+
+    Raises UserError naming the file, and the line if one is damaged.
     """
-    rows: list[dict[str, float]] = []
-    head: list[str] = []
+    path, rows = folder / METRICS, list[LogRow]()
+    if not path.is_file():
+        return []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for cells in csv.reader(file):
-                found = {name: x for name, cell in zip(head, cells, strict=False) if (x := _number(cell)) is not None}
-                if found:
-                    rows.append(found)
-                elif "step" in cells or not head:
-                    head = cells
+            reader = csv.DictReader(file)
+            for cells in reader:
+                numbers = {name: float(cells[name]) for name in COLUMNS if cells.get(name)}
+                place = {name: int(numbers.pop(name)) for name in ("step", "epoch")}
+                rows.append(LogRow(**place, **numbers))  # type: ignore[arg-type]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table of metrics ({error}); expected a CSV file") from error
+    except (KeyError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: found {error}, expected numbers, with step and epoch; delete the line"
+        ) from error
     return rows
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None

@@ -1,6 +1,5 @@
 """What happens around training: checkpoints, points to resume from, logs."""
 
-import csv
 import math
 import random
 import signal
@@ -17,7 +16,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 from rwkv_speech.batch import Batch
 from rwkv_speech.models.checkpoint import BEST, LAST
-from rwkv_speech.reports.record import write_validation
+from rwkv_speech.reports.record import COLUMNS, LogRow, add_metrics, start_metrics, write_validation
 from rwkv_speech.training.module import SpeechModule
 from rwkv_speech.training.points import begin_point, finish_point
 from rwkv_speech.training.selection import BestK, EarlyStop
@@ -177,45 +176,26 @@ class MetricsTable(Callback):
     the point's step, and no row is missing or there twice.
     """
 
-    COLUMNS = (
-        "step epoch loss lr_adapter lr_state grad_norm target_tokens padding audio_seconds audio_hours_per_hour "
-        "data_wait memory wer cer".split()
-    )
-
     def __init__(self, folder: Path, first_step: int, every: int) -> None:
-        self._path = folder / "logs" / "csv" / "metrics.csv"
-        self._first_step, self._every = first_step, every
+        self._folder, self._first_step, self._every = folder, first_step, every
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The rows before the first step of this run stay; those after it are of a course that was given up."""
-        if not trainer.is_global_zero:
-            return
-        kept: list[dict[str, str]] = []
-        if self._first_step and self._path.exists():
-            with self._path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"] or 0) < self._first_step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
+        if trainer.is_global_zero:
+            start_metrics(self._folder, self._first_step)
 
     def _write(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
-        if not trainer.is_global_zero:
-            return
         known = trainer.callback_metrics
         row = {name: float(known[name]) for name in names if name in known}
-        if row:
-            with self._path.open("a", newline="") as file:
-                place = {"step": trainer.global_step - 1, "epoch": trainer.current_epoch}
-                csv.DictWriter(file, self.COLUMNS).writerow(place | row)
+        if row and trainer.is_global_zero:
+            add_metrics(self._folder, LogRow(step=trainer.global_step, epoch=trainer.current_epoch + 1, **row))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step's numbers."""
         if trainer.global_step % self._every == 0:
-            self._write(trainer, [name for name in self.COLUMNS[2:] if name not in ("wer", "cer")])
+            self._write(trainer, [name for name in COLUMNS if name not in ("step", "epoch", "wer", "cer")])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The validation's numbers."""

@@ -23,7 +23,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.memory import REDUCE_BUCKET
 from rwkv_speech.reports.page import write_report
-from rwkv_speech.reports.record import find_metrics, read_metrics, write_run
+from rwkv_speech.reports.record import read_metrics, write_run
 from rwkv_speech.training.callbacks import (
     TRAINER_STATE,
     MetricsTable,
@@ -214,7 +214,6 @@ def fit(
     except SIGTERMException:
         print("asked to end: the same command goes on from where it stopped")
         sys.exit(128 + signal.SIGTERM)  # not 0: a script must not take the run for finished
-    metrics = find_metrics(Path(config.proj_dir))
-    if trainer.is_global_zero and (module.validated or (metrics and read_metrics(metrics))):
+    if trainer.is_global_zero and (module.validated or read_metrics(Path(config.proj_dir))):
         print(f"report: {write_report(Path(config.proj_dir))}")
     return module
