@@ -3,11 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import PredictConfig, parse
 from rwkv_speech.errors import UserError, exit_code
-from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.ops import native
 
 
 def predict(config: PredictConfig) -> None:
@@ -15,14 +12,18 @@ def predict(config: PredictConfig) -> None:
 
     A broken file does not stop the others; it is named at the end.
     """
+    # Imported here: wrong flags and --help are answered before torch is there.
+    from rwkv_speech.audio import AudioError, load_audio
+    from rwkv_speech.devices import compute_of
+    from rwkv_speech.models.speech_lm import Parts, SpeechLM
+    from rwkv_speech.ops import native
+
     files = [name for name in config.file_path.split(",") if name]
     if not files:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
     native.choose(config.wkv6)
-    path = config.checkpoint or config.proj_dir
-    model = SpeechLM.from_pretrained(
-        path, config.parts(), config.lm_dtype(), config.torch_device(), config.encoder_dtype()
-    )
+    path, compute = config.checkpoint or config.proj_dir, compute_of(config)
+    model = SpeechLM.from_pretrained(path, Parts.of(config), compute.lm_dtype, compute.device, compute.encoder_dtype)
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     broken = []
     for start in range(0, len(files), config.micro_bsz):
@@ -46,8 +47,7 @@ def predict(config: PredictConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    config = parse(PredictConfig, argv, __doc__ or "")
-    return exit_code(lambda: predict(config))
+    return exit_code(lambda: predict(parse(PredictConfig, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":

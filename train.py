@@ -6,20 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rwkv_speech.config import TrainConfig, parse
-from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.errors import UserError, exit_code
-from rwkv_speech.models.checkpoint import LAST, find_checkpoint, load_trained
-from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.ops import mix, native
-from rwkv_speech.planning.run import memory_advice, plan_run
-from rwkv_speech.training.data import make_datasets, open_train_and_valid
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:
     """A --proj_dir without a run's files, unless the run there is to be gone on with; nothing is ever deleted."""
+    from rwkv_speech.models.checkpoint import LAST
+
     folder = Path(config.proj_dir)
     if config.resume == "yes" or not (folder / LAST).exists():
         return config
@@ -31,17 +25,27 @@ def with_own_folder(config: TrainConfig) -> TrainConfig:
 
 def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
+    # Imported here: wrong flags and --help are answered before torch is there.
     import pytorch_lightning as pl
+    import torch
 
+    from rwkv_speech.data.dataset import SpeechDataset
+    from rwkv_speech.devices import compute_of
+    from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
+    from rwkv_speech.models.speech_lm import Parts, SpeechLM
+    from rwkv_speech.ops import mix, native
+    from rwkv_speech.planning.run import memory_advice, plan_run
+    from rwkv_speech.training.data import make_datasets, open_train_and_valid
     from rwkv_speech.training.run import fit
 
     config.check_strategy()
     config = with_own_folder(config)
+    compute = compute_of(config, "cpu")
     sources = open_train_and_valid(config)
     native.choose(config.wkv6)
     mix.fuse(bool(config.compile))
     pl.seed_everything(config.seed, verbose=False)
-    model = SpeechLM.build(config.parts(config.task), config.lm_dtype(), encoder_dtype=config.encoder_dtype())
+    model = SpeechLM.build(Parts.of(config), compute.lm_dtype, encoder_dtype=compute.encoder_dtype)
     config.check_sizes(model.origin.n_layer, model.origin.n_embd)
     if config.init_from:
         model.load_trained(load_trained(find_checkpoint(config.init_from)))
@@ -66,8 +70,7 @@ def train(config: TrainConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    config = parse(TrainConfig, argv, __doc__ or "")
-    return exit_code(lambda: train(config))
+    return exit_code(lambda: train(parse(TrainConfig, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":

@@ -1,114 +1,128 @@
-"""Every flag of train.py, eval.py and predict.py: dataclasses, and the parser made from them."""
+"""Every flag of train.py, eval.py and predict.py: what it is for, what it may be; and the parser made from them."""
 
 import argparse
 import dataclasses
+import difflib
+import inspect
+import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-import torch
-
-from rwkv_speech.data.feature_cache import DTYPES
-from rwkv_speech.data.source import ACCEPTED_FORMS
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.speech_lm import Parts
-from rwkv_speech.ops.native import FORMS
-from rwkv_speech.text import LABEL_MODES
-from rwkv_speech.training.optim import SCHEDULES
 
 STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 YES_NO = ("yes", "no")
+OFF_ON = (0, 1)
 PRECISIONS = ("auto", "bf16", "fp32")
+KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
+LABEL_MODES = ("none", "lower")
+SCHEDULES = ("cosine", "constant")
+FEATURE_DTYPES = ("bfloat16", "float16", "float32")
+# What --train_data, --valid_data and --eval_data accept.
+DATA_FORMS = {
+    "FILE.jsonl or FILE.json": "a manifest: JSON lines with audio_filepath and text",
+    "FILE.parquet or FILE.arrow": "a manifest with such columns",
+    "FOLDER": "audio files, each with a .txt of the same name beside it",
+    "FOLDER or FOLDER:SPLIT": "what datasets' save_to_disk wrote",
+    "hf:NAME:SPLIT": "a Hugging Face dataset; SPLIT may be a+b",
+    "hf:NAME:CONFIG:SPLIT": "one configuration of it",
+    "librispeech:SPLIT": "LibriSpeech, for example train-960 or test-clean",
+    "tar:FOLDER or tar:PATTERN": "WebDataset shards, for example tar:/data/train-{000..099}.tar",
+    "hf-stream:NAME:SPLIT": "read as it arrives: the whole of --train_data, with --epoch_steps",
+}
+ACCEPTED_FORMS = ", ".join(DATA_FORMS)
+GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "run")
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 _LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
+_LARGEST_WHOLE_NUMBER = 2**31 - 1
 
 
-def flag(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """One flag: its default, its line of help, and its choices if there are but a few."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def flag(
+    default: Any,
+    text: str,
+    choices: Sequence[Any] | None = None,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    form: tuple[str, str] | None = None,
+    needs: str = "",
+    resume: bool = False,
+) -> Any:
+    """One flag: its default, its help, what it may be (one of `choices`, in the range, or of a
+    `form`: a pattern and how it is said), the flag without which it has no effect, and whether a resumed
+    run may be given another value.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return dataclasses.field(
+        default=default,
+        metadata={"help": text, "choices": choices, "bounds": bounds, "form": form, "needs": needs, "resume": resume},
+    )
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What every command needs to know about the model."""
-
+class _ModelFlags:
+    group: ClassVar[str] = "model"
     load_model: str = flag(
         "", "base model, a .pth or .safetensors file; empty: the checkpoint's, else the embedded 'tiny'"
     )
     encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
     vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
-    proj_dir: str = flag("output", "folder of the run: checkpoints, logs, results")
-    n_layer: int | None = flag(None, "layers of the base model; empty: read from the file, else it must agree")
-    n_embd: int | None = flag(None, "channels of the base model; empty: read from the file, else it must agree")
-    stack: int | None = flag(None, "encoder frames per audio token; empty: 5, or 3 for the tiny model")
-    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for tiny")
+    n_layer: int | None = flag(
+        None, "layers of the base model; empty: read from the file, else it must agree", at_least=1
+    )
+    n_embd: int | None = flag(
+        None, "channels of the base model; empty: read from the file, else it must agree", at_least=1
+    )
+    stack: int | None = flag(
+        None, "encoder frames per audio token; empty: 5, or 3 for the tiny model", at_least=1, at_most=1000
+    )
+    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for tiny", at_least=1)
     separator: str = flag("#", "the one token between audio and text")
-    device: str = flag("auto", "auto, cpu, cuda, or the number of GPUs")
+
+
+@dataclass(frozen=True)
+class _DeviceFlags:
+    group: ClassVar[str] = "device and precision"
+    device: str = flag(
+        "auto",
+        "auto, cpu, cpu:N (processes), cuda, or the number of GPUs",
+        form=(
+            "auto|cuda|cpu(:[1-9][0-9]{0,3})?|[1-9][0-9]{0,3}",
+            "auto, cpu, cpu:N (processes), cuda or a number of GPUs",
+        ),
+        resume=True,
+    )
     precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
     encoder_precision: str = flag("auto", "the speech encoder's; auto: as --precision", PRECISIONS)
-    micro_bsz: int = flag(4, "utterances per device and step")
     wkv6: str = flag(
         "auto",
-        "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also\n"
+        "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also "
         "steps (first generation, what auto takes) and tiles (second, tensor cores)",
-        FORMS,
+        KERNEL_FORMS,
+        resume=True,
     )
 
-    def parts(self, task: str = "asr") -> Parts:
-        """The flags that choose and shape the model's parts."""
-        return Parts(
-            self.load_model,
-            self.encoder,
-            self.vocab_file,
-            self.stack,
-            self.adapter_hidden,
-            self.separator,
-            task,
-        )
 
-    def accelerator(self) -> tuple[str, int]:
-        """("cpu" or "gpu", how many); raises UserError if the machine has fewer GPUs than were asked for."""
-        kind, wanted = self._asked_for()
-        if kind == "gpu" and wanted > torch.cuda.device_count():
-            raise UserError(
-                f"--device: asked for {wanted} GPU(s), found {torch.cuda.device_count()}; give a smaller number, or "
-                "cpu to run without"
-            )
-        return kind, wanted
+@dataclass(frozen=True)
+class ModelConfig(_ModelFlags, _DeviceFlags):
+    """What every command needs to know. Raises UserError for a value outside its flag's choices or range."""
 
-    def _asked_for(self) -> tuple[str, int]:
-        name, colon, count = self.device.partition(":")
-        if name == "cpu" and (not colon or (count.isdecimal() and int(count) > 0)):
-            return "cpu", int(count or 1)
-        if self.device == "auto" and not torch.cuda.device_count():
-            return "cpu", 1
-        if self.device in ("auto", "cuda"):
-            return "gpu", 1
-        if self.device.isdecimal() and int(self.device) > 0:
-            return "gpu", int(self.device)
-        raise UserError(
-            f"--device: found {self.device!r}, expected auto, cpu, cpu:N (processes), cuda or a number of GPUs"
-        )
+    group: ClassVar[str] = "run"
+    proj_dir: str = flag("output", "folder of the run: checkpoints, logs, results", resume=True)
+    micro_bsz: int = flag(4, "utterances per device and step", at_least=1, resume=True)
 
-    def torch_device(self) -> torch.device:
-        """The one device of evaluation and prediction."""
-        return torch.device("cuda" if self.accelerator()[0] == "gpu" else "cpu")
-
-    def uses_bf16(self) -> bool:
-        """Whether the language model computes in bfloat16."""
-        return self.precision == "bf16" or (self.precision == "auto" and self.accelerator()[0] == "gpu")
-
-    def lm_dtype(self) -> torch.dtype:
-        """The type of the frozen language model's weights."""
-        return torch.bfloat16 if self.uses_bf16() else torch.float32
-
-    def encoder_dtype(self) -> torch.dtype:
-        """The type of the frozen encoder's matrices."""
-        bf16 = self.uses_bf16() if self.encoder_precision == "auto" else self.encoder_precision == "bf16"
-        return torch.bfloat16 if bf16 else torch.float32
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value != field.default and not _allowed(field, value):
+                raise UserError(_unexpected(field, value))
 
     def check_sizes(self, n_layer: int, n_embd: int) -> None:
         """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
@@ -121,77 +135,115 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class _DataConfig(ModelConfig):
+class _ColumnFlags:
+    group: ClassVar[str] = "data"
     audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
     text_column: str = flag("text", "column of the text in a Hugging Face dataset")
 
 
 @dataclass(frozen=True)
-class TrainConfig(_DataConfig):
-    """train.py"""
-
+class _TrainDataFlags(_ColumnFlags):
+    group: ClassVar[str] = "data"
     train_data: str = flag(
         "",
-        "what to train on, several separated by commas, each with @WEIGHT if it is\nto come so many times an epoch:\n"
-        + ACCEPTED_FORMS,
+        "what to train on, several separated by commas, each with @WEIGHT if it is to come so many times an epoch",
     )
     valid_data: str = flag("", "what to score during training, in the same forms; empty: nothing")
     label_mode: str = flag("none", "what is done to transcripts before they are learned", LABEL_MODES)
     task: str = flag("asr", "name of the task, kept in the checkpoint")
-    epoch_count: int = flag(1, "epochs")
-    epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data")
-    epoch_save: int = flag(1, "keep a checkpoint of every this many epochs, beside the best and the last")
-    ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed")
+    ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed", at_least=1)
     batch_seconds: float | None = flag(
-        None, "seconds of audio per device and micro batch, padding included, instead of --micro_bsz"
+        None,
+        "seconds of audio per device and micro batch, padding included, instead of --micro_bsz",
+        above=0,
+        resume=True,
     )
-    accumulate: int = flag(1, "micro batches per optimizer step")
-    strategy: str = flag("auto", "how several GPUs work together", STRATEGIES)
-    num_nodes: int = flag(1, "machines")
-    grad_cp: int = flag(0, "1: compute the language model's layers again in the backward pass, for less memory")
-    compile: int = flag(
-        0,
-        "1: fuse the language model's elementwise parts with torch.compile; needs a C++ compiler, on a GPU Triton,\n"
-        "and up to a minute at the start",
+    max_bad: int = flag(20, "how many broken recordings may be skipped before the run stops", at_least=0, resume=True)
+    workers: int = flag(2, "processes that decode audio", at_least=0, at_most=1024, resume=True)
+    feature_cache: str = flag("", "folder that keeps the frozen encoder's frames, made once; empty: none", resume=True)
+    feature_dtype: str = flag(
+        "bfloat16", "type in which frames are kept", FEATURE_DTYPES, resume=True, needs="feature_cache"
     )
-    lr_adapter: float = flag(1e-4, "learning rate of the adapter")
-    lr_state: float = flag(1e-2, "learning rate of the initial state")
-    lr_schedule: str = flag("cosine", "course of both learning rates after the warm-up", SCHEDULES)
-    warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
-    weight_decay: float = flag(0.01, "weight decay of the adapter")
-    beta1: float = flag(0.9, "AdamW's decay of the gradient's average")
-    beta2: float = flag(0.99, "AdamW's decay of the squared gradient's average")
-    adam_eps: float = flag(1e-8, "what AdamW adds to the root of that average")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit")
-    seed: int = flag(1, "seed of initial values and of the order of the data")
-    max_bad: int = flag(20, "how many broken recordings may be skipped before the run stops")
-    workers: int = flag(2, "processes that decode audio")
+
+
+@dataclass(frozen=True)
+class _AudioFlags:
+    group: ClassVar[str] = "changes of the training audio"
     speed: str = flag("", "factors of speed, one of which is drawn for each utterance and epoch, as in 0.9,1,1.1")
     volume_db: str = flag("", "lowest and highest gain in dB, as in -10,6")
     noise_dir: str = flag("", "folder of audio files that are added as noise")
-    noise_snr_db: str = flag("5,30", "lowest and highest ratio of speech to noise in dB")
-    time_masks: int = flag(0, "spans of each utterance that are silenced")
-    time_mask_seconds: float = flag(0.2, "longest such span")
-    freq_masks: int = flag(0, "bands of each utterance that are taken out")
-    freq_mask_hz: float = flag(500.0, "widest such band")
-    feature_cache: str = flag("", "folder that keeps the frozen encoder's frames, made once; empty: none")
-    feature_dtype: str = flag("bfloat16", "type in which frames are kept", tuple(DTYPES))
-    keep_best: int = flag(0, "keep the checkpoints of this many epochs of lowest WER, too")
-    patience: int = flag(0, "stop after this many validations without a lower WER; 0: never")
-    min_delta: float = flag(0.0, "by how much a WER must be lower to count")
-    resume: str = flag(
-        "yes", "yes: go on where the run in --proj_dir stopped; no: start anew, in a new folder if there is one", YES_NO
-    )
-    save_steps: int = flag(500, "optimizer steps between two points to resume from, beside one after every epoch")
-    wandb: str = flag("", "project of Weights & Biases to log to; empty: none")
-    plan: int = flag(0, "1: print what the run will need, its memory, steps and time, and end")
-    init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
-    score_first: int = flag(0, "1: score the validation data before training, too")
-    log_every: int = flag(10, "steps between two lines of the log")
+    noise_snr_db: str = flag("5,30", "lowest and highest ratio of speech to noise in dB", needs="noise_dir")
+    time_masks: int = flag(0, "spans of each utterance that are silenced", at_least=0, at_most=100)
+    time_mask_seconds: float = flag(0.2, "longest such span", above=0, below=60, needs="time_masks")
+    freq_masks: int = flag(0, "bands of each utterance that are taken out", at_least=0, at_most=100)
+    freq_mask_hz: float = flag(500.0, "widest such band", above=0, at_most=8000, needs="freq_masks")
 
-    def accelerator(self) -> tuple[str, int]:
-        """As for every command; a plan may be made for GPUs that are not here."""
-        return self._asked_for() if self.plan else super().accelerator()
+
+@dataclass(frozen=True)
+class _OptimizerFlags:
+    group: ClassVar[str] = "training"
+    init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
+    epoch_count: int = flag(1, "epochs", at_least=1, resume=True)
+    epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data", at_least=1)
+    accumulate: int = flag(1, "micro batches per optimizer step", at_least=1, resume=True)
+    lr_adapter: float = flag(1e-4, "learning rate of the adapter", at_least=0)
+    lr_state: float = flag(1e-2, "learning rate of the initial state", at_least=0)
+    lr_schedule: str = flag("cosine", "course of both learning rates after the warm-up", SCHEDULES)
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up", at_least=0)
+    weight_decay: float = flag(0.01, "weight decay of the adapter", at_least=0)
+    beta1: float = flag(0.9, "AdamW's decay of the gradient's average", at_least=0, below=1)
+    beta2: float = flag(0.99, "AdamW's decay of the squared gradient's average", at_least=0, below=1)
+    adam_eps: float = flag(1e-8, "what AdamW adds to the root of that average", above=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit", at_least=0)
+    seed: int = flag(1, "seed of initial values and of the order of the data", at_least=0, at_most=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class _TrainDeviceFlags(_DeviceFlags):
+    group: ClassVar[str] = "device and precision"
+    strategy: str = flag("auto", "how several GPUs work together", STRATEGIES, resume=True)
+    num_nodes: int = flag(1, "machines", at_least=1, resume=True)
+    grad_cp: int = flag(0, "1: compute the language model's layers again in the backward pass, for less memory", OFF_ON)
+    compile: int = flag(
+        0,
+        "1: fuse the language model's elementwise parts with torch.compile; needs a C++ compiler, on a GPU Triton, "
+        "and up to a minute at the start",
+        OFF_ON,
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFlags, ModelConfig):
+    """train.py"""
+
+    group: ClassVar[str] = "run"
+    epoch_save: int = flag(
+        1, "keep a checkpoint of every this many epochs, beside the best and the last", at_least=1, resume=True
+    )
+    keep_best: int = flag(
+        0, "keep the checkpoints of this many epochs of lowest WER, too", at_least=0, resume=True, needs="valid_data"
+    )
+    patience: int = flag(
+        0, "stop after this many validations without a lower WER; 0: never", at_least=0, resume=True, needs="valid_data"
+    )
+    min_delta: float = flag(0.0, "by how much a WER must be lower to count", at_least=0, resume=True, needs="patience")
+    resume: str = flag(
+        "yes",
+        "yes: resume the run in --proj_dir where it stopped; no: start from the beginning, in a new folder if there "
+        "is one",
+        YES_NO,
+        resume=True,
+    )
+    save_steps: int = flag(
+        500, "optimizer steps between two points to resume from, beside one after every epoch", at_least=1, resume=True
+    )
+    wandb: str = flag("", "project of Weights & Biases to log to; empty: none", resume=True)
+    plan: int = flag(0, "1: print what the run will need, its memory, steps and time, and end", OFF_ON, resume=True)
+    score_first: int = flag(
+        0, "1: score the validation data before training, too", OFF_ON, resume=True, needs="valid_data"
+    )
+    log_every: int = flag(10, "steps between two lines of the log", at_least=1, resume=True)
 
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed's engine holds the gradients and the optimizer."""
@@ -213,62 +265,134 @@ class TrainConfig(_DataConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(_DataConfig):
+class EvalConfig(_ColumnFlags, ModelConfig):
     """eval.py"""
 
+    group: ClassVar[str] = "run"
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
-    eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself:\n" + ACCEPTED_FORMS)
-    untrained: int = flag(0, "1: score new, untrained weights instead, for comparison")
-    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio")
-    max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops")
-    seed: int = flag(1, "seed of the untrained weights")
+    eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
+    untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
+    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
+    max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
+    seed: int = flag(1, "seed of the untrained weights", needs="untrained", at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class PredictConfig(ModelConfig):
     """predict.py"""
 
+    group: ClassVar[str] = "run"
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     file_path: str = flag("", "audio files, separated by commas")
-    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio")
+    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
+
+
+def _kind(field: dataclasses.Field[Any]) -> type:
+    """The type of a flag's value where it has one: int, float or str."""
+    options = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    return typing.cast(type, options[0])
+
+
+def _allowed(field: dataclasses.Field[Any], value: Any) -> bool:
+    bounds = field.metadata["bounds"]
+    if field.metadata["choices"] is not None:
+        return value in field.metadata["choices"]
+    if field.metadata["form"] and not re.fullmatch(field.metadata["form"][0], value):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, int) and bounds["at most"] is None and value > _LARGEST_WHOLE_NUMBER:
+        return False
+    return (
+        (bounds["at least"] is None or value >= bounds["at least"])
+        and (bounds["above"] is None or value > bounds["above"])
+        and (bounds["at most"] is None or value <= bounds["at most"])
+        and (bounds["below"] is None or value < bounds["below"])
+    )
+
+
+def _unexpected(field: dataclasses.Field[Any], found: Any) -> str:
+    """What is said of a value that its flag may not have."""
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if choices is not None:
+        expected = "one of " + ", ".join(map(str, choices))
+    elif field.metadata["form"]:
+        expected = field.metadata["form"][1]
+    else:
+        ranges = [f"{words} {bound:g}" if abs(bound) < 1e6 else f"{words} {bound}" for words, bound in bounds.items()
+                  if bound is not None]  # fmt: skip
+        kind = {int: "a whole number", float: "a number"}.get(_kind(field), "text")
+        expected = " ".join([kind, " and ".join(ranges)]).strip()
+    default = f" for {field.default}" if field.default not in (None, "") else ""
+    return f"--{field.name}: found {found!r}, expected {expected}; leave it out{default}"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            flags = sorted(option for action in self._actions for option in action.option_strings if option != "-h")
-            message += "\nvalid flags: " + " ".join(flags)
-        super().error(message)
+        raise UserError(message.removeprefix("argument "))
 
 
 Config = TypeVar("Config", bound=ModelConfig)
 
 
 def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
-    """The flags in `argv` as a `cls`; a bad flag ends the program with code 2 and the valid choices.
+    """The flags in `argv` as a `cls`; raises UserError for a flag that is unknown, or without effect, or has a value
+    that it may not have.
 
     An empty value means the default, so that a script may leave a variable empty.
     """
+    found, rest = _parser(cls, description).parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if rest:
+        raise UserError(_unknown(rest[0], list(fields)))
+    config = cls(**{name: _value(fields[name], text) for name, text in vars(found).items() if text})
+    for name in (name for name, text in vars(found).items() if text):
+        needed = fields[name].metadata["needs"]
+        if needed and not getattr(config, needed):
+            raise UserError(
+                f"--{name}: found without --{needed}, where it has no effect; add --{needed}, or leave it out"
+            )
+    return config
+
+
+def _parser(cls: type[ModelConfig], description: str) -> _Parser:
+    forms = "forms of data:\n" + "\n".join(f"  {form:<27}  {text}" for form, text in DATA_FORMS.items())
     parser = _Parser(
-        prog=f"{cls.__doc__}",
+        prog=cls.__doc__,
+        usage="%(prog)s [--FLAG VALUE ...]",
         description=description,
-        formatter_class=argparse.RawTextHelpFormatter,
+        epilog=forms if issubclass(cls, _ColumnFlags) else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
         allow_abbrev=False,
     )
-    hints = typing.get_type_hints(cls)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        home: Any = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
         default = "" if field.default in (None, "") else f" (default: {field.default})"
-        parser.add_argument(
+        choices = field.metadata["choices"]
+        groups[home.group].add_argument(
             f"--{field.name}",
-            type=_or_default(kind, field.default),
-            default=field.default,
-            choices=field.metadata["choices"],
+            metavar="{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS[_kind(field)],
             help=(field.metadata["help"] + default).replace("%", "%%"),
         )
-    return cls(**vars(parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))))
+    return parser
+
+
+def _value(field: dataclasses.Field[Any], text: str) -> Any:
+    try:
+        return _kind(field)(text)
+    except ValueError as error:
+        raise UserError(_unexpected(field, text)) from error
+
+
+def _unknown(word: str, names: Sequence[str]) -> str:
+    """What is said of a word that no flag takes."""
+    if not word.startswith("-"):
+        return f"{word!r}: found a word that belongs to no flag, expected --FLAG VALUE pairs; quote values with blanks"
+    name = word.lstrip("-").partition("=")[0]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = "did you mean " + " or ".join(f"--{found}" for found in close) + "? " if close else ""
+    return f"--{name}: there is no such flag; {hint}--help lists all"
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -280,11 +404,3 @@ def _joined(argv: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _or_default(kind: Callable[[str], Any], default: Any) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        return default if text == "" else kind(text)
-
-    convert.__name__ = getattr(kind, "__name__", "value")
-    return convert

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rwkv_speech.audio import FRAME_RATE
+from rwkv_speech.config import FEATURE_DTYPES
 from rwkv_speech.data.source import Source
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
@@ -32,7 +33,7 @@ from rwkv_speech.files import write_atomically
 logger = logging.getLogger(__name__)
 
 # bfloat16 first: training in bf16 loses nothing by it, for the adapter's first layer rounds its input so anyway.
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FEATURE_DTYPES}
 SHARD_BYTES = 512 << 20
 _REMEDY = "start again, and what is missing is computed again"
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
-from rwkv_speech.data.source import ACCEPTED_FORMS, Utterance
+from rwkv_speech.config import ACCEPTED_FORMS
+from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
 

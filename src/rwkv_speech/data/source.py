@@ -35,17 +35,6 @@ AUDIO_SUFFIXES = frozenset(
         ".sph",
     ]
 )
-ACCEPTED_FORMS = """\
-  FILE.jsonl or FILE.json      a manifest: JSON lines with audio_filepath and text
-  FILE.parquet or FILE.arrow   a manifest with such columns
-  FOLDER                       audio files, each with a .txt of the same name beside it
-  FOLDER or FOLDER:SPLIT       what datasets' save_to_disk wrote
-  hf:NAME:SPLIT                a Hugging Face dataset; SPLIT may be a+b
-  hf:NAME:CONFIG:SPLIT         one configuration of it
-  librispeech:SPLIT            LibriSpeech, for example librispeech:train-960 or librispeech:test-clean
-  tar:FOLDER or tar:PATTERN    WebDataset shards, for example tar:/data/train-{000..099}.tar
-  hf-stream:NAME:SPLIT         a Hugging Face dataset that no disk holds: --train_data alone, with --epoch_steps"""
-
 _MOST = 1000
 _WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
 

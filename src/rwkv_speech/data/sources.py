@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from rwkv_speech.config import ACCEPTED_FORMS
 from rwkv_speech.data.folder import FileSource, read_folder
 from rwkv_speech.data.manifest import JSON_SUFFIXES, TABLE_SUFFIXES, read_manifest
-from rwkv_speech.data.source import ACCEPTED_FORMS, ConcatSource, Source, split_weight
+from rwkv_speech.data.source import ConcatSource, Source, split_weight
 from rwkv_speech.data.source import Utterance as Utterance
 from rwkv_speech.errors import UserError
 
@@ -15,7 +16,7 @@ BIG_MANIFEST = 64 << 20
 def open_source(
     spec: str, *, audio_column: str = "audio", text_column: str = "text", require_text: bool = True
 ) -> Source:
-    """Open one source by its specification (see ACCEPTED_FORMS); the columns are for Hugging Face datasets.
+    """Open one source by its specification (see config.DATA_FORMS); the columns are for Hugging Face datasets.
 
     With `require_text=False` utterances may lack a text, which is then "". Raises UserError for a
     specification, a manifest or a dataset that does not fit.

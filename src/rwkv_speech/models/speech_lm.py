@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rwkv_speech import tiny
 from rwkv_speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.batch import NOTHING_PREPARED, Prepared
+from rwkv_speech.config import ModelConfig
 from rwkv_speech.decoding.engine import greedy
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
@@ -56,6 +57,19 @@ class Parts:
     adapter_hidden: int | None = None
     separator: str = "#"
     task: str = "asr"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Parts":
+        """The parts that the flags name."""
+        return cls(
+            config.load_model,
+            config.encoder,
+            config.vocab_file,
+            config.stack,
+            config.adapter_hidden,
+            config.separator,
+            getattr(config, "task", "asr"),
+        )
 
     def filled(self) -> "Parts":
         """Every part that was left empty takes what belongs to the base model."""

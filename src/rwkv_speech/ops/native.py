@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rwkv_speech.config import KERNEL_FORMS
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops import build
 
-FORMS = ("auto", "torch", "steps", "tiles")
 HEAD_SIZES = (32, 64, 128)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
@@ -25,15 +25,15 @@ _form = "auto"
 
 
 def choose(form: str) -> None:
-    """Which form of WKV-6 runs from now on: one of FORMS.
+    """Which form of WKV-6 runs from now on: one of KERNEL_FORMS.
 
     auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
            the chunked PyTorch form
     torch  the chunked PyTorch form
     steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
     """
-    if form not in FORMS:
-        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(FORMS)}")
+    if form not in KERNEL_FORMS:
+        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
     global _form
     _form = form
 

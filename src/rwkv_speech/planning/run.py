@@ -8,6 +8,7 @@ from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.loader import make_loader
+from rwkv_speech.devices import accelerator, torch_device, uses_bf16
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
 from rwkv_speech.planning.memory import out_of_memory_advice
@@ -20,10 +21,10 @@ _BATCHES = 4
 
 def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPlan:
     """Parameters, memory, steps and time of this run; a few micro batches are computed, if it is this machine's."""
-    kind, devices = config.accelerator()
+    kind, devices = accelerator(config)
     here = kind == "cpu" or devices <= torch.cuda.device_count()
     setup = Setup(
-        bf16=config.uses_bf16(),
+        bf16=uses_bf16(config),
         encoder_bf16=model.encoder.dtype == torch.bfloat16,
         cached_frames=bool(config.feature_cache),
         grad_cp=bool(config.grad_cp),
@@ -55,15 +56,15 @@ def memory_advice(config: TrainConfig) -> str:
         accumulate=config.accumulate,
         grad_cp=bool(config.grad_cp),
         ctx_len=config.ctx_len,
-        bf16=config.uses_bf16(),
+        bf16=uses_bf16(config),
         strategy=config.strategy,
-        ranks=config.accelerator()[1] * config.num_nodes,
+        ranks=accelerator(config)[1] * config.num_nodes,
     )
 
 
 def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> float:
     """Seconds of one micro batch, forward and backward, on the first device."""
-    device = config.torch_device()
+    device = torch_device(config)
     model.to(device)
     model.lm.grad_cp = bool(config.grad_cp)
     loader = make_loader(data, config.micro_bsz, config.batch_seconds, shuffle=True, seed=config.seed)
@@ -71,7 +72,7 @@ def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> floa
 
     def step() -> None:
         batch: Batch = next(batches)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.uses_bf16()):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config)):
             loss, _ = model.loss_sum(
                 batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
             )

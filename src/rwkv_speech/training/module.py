@@ -22,6 +22,7 @@ from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
+from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -226,7 +227,7 @@ class SpeechModule(pl.LightningModule):
 
     def _autocast(self) -> torch.autocast:
         """The trained tensors stay in float32; Lightning's DeepSpeed plugin would not compute in bfloat16 by itself."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.uses_bf16())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bf16(self.config))
 
     def _backward(self, batch: Batch, scale: Tensor, last: bool) -> Tensor:
         """Add one micro batch's share to the gradients; its summed loss."""

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from rwkv_speech.config import SCHEDULES
 from rwkv_speech.errors import UserError
-
-SCHEDULES = ("cosine", "constant")
 
 
 def lr_factor(schedule: str, warmup_steps: int, total_steps: int, final: float = 0.0) -> Callable[[int], float]:

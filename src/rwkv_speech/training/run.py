@@ -19,6 +19,7 @@ from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.streaming import StreamedData
+from rwkv_speech.devices import accelerator, uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.memory import REDUCE_BUCKET
@@ -38,17 +39,13 @@ from rwkv_speech.training.points import ResumePoint, newest_point
 from rwkv_speech.training.selection import BestK, EarlyStop
 
 POINTS = "resume"
-# What a resumed run may set anew without another result of the steps that are left.
-FREE_FLAGS = frozenset(
-    "device num_nodes strategy micro_bsz batch_seconds accumulate workers log_every save_steps resume score_first "
-    "epoch_save proj_dir plan wandb max_bad wkv6 compile keep_best patience min_delta feature_cache "
-    "feature_dtype".split()
-)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The flags that a resumed run must share with the one that it goes on with."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FLAGS}
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if not field.metadata["resume"]
+    }
 
 
 def _info(config: TrainConfig) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def make_strategy(config: TrainConfig) -> str | Strategy:
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": False},  # autocast computes in bfloat16; the few trained tensors stay in float32
         },
-        precision_plugin=_BatchesAsTheyAre("bf16-mixed" if config.uses_bf16() else "32-true"),
+        precision_plugin=_BatchesAsTheyAre("bf16-mixed" if uses_bf16(config) else "32-true"),
         exclude_frozen_parameters=True,
         logging_level=logging.ERROR,
     )
@@ -115,18 +112,18 @@ def make_strategy(config: TrainConfig) -> str | Strategy:
 def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
     """The trainer that `config` describes, for a run that begins behind optimizer step `first_step`."""
     _quieten()
-    accelerator, devices = config.accelerator()
+    kind, devices = accelerator(config)
     folder = Path(config.proj_dir)
     curves = TensorBoardLogger(folder, "logs", "tensorboard", purge_step=first_step or None)
     loggers: list[Logger] = [curves]
     if config.wandb:
         loggers.append(WandbLogger(project=config.wandb, save_dir=folder))
     return pl.Trainer(
-        accelerator=accelerator,
+        accelerator=kind,
         devices=devices,
         num_nodes=config.num_nodes,
         strategy=make_strategy(config),
-        precision="bf16-mixed" if config.uses_bf16() else "32-true",
+        precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=config.epoch_count,
         limit_train_batches=config.epoch_steps or 1.0,
         log_every_n_steps=config.log_every,
