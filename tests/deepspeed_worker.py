@@ -16,8 +16,8 @@ import train
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
-from rwkv_speech.training import run as lightning_run
-from rwkv_speech.training.callbacks import ResumePoints
+from rwkv_speech.training import run, strategies
+from rwkv_speech.training.resume import ResumePoints
 
 
 class OnCPU(DeepSpeedStrategy):
@@ -78,9 +78,9 @@ class DyingPoints(ResumePoints):
 if __name__ == "__main__":
     # Shared memory between CPUs, which it would compile: gloo does.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    lightning_run.DeepSpeedStrategy = OnCPU  # type: ignore[misc]
-    lightning_run.ResumePoints = DyingPoints  # type: ignore[misc]
-    for run in json.loads(sys.argv[1]):
-        DyingPoints.die_at = run.get("die_at")
-        if code := train.main(run["argv"]):
+    strategies.DeepSpeedStrategy = OnCPU  # type: ignore[misc]
+    run.ResumePoints = DyingPoints  # type: ignore[misc]
+    for given in json.loads(sys.argv[1]):
+        DyingPoints.die_at = given.get("die_at")
+        if code := train.main(given["argv"]):
             sys.exit(code)

@@ -245,18 +245,10 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
     )
     log_every: int = flag(10, "steps between two lines of the log", at_least=1, resume=True)
 
-    def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed's engine holds the gradients and the optimizer."""
-        return self.strategy.startswith("deepspeed")
-
-    def shards_frozen_weights(self) -> bool:
-        """Whether a layer is whole only while all ranks run it together."""
-        return self.strategy == "deepspeed_stage_3"
-
     def check_strategy(self) -> None:
         """Raises UserError for what ranks would do each in its own time while the layers are shared out."""
         for name in ("valid_data", "feature_cache"):
-            if self.shards_frozen_weights() and getattr(self, name):
+            if self.strategy == "deepspeed_stage_3" and getattr(self, name):
                 raise UserError(
                     f"--{name}: found {getattr(self, name)!r} with --strategy deepspeed_stage_3, expected nothing: it "
                     "shares out the frozen layers, and ranks would wait for each other for ever; leave it empty and "

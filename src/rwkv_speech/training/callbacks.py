@@ -1,15 +1,11 @@
-"""What happens around training: checkpoints, points to resume from, logs."""
+"""What happens around training: checkpoints, logs, the progress bar."""
 
 import math
-import random
-import signal
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
@@ -18,10 +14,7 @@ from rwkv_speech.batch import Batch
 from rwkv_speech.models.checkpoint import BEST, LAST
 from rwkv_speech.reports.record import COLUMNS, LogRow, add_metrics, start_metrics, write_validation
 from rwkv_speech.training.module import SpeechModule
-from rwkv_speech.training.points import begin_point, finish_point
 from rwkv_speech.training.selection import BestK, EarlyStop
-
-TRAINER_STATE = "trainer.ckpt"
 
 
 class TrainedWeights(Callback):
@@ -49,7 +42,7 @@ class TrainedWeights(Callback):
         assert isinstance(pl_module, SpeechModule)
         if pl_module.scores is not None and self.stop.should_stop(pl_module.scores.wer):
             trainer.should_stop = True
-        with pl_module.whole_weights():
+        with pl_module.strategy.whole_weights(pl_module.model):
             if trainer.is_global_zero:
                 self._save(trainer, pl_module)
 
@@ -72,72 +65,6 @@ class TrainedWeights(Callback):
             pl_module.model.save(self.folder / name, **metrics)
         for path in dropped:
             path.unlink(missing_ok=True)
-
-
-class ResumePoints(Callback):
-    """Saves a point every `every` optimizer steps, after every epoch, and when the system asks the run to end."""
-
-    def __init__(self, folder: Path, every: int, info: Mapping[str, Any]) -> None:
-        self.folder, self.every, self.info = folder, every, info
-        self._end_the_run: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """SIGTERM is kept for the end of a step, the same on all ranks: Lightning would end the run between two hooks.
-
-        A handler can be set in the main thread alone; elsewhere Lightning's own stays.
-        """
-        if threading.current_thread() is threading.main_thread():
-            self._end_the_run = signal.getsignal(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Inside an epoch; its end has a point of its own, after validation."""
-        if batch_idx + 1 == trainer.num_training_batches:
-            return
-        if pl_module.ending or (batch_idx + 1) % self.every == 0:
-            self._save(trainer, trainer.current_epoch, batch_idx + 1)
-        if pl_module.ending:
-            self._end_the_run(signal.SIGTERM, None)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the epoch's validation and checkpoints: callbacks before this one have done their work."""
-        self._save(trainer, trainer.current_epoch + 1, 0)
-        if pl_module.ending:
-            self._end_the_run(signal.SIGTERM, None)
-
-    def _save(self, trainer: pl.Trainer, epoch: int, step: int) -> None:
-        number = trainer.global_step
-        made = begin_point(self.folder, number) if trainer.is_global_zero else None
-        pending: Path = trainer.strategy.broadcast(made)  # type: ignore[assignment]
-        trainer.save_checkpoint(pending / TRAINER_STATE)  # DeepSpeed: every rank writes its part
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            place = {"epoch": epoch, "step": step, "world_size": trainer.world_size, "ended": trainer.should_stop}
-            finish_point(pending, {**self.info, **place})
-        trainer.strategy.barrier()
-
-
-class RandomState(Callback):
-    """Keeps the states of all random generators with a point."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Python's, NumPy's and PyTorch's."""
-        return {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same numbers."""
-        random.setstate(state_dict["python"])
-        np.random.set_state(state_dict["numpy"])
-        torch.set_rng_state(state_dict["torch"])
-        if len(state_dict["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state_dict["cuda"])
 
 
 class Throughput(Callback):

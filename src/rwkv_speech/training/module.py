@@ -1,8 +1,7 @@
-"""Training with Lightning: the module. This file and lightning_callbacks.py alone import Lightning and DeepSpeed."""
+"""One training step and one validation of a SpeechLM, in Lightning's terms."""
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.metrics import Scores, score
 from rwkv_speech.text import normalise_score
 from rwkv_speech.training.optim import lr_factor, make_optimizer
+from rwkv_speech.training.strategies import strategy_of
 
 
 class StepLoader:
@@ -70,11 +69,8 @@ class SpeechModule(pl.LightningModule):
         self.model, self.config = model, config
         self._train_data, self._valid_data, self._cache = train, valid, cache
         model.lm.grad_cp = bool(config.grad_cp)
-        if config.shards_frozen_weights():
-            from deepspeed.utils import set_z3_leaf_modules
-
-            # Its convolutions run as often as a rank has utterances: they are gathered once, with the rest of it.
-            set_z3_leaf_modules(model, [SpeechEncoder])
+        self.strategy = strategy_of(config)
+        self.strategy.prepare(model)
         self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
         self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
         self.asked_to_end = False  # this rank, by a signal
@@ -205,7 +201,7 @@ class SpeechModule(pl.LightningModule):
         # Data-parallel training averages over ranks, which their number undoes.
         scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
         losses = torch.stack([self._backward(batch, scale, last=batch is step[-1]) for batch in step])
-        norm = self._gradient_norm()
+        norm = self.strategy.gradient_norm(self.model)
         # The one time in a step that the device is waited for.
         numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
         targets, seconds, padded, asked_to_end, loss_sum, norm_found = numbers
@@ -231,64 +227,21 @@ class SpeechModule(pl.LightningModule):
 
     def _backward(self, batch: Batch, scale: Tensor, last: bool) -> Tensor:
         """Add one micro batch's share to the gradients; its summed loss."""
-        strategy: Any = self.trainer.strategy
-        if self.config.uses_deepspeed():
-            # Lightning calls the engine once a step, so that it neither averages over micro batches nor counts them:
-            # it must be told which backward pass is the last, and, as its own forward would, that another begins.
-            strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
-            strategy.deepspeed_engine.optimizer.clear_backward_seen_flag()
-        if len(batch):
+        with self.strategy.micro_batch(self.trainer, last):
             with self._autocast():
-                loss, _ = self.model(
-                    batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
-                )
-        else:
-            loss = self._nothing()
-        if last or self.config.uses_deepspeed() or self.trainer.world_size == 1:
+                if len(batch):
+                    loss, _ = self.model(
+                        batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
+                    )
+                else:
+                    loss = self.strategy.zero_loss(self.model)
             self.manual_backward(loss * scale)
-        else:
-            with strategy.block_backward_sync():
-                self.manual_backward(loss * scale)
         return loss.detach()
-
-    def _nothing(self) -> Tensor:
-        """A loss of 0 for a rank without utterances, which must take part all the same."""
-        if self.config.shards_frozen_weights():  # in every layer
-            silence, none = torch.zeros(1, SAMPLE_RATE, device=self.device), torch.zeros(1, dtype=torch.int64)
-            with self._autocast():
-                return self.model(silence, none + SAMPLE_RATE, none[:0], none)[0] * 0.0
-        return sum((p.sum() * 0.0 for p in self.model.trained_parameters()), torch.zeros((), device=self.device))
-
-    @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """The trained tensors are whole for as long, whatever the strategy; for all ranks to enter together."""
-        if self.config.shards_frozen_weights():
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(list(self.model.trained_parameters())):
-                yield
-        else:
-            yield
-
-    def _gradient_norm(self) -> Tensor:
-        """Of all trained tensors together; 0 where DeepSpeed's engine holds them."""
-        if self.config.uses_deepspeed():
-            return torch.zeros((), device=self.device)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.trained_parameters() if p.grad is not None])
 
     def _update(self, norm: Tensor, norm_found: float) -> float:
         """The optimizer's and the schedule's step; the gradient's norm."""
-        optimizer: Any = self.optimizers()
+        norm_found = self.strategy.step(self.trainer, self.optimizers(), self.model, norm, norm_found)
         schedule: Any = self.lr_schedulers()
-        if self.config.uses_deepspeed():
-            optimizer.step()  # the engine clips, steps and clears by itself, at the last micro batch
-            norm_found = float(self.trainer.model.get_global_grad_norm() or 0.0)  # type: ignore[union-attr, operator]
-        else:
-            if self.config.grad_clip:
-                parameters = [p for p in self.model.trained_parameters() if p.grad is not None]
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-            optimizer.step()
-            optimizer.zero_grad()
         schedule.step()
         return norm_found
 
