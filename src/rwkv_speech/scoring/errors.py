@@ -1,0 +1,49 @@
+"""What hypotheses got wrong, word by word."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import jiwer
+
+_KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del"}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance's words as (kind, reference word, hypothesis word), kind one of equal, sub, ins, del."""
+
+    name: str
+    words: tuple[tuple[str, str, str], ...]
+
+    @property
+    def edits(self) -> int:
+        """Words that are wrong, missing or too many."""
+        return sum(kind != "equal" for kind, _, _ in self.words)
+
+    @property
+    def wer(self) -> float:
+        """As a fraction of the reference's words; of 1 where it has none."""
+        return self.edits / max(1, sum(kind != "ins" for kind, _, _ in self.words))
+
+
+def align(names: Sequence[str], refs: Sequence[str], hyps: Sequence[str]) -> list[Utterance]:
+    """The aligned words of utterances, whose texts the caller has normalised; white space separates words."""
+    found = jiwer.process_words(list(refs), list(hyps))
+    aligned = zip(names, found.references, found.hypotheses, found.alignments, strict=True)
+    return [Utterance(name, _words(ref, hyp, chunks)) for name, ref, hyp, chunks in aligned]
+
+
+def _words(ref: list[str], hyp: list[str], chunks: list[jiwer.AlignmentChunk]) -> tuple[tuple[str, str, str], ...]:
+    words: list[tuple[str, str, str]] = []
+    for chunk in chunks:
+        there, here = ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        words += [(_KINDS[chunk.type], a, b) for a, b in zip_longest(there, here, fillvalue="")]
+    return tuple(words)
+
+
+def most_frequent(utterances: Sequence[Utterance], kind: str, most: int) -> list[tuple[str, str, int]]:
+    """(reference word, hypothesis word, times) of one kind of error; of equal counts in alphabetical order."""
+    counts = Counter((ref, hyp) for u in utterances for k, ref, hyp in u.words if k == kind)
+    return [(*pair, times) for pair, times in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
