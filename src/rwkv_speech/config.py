@@ -319,7 +319,9 @@ def _unexpected(field: dataclasses.Field[Any], found: Any) -> str:
     return f"--{field.name}: found {found!r}, expected {expected}; leave it out{default}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are the user's to mend, raised instead of printed."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
@@ -347,9 +349,9 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
     return config
 
 
-def _parser(cls: type[ModelConfig], description: str) -> _Parser:
+def _parser(cls: type[ModelConfig], description: str) -> Parser:
     forms = "forms of data:\n" + "\n".join(f"  {form:<27}  {text}" for form, text in DATA_FORMS.items())
-    parser = _Parser(
+    parser = Parser(
         prog=cls.__doc__,
         usage="%(prog)s [--FLAG VALUE ...]",
         description=description,

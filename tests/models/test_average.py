@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.models.average import average, main
+from rwkv_speech.models.average import average
 from rwkv_speech.models.checkpoint import Origin, export_published, load_trained, save_trained
 
 ORIGIN = Origin(
@@ -127,15 +127,3 @@ def test_output_must_be_a_new_safetensors_file(three: list[Path], tmp_path: Path
     with pytest.raises(UserError, match="--output: .* is one of the checkpoints"):
         average(three, tmp_path / "." / three[1].name)
     assert three[1].read_bytes() == before
-
-
-def test_main_writes_and_says_so(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    output = tmp_path / "mean.safetensors"
-    assert main(["--checkpoints", ",".join(map(str, three)), "--output", str(output)]) == 0
-    assert len(load_trained(output).metrics["averaged"]) == 3
-    assert str(output) in capsys.readouterr().out
-
-
-def test_main_ends_with_two_and_the_message(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["--checkpoints", str(three[0]), "--output", str(tmp_path / "mean.safetensors")]) == 2
-    assert "error: --checkpoints" in capsys.readouterr().err

@@ -1,7 +1,5 @@
-"""The mean of several checkpoints: `python -m rwkv_speech average --checkpoints a,b,c --output d.safetensors`."""
+"""The mean of several checkpoints."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import Origin, Trained, find_checkpoint, load_trained, save_trained
 
@@ -82,23 +80,3 @@ def _differs(trained: Trained, first: Trained, what: str, found: object, wanted:
         f"{trained.path}: {what} is {found!r}, expected {wanted!r} as in {first.path}; average checkpoints of one "
         "base model, encoder and adapter only"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rwkv_speech.models.average", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--checkpoints", required=True, help="two or more files or folders, separated by commas")
-    parser.add_argument("--output", required=True, help="the file to write, .safetensors")
-    given = parser.parse_args(argv)
-
-    def run() -> None:
-        average([name for name in given.checkpoints.split(",") if name], given.output)
-        print(f"written to {given.output}")
-
-    return exit_code(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -56,7 +56,7 @@ def line_chart(
             half = len(points) // 40
             if trend and half:
                 axes.plot(*points.T, color=colour, linewidth=0.8, alpha=0.35, label="one step")
-                name, points = "mean of 5 %", _smoothed(points, half)
+                name, points = "mean of 5 %", smoothed(points, half)
             marker = "o" if len(points) <= _MARKED else ""
             axes.plot(*points.T, color=colour, linewidth=1.5, marker=marker, markersize=4, label=name)
         low, high = axes.dataLim.intervaly
@@ -73,7 +73,7 @@ def line_chart(
     return _inline(file.getvalue(), title)
 
 
-def _smoothed(points: np.ndarray, half: int) -> np.ndarray:
+def smoothed(points: np.ndarray, half: int) -> np.ndarray:
     """Each y becomes the mean from `half` points before it to `half` behind."""
     sums = np.concatenate(([0.0], np.cumsum(points[:, 1])))
     places = np.arange(len(points))

@@ -1,0 +1,73 @@
+"""`python -m rwkv_speech VERB`: work on runs and checkpoints beside training and decoding."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_speech.config import Parser
+from rwkv_speech.errors import UserError, exit_code
+
+# Each verb imports what it needs when it runs: --help and wrong words are answered before torch is there.
+
+
+def _average(given: Namespace) -> Path:
+    from rwkv_speech.models.average import average
+
+    average([name for name in given.checkpoints.split(",") if name], given.output)
+    return given.output
+
+
+def _export(given: Namespace) -> Path:
+    from rwkv_speech.models.checkpoint import export_published, find_checkpoint, load_trained
+
+    export_published(load_trained(find_checkpoint(given.run)), given.file)
+    return given.file
+
+
+def _report(given: Namespace) -> Path:
+    from rwkv_speech.reports.page import write_report
+
+    try:
+        return write_report(given.run)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"report: found no package {error.name}, which draws the page; install rwkv-speech[train]"
+        ) from error
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m rwkv_speech", description="Work on runs and checkpoints.")
+    parser.set_defaults(verb=None)
+    verbs = parser.add_subparsers(metavar="VERB")
+
+    average = verbs.add_parser("average", help="write the mean of several checkpoints", allow_abbrev=False)
+    average.add_argument("--checkpoints", required=True, help="two or more files or folders, separated by commas")
+    average.add_argument("--output", required=True, type=Path, help="the file to write, .safetensors")
+    average.set_defaults(verb=_average)
+
+    export = verbs.add_parser("export", help="write a checkpoint in the layout of the published adapter files")
+    export.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint")
+    export.add_argument("file", metavar="FILE", type=Path, help="the file to write, .pth")
+    export.set_defaults(verb=_export)
+
+    report = verbs.add_parser("report", help="write a run's report.html again")
+    report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
+    report.set_defaults(verb=_report)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+
+    def run() -> None:
+        given = _parser().parse_args(argv)
+        if given.verb is None:
+            raise UserError("VERB: found none, expected average, export or report; --help says what each does")
+        print(f"written to {given.verb(given)}")
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
