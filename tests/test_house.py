@@ -66,7 +66,14 @@ def test_no_circles():
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("pytorch_lightning", "training"), ("deepspeed", "training"), ("datasets", "data"), ("pyarrow", "data")],
+    [
+        ("pytorch_lightning", "training"),
+        ("deepspeed", "training"),
+        ("datasets", "data"),
+        ("pyarrow", "data"),
+        ("matplotlib", "reports"),
+        ("jinja2", "reports"),
+    ],
 )
 def test_a_library_has_one_home(library: str, home: str):
     users = {

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -218,6 +220,15 @@ def test_a_run_without_validation_says_so(run: Path):
     (run / "validation.jsonl").unlink()
     write_metrics(run, [{"step": 1, "loss": 2.0}])
     assert "no validation" in page_of(run).text[""]
+
+
+def test_drawing_waits_until_there_is_a_report():
+    code = "import sys, rwkv_speech.reports.page; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_same_run_gives_the_same_page(run: Path):
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path):
