@@ -26,6 +26,7 @@ NOTHING_PREPARED = Prepared()
 class Sample:
     """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds.
 
+    `index` is its place in the data set; `task` and `lang` say what is to be made of it, and its language if known.
     `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
     `frames` (F, D) instead, and the waveform is empty.
     """
@@ -36,6 +37,8 @@ class Sample:
     ids: list[int]
     duration: float
     index: int
+    task: str
+    lang: str | None = None
     normalised: bool = False
     frames: Tensor | None = None
 
@@ -44,6 +47,7 @@ class Sample:
 class BadSample:
     """An utterance that cannot be used, and why; `too_long` marks sound audio beyond the length limit."""
 
+    index: int
     id: str
     reason: str
     too_long: bool = False
@@ -53,6 +57,7 @@ class BadSample:
 class Batch:
     """B usable utterances, and the unusable ones that were drawn with them; B may be 0.
 
+    indices     B places in the data set, which tell utterances apart: ids may come twice
     waveforms   (B, S_max) float32, zero after each utterance's own S
     num_samples (B,) int64, S of each
     text_ids    (sum of L,) int64, the texts' ids one after another, no end of text
@@ -63,7 +68,10 @@ class Batch:
     frame_lengths (B,) int64, F of each
     """
 
+    indices: list[int]
     ids: list[str]
+    tasks: list[str]
+    langs: list[str | None]
     waveforms: Tensor
     num_samples: Tensor
     text_ids: Tensor

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ from torch.utils.data import DataLoader
 
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augment, Augmenter
-from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import Fit, SpeechDataset, collate, normalise
 from rwkv_speech.data.folder import FileSource
 from rwkv_speech.data.source import Utterance
@@ -152,7 +150,7 @@ def test_collate_pads_with_zeros_and_packs_text(source: FileSource, tokenizer: W
 
 
 def test_collate_of_bad_samples_only_is_empty():
-    batch = collate([BadSample("a", "broken")])
+    batch = collate([BadSample(0, "a", "broken")])
     assert len(batch) == 0 and batch.waveforms.shape == (0, 0) and batch.text_ids.shape == (0,)
     assert batch.waveforms.dtype == torch.float32
     for tensor in (batch.num_samples, batch.text_ids, batch.text_lengths):
@@ -164,7 +162,7 @@ def test_batch_to_moves_audio_and_leaves_lengths_and_text(source: FileSource, to
     moved = collate([dataset[0]]).to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert devices == {"waveforms": "meta", "num_samples": "cpu", "text_ids": "cpu", "text_lengths": "cpu"}
-    assert moved.ids == ["u0"]
+    assert moved.ids == ["u0"] and moved.indices == [0] and moved.tasks == ["asr"] and moved.langs == [None]
 
 
 def test_batch_pins_every_tensor(source: FileSource, tokenizer: WorldTokenizer, monkeypatch: pytest.MonkeyPatch):
@@ -182,26 +180,9 @@ def test_dataset_works_in_data_workers(source: FileSource, tokenizer: WorldToken
     assert [batch.ids for batch in batches] == [["u0", "u1"], ["u2"]]
 
 
-def test_bad_file_log_lists_each_once_and_stops_at_the_limit(tmp_path: Path):
-    path = tmp_path / "run" / "bad.jsonl"
-    log = BadFileLog(path, max_bad=1)
-    log.add([])
-    assert not path.exists()
-    log.add([BadSample("a", "broken\u2028ü"), BadSample("a", "broken\u2028ü")])
-    log.add([BadSample("long", "lasts", too_long=True), BadSample("a", "broken\u2028ü")])
-    assert log.num_bad == 1
-    with pytest.raises(UserError, match="bad.jsonl: 2 recordings .* expected 1 at most"):
-        log.add([BadSample("b", "gone")])
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    assert [row["id"] for row in rows] == ["a", "long", "b"] and rows[0]["reason"] == "broken\u2028ü"
-
-
-def test_bad_file_log_continues_a_list_but_counts_anew(tmp_path: Path):
-    path = tmp_path / "bad.jsonl"
-    BadFileLog(path, max_bad=5).add([BadSample("a", "broken\u2028")])
-    resumed = BadFileLog(path, max_bad=1)
-    resumed.add([BadSample("a", "broken")])
-    assert resumed.num_bad == 1 and len(path.read_text().rstrip("\n").split("\n")) == 1
-    path.write_text("something else")
-    with pytest.raises(UserError, match="not a list of bad files"):
-        BadFileLog(path, max_bad=1)
+def test_task_and_language_reach_the_batch(source: FileSource, tokenizer: WorldTokenizer):
+    file = source.utterance(0).audio
+    named = FileSource([Utterance("a", file, "x", lang="de", task="translate"), Utterance("b", file, "x")])
+    for task in ("asr", "caption"):
+        batch = collate([SpeechDataset(named, tokenizer, task=task)[i] for i in (1, 0)])
+        assert (batch.indices, batch.tasks, batch.langs) == ([1, 0], [task, "translate"], [None, "de"])

@@ -49,9 +49,10 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     An utterance is asked for as (epoch, index), or as its index alone, which is epoch 0: persistent workers keep
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
-    A broken recording becomes a BadSample, never an exception; so does one that does not `fit`. With a feature `cache`,
-    which feature_fill.fill has filled, samples hold frames, and audio is decoded only where the source cannot say
-    whether it changed. Raises UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
+    `task` is that of utterances that name none. A broken recording becomes a BadSample, never an exception; so does one
+    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames, and audio is
+    decoded only where the source cannot say whether it changed. Raises UserError for an unknown `label_mode`, and for a
+    cache beside changes of the audio.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         label_mode: str = "none",
         fit: "Fit | None" = None,
         *,
+        task: str = "asr",
         normalise: bool = False,
         augment: Augmenter | None = None,
         cache: FeatureCache | None = None,
@@ -72,12 +74,12 @@ class SpeechDataset(Dataset[Sample | BadSample]):
                 "change anew every epoch; leave out one or the other"
             )
         self.source, self._tokenizer = source, tokenizer
-        self._label_mode, self._fit = label_mode, fit
+        self._label_mode, self._fit, self._task = label_mode, fit, task
         self._normalise, self._augment, self._cache = normalise, augment, cache
 
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
-        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit)
+        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit, task=self._task)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -102,22 +104,23 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         speed = self._augment.speed(epoch, index) if self._augment else 1.0
         # A known duration saves the decoding of what is left out anyway.
         if found.duration is not None and (fault := self._fault(found.duration / speed, ids)):
-            return BadSample(found.id, fault, too_long=True)
+            return BadSample(index, found.id, fault, too_long=True)
+        sample = Sample(found.id, torch.empty(0), text, ids, 0.0, index, found.task or self._task, found.lang)
         try:
             if self._cache:
-                return self._cached_sample(self._cache, Sample(found.id, torch.empty(0), text, ids, 0.0, index))
+                return self._cached_sample(self._cache, sample)
             waveform = self.source.load(index)
         except AudioError as error:
-            return BadSample(found.id, str(error))
+            return BadSample(index, found.id, str(error))
         # Outside the handler: noise that cannot be decoded is no fault of this utterance.
         if self._augment:
             waveform = self._augment(waveform, epoch, index)
         duration = len(waveform) / SAMPLE_RATE
         if fault := self._fault(duration, ids):
-            return BadSample(found.id, fault, too_long=True)
+            return BadSample(index, found.id, fault, too_long=True)
         if self._normalise:
             waveform = normalise(waveform)
-        return Sample(found.id, waveform, text, ids, duration, index, self._normalise)
+        return replace(sample, waveform=waveform, duration=duration, normalised=self._normalise)
 
     def _cached_sample(self, cache: FeatureCache, sample: Sample) -> Sample | BadSample:
         """Add the duration and the kept frames; raises AudioError, and UserError if there are none."""
@@ -125,7 +128,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         if key is None:
             waveform = self.source.load(sample.index)
             if fault := self._fault(len(waveform) / SAMPLE_RATE, sample.ids):
-                return BadSample(sample.id, fault, too_long=True)  # and was not kept
+                return BadSample(sample.index, sample.id, fault, too_long=True)  # and was not kept
             key = content_key(waveform)
         kept = cache.get(key)
         if kept is None:
@@ -135,7 +138,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             )
         duration = kept.num_samples / SAMPLE_RATE
         if fault := self._fault(duration, sample.ids):
-            return BadSample(sample.id, fault, too_long=True)
+            return BadSample(sample.index, sample.id, fault, too_long=True)
         return replace(sample, duration=duration, frames=kept.frames)
 
     def _fault(self, seconds: float, ids: list[int]) -> str | None:
@@ -165,7 +168,10 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     good = [sample for sample in samples if isinstance(sample, Sample)]
     frames = [sample.frames for sample in good if sample.frames is not None]
     return Batch(
+        indices=[sample.index for sample in good],
         ids=[sample.id for sample in good],
+        tasks=[sample.task for sample in good],
+        langs=[sample.lang for sample in good],
         waveforms=_padded([sample.waveform for sample in good]) if good else torch.empty(0, 0),
         num_samples=torch.tensor([round(sample.duration * SAMPLE_RATE) for sample in good], dtype=torch.int64),
         text_ids=torch.tensor([token for sample in good for token in sample.ids], dtype=torch.int64),

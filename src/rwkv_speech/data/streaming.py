@@ -7,7 +7,7 @@ over ranks and workers, or rows where there are fewer files than ranks; so the o
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from rwkv_speech.batch import Batch
+from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.dataset import SpeechDataset, collate
 from rwkv_speech.data.huggingface import Columns, HuggingFaceSource
@@ -100,12 +100,12 @@ class _Batches(IterableDataset[Batch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         planned = self._planned(epoch, worker)
         for number in range(worker, self._num_batches, workers):
-            dataset, indices = next(planned, (None, []))
-            if number >= first:  # what was heard before is read again, but not decoded
-                yield collate([dataset[epoch, index] for index in indices] if dataset else [])
+            samples = next(planned, iter(()))
+            if number >= first:  # what was used before is read again, but not decoded
+                yield collate(list(samples))
 
-    def _planned(self, epoch: int, worker: int) -> Iterator[tuple[SpeechDataset, list[int]]]:
-        """Each batch of this worker as rows of a window."""
+    def _planned(self, epoch: int, worker: int) -> Iterator[Iterator[Sample | BadSample]]:
+        """Each batch of this worker, its rows not decoded before they are taken."""
         self._rows.set_epoch(epoch)
         rows = iter(self._rows)
         for number in itertools.count():
@@ -120,7 +120,13 @@ class _Batches(IterableDataset[Batch]):
                 dataset.durations(), self._plan.micro_batch, self._plan.batch_seconds, seed=_number(name)
             )
             for indices in plan:
-                yield dataset, indices
+                yield (_sample(dataset, window, epoch, index) for index in indices)
+
+
+def _sample(dataset: SpeechDataset, window: list[dict[str, Any]], epoch: int, index: int) -> Sample | BadSample:
+    """One row of a window; a bad one is known by a number made of its content, which is the same in every epoch."""
+    sample = dataset[epoch, index]
+    return sample if isinstance(sample, Sample) else replace(sample, index=_number(repr(window[index])))
 
 
 @dataclass(frozen=True)

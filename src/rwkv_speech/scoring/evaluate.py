@@ -14,7 +14,6 @@ from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.loader import make_loader
 from rwkv_speech.data.source import Source
-from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.metrics import Scores, score
@@ -84,25 +83,24 @@ def evaluate(
     """
     rows: list[dict[str, Any]] = []
     audio_seconds = compute_seconds = 0.0
-    for batch_rows, seconds, spent in _decode(model, source, batch_size, bad_files, max_new_tokens):
+    for batch_rows, seconds, spent in _decode(model, source, name, batch_size, bad_files, max_new_tokens):
         rows += batch_rows
         audio_seconds += seconds
         compute_seconds += spent
-    if not rows:
-        raise UserError(f"{name}: no utterance could be used; expected at least one, see {bad_files.path}")
+    bad_files.require_used(len(rows), name)
     scores = score([normalise_score(row["ref"]) for row in rows], [normalise_score(row["hyp"]) for row in rows])
     return Evaluation(name, scores, rows, audio_seconds, compute_seconds)
 
 
 def _decode(
-    model: SpeechLM, source: Source, batch_size: int, bad_files: BadFileLog, max_new_tokens: int | None
+    model: SpeechLM, source: Source, name: str, batch_size: int, bad_files: BadFileLog, max_new_tokens: int | None
 ) -> Iterator[tuple[list[dict[str, Any]], float, float]]:
     """For each batch: its rows, the seconds of its audio, the seconds that it took."""
     device = model.time_state.device
     # Shuffling groups utterances of like duration, which keeps padding small; the scores do not depend on order.
     loader = make_loader(SpeechDataset(source, model.tokenizer), batch_size, shuffle=True)
     for batch in loader:
-        bad_files.add(batch.bad)
+        bad_files.add(batch.bad, name)
         if not len(batch):
             continue
         moved = batch.to(device)
@@ -113,8 +111,8 @@ def _decode(
         spent = time.perf_counter() - started
         yield (
             [
-                {"id": name, "ref": ref, "hyp": model.tokenizer.decode(hyp), "cut": was_cut}
-                for name, ref, hyp, was_cut in zip(batch.ids, batch.texts, ids, cut, strict=True)
+                {"id": id_, "ref": ref, "hyp": model.tokenizer.decode(hyp), "cut": was_cut}
+                for id_, ref, hyp, was_cut in zip(batch.ids, batch.texts, ids, cut, strict=True)
             ],
             int(batch.num_samples.sum()) / SAMPLE_RATE,
             spent,

@@ -191,7 +191,7 @@ class SpeechModule(pl.LightningModule):
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
         """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
         for batch in step:
-            self.bad_files.add(batch.bad)
+            self.bad_files.add(batch.bad, self.config.train_data)
         # An utterance's targets are its text and the end of text.
         targets = sum(len(batch.text_ids) + len(batch) for batch in step)
         seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
@@ -247,7 +247,7 @@ class SpeechModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode one batch; a rank may be left with an empty one."""
-        self.bad_files.add(batch.bad)
+        self.bad_files.add(batch.bad, self.config.valid_data)
         if not len(batch):
             return
         with self._autocast():
