@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, cpu_name, write_result
-from rwkv_speech.data.epoch import Epoch, EpochPlan, Floats
-from rwkv_speech.data.samplers import BatchSampler
+from rwkv_speech.data.epoch import Cut, Epoch, EpochPlan, Floats
+from rwkv_speech.data.loader import BatchSampler
 from rwkv_speech.data.sources import open_source
 
 RECORDINGS = 1_000
@@ -71,7 +71,7 @@ def open_as_a_rank(manifest: str) -> dict[str, Any]:
     source = open_source(manifest)
     row |= {"open_s": round(time.perf_counter() - start, 2), "open_mb": peak_mb()}
     start = time.perf_counter()
-    sampler = BatchSampler(source.durations(), 4, 60.0, rank=63, world_size=64)
+    sampler = BatchSampler(source.durations(), Cut(4, 60.0, rank=63, world_size=64))
     next(iter(sampler))
     row |= {"plan_s": round(time.perf_counter() - start, 2), "plan_mb": peak_mb(), "lines": len(source)}
     return row
@@ -115,7 +115,7 @@ def idle_share(costs: NDArray[np.float64], epoch: Epoch) -> float:
 def simulate(durations: Floats, micro_batch: int, batch_seconds: float | None, ranks: int) -> dict[str, Any]:
     """Plan one epoch and go through its steps, each as long as its costliest micro batch."""
     start = time.perf_counter()
-    plan = EpochPlan(durations, micro_batch, batch_seconds, slots=ranks)
+    plan = EpochPlan(durations, Cut(micro_batch, batch_seconds, world_size=ranks))
     epoch = plan.epoch(1)
     spent = time.perf_counter() - start
     padded = longest_of_batches(durations, epoch) * np.diff(epoch.bounds)

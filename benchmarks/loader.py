@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.batch import Batch
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
+from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.folder import FileSource
-from rwkv_speech.data.loader import make_loader
+from rwkv_speech.data.loader import StepLoader
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -100,11 +99,11 @@ def cpu_seconds() -> float:
     return total
 
 
-def timed_epochs(loader: DataLoader[Batch], epochs: int) -> tuple[float, float]:
+def timed_epochs(loader: StepLoader, epochs: int) -> tuple[float, float]:
     """Elapsed seconds and CPU seconds of some epochs."""
     started, used = time.perf_counter(), cpu_seconds()
     for _ in range(epochs):
-        for batch in loader:
+        for (batch,) in loader:
             assert not batch.bad
     return time.perf_counter() - started, cpu_seconds() - used
 
@@ -123,7 +122,7 @@ def measure(utterances: list[Utterance], work: Work, workers: int, rounds: int, 
     dataset = SpeechDataset(
         FileSource(utterances), WorldTokenizer(), "lower", Fit(4096, 5), normalise=work.normalise, augment=augment
     )
-    loader = make_loader(dataset, MICRO_BATCH, shuffle=True, workers=workers)
+    loader = dataset.loader(Cut(MICRO_BATCH), workers=workers)
     timed_epochs(loader, 1)  # starts the workers and warms up
     paths = [found.audio for found in utterances if found.audio]
     audio = sum(found.duration or 0.0 for found in utterances)

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augment, Augmenter
-from rwkv_speech.data.dataset import Fit, SpeechDataset, collate, normalise
+from rwkv_speech.data.dataset import Fit, SpeechDataset, normalise
 from rwkv_speech.data.folder import FileSource
+from rwkv_speech.data.loader import collate
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import encoder

@@ -4,7 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rwkv_speech.data.epoch import Epoch, EpochPlan, Floats
+from rwkv_speech.data.epoch import Cut, Epoch, EpochPlan, Floats
 from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
 
@@ -21,7 +21,8 @@ def speech(count: int, seed: int = 0) -> Floats:
 
 
 def plan_of(durations: Floats, micro_batch: float = 4, batch_seconds: float | None = None, **more) -> EpochPlan:
-    return EpochPlan(durations, int(micro_batch), batch_seconds, **more)
+    parts, slots = more.pop("parts", None), more.pop("slots", 1)
+    return EpochPlan(durations, Cut(int(micro_batch), batch_seconds, world_size=slots, **more), parts)
 
 
 def batches_of(epoch: Epoch) -> list[list[int]]:

@@ -1,8 +1,8 @@
-import json
 import os
 import pickle
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rwkv_speech.audio import SAMPLES_PER_FRAME, load_audio
-from rwkv_speech.batch import BadSample, Sample
-from rwkv_speech.data import dataset as dataset_module
+from rwkv_speech.batch import BadSample
 from rwkv_speech.data.augment import Augment, Augmenter
-from rwkv_speech.data.dataset import Fit, SpeechDataset, collate
-from rwkv_speech.data.feature_cache import FeatureCache, content_key, identity_of
+from rwkv_speech.data.dataset import Fit, SpeechDataset
+from rwkv_speech.data.epoch import Cut
+from rwkv_speech.data.feature_cache import FeatureCache, recording_key
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.folder import FileSource
+from rwkv_speech.data.loader import collate
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -64,10 +65,10 @@ def waveform_of(source: FileSource, index: int) -> Tensor:
     return load_audio(source.utterance(index).audio)
 
 
-def filled(folder: Path, dataset: SpeechDataset, dtype: str = "float32", **options: int) -> tuple[FeatureCache, int]:
+def filled(folder: Path, dataset: SpeechDataset, dtype: str = "float32", workers: int = 0) -> tuple[FeatureCache, int]:
     """A cache, filled, and the number of utterances that were encoded for it."""
     cache, encoder = FeatureCache(folder, "encoder", dtype, shard_bytes=1_000), Encoder()
-    assert fill(cache, dataset, encoder, WIDTH, 2, **options) == encoder.heard
+    assert fill(cache, dataset, encoder, WIDTH, Cut(2), workers) == encoder.heard
     return cache, encoder.heard
 
 
@@ -89,7 +90,7 @@ def test_samples_hold_the_encoders_frames(source: FileSource, tokenizer: WorldTo
     for found in (cache, FeatureCache(tmp_path / "cache", "encoder", dtype)):  # as filled, and as read again
         check_samples(source, SpeechDataset(source, tokenizer, cache=found), getattr(torch, dtype))
     assert filled(tmp_path / "cache", SpeechDataset(source, tokenizer), dtype)[1] == 0
-    assert FeatureCache(tmp_path / "cache", "another encoder", dtype).key_of(identity_of(source, 0)) is None
+    assert FeatureCache(tmp_path / "cache", "another encoder", dtype).get(recording_key(source, 0)) is None
 
 
 def test_bfloat16_is_what_the_adapter_sees_in_bf16_anyway():
@@ -99,20 +100,16 @@ def test_bfloat16_is_what_the_adapter_sees_in_bf16_anyway():
         assert torch.equal(layer(frames), layer(frames.bfloat16().float()))
 
 
-def test_known_files_are_not_decoded(
+def test_kept_recordings_are_not_decoded(
     source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cache, _ = filled(tmp_path / "cache", SpeechDataset(source, tokenizer))
-    os.utime(source.utterance(4).audio, (1, 1))  # touched: decoded again, and found to be the same
-    decoded: list[int] = []
-    load = FileSource.load
-    monkeypatch.setattr(FileSource, "load", lambda self, index: decoded.append(index) or load(self, index))
-    check_samples(source, SpeechDataset(source, tokenizer, cache=cache))
-    assert decoded == [4]
-    cache, encoded = filled(tmp_path / "cache", SpeechDataset(source, tokenizer))
-    assert (encoded, decoded) == (0, [4, 4])
-    check_samples(source, SpeechDataset(source, tokenizer, cache=cache))
-    assert decoded == [4, 4]
+    twice = FileSource([*(source.utterance(i) for i in range(9)), replace(source.utterance(4), id="again", text="x")])
+    cache, encoded = filled(tmp_path / "cache", SpeechDataset(twice, tokenizer))
+    assert encoded == 9
+    monkeypatch.setattr(FileSource, "load", None)
+    check_samples(source, SpeechDataset(twice, tokenizer, cache=cache))
+    assert torch.equal(*(SpeechDataset(twice, tokenizer, cache=cache)[i].frames for i in (4, 9)))
+    assert filled(tmp_path / "cache", SpeechDataset(twice, tokenizer))[1] == 0
 
 
 def test_changed_audio_is_encoded_again(source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path):
@@ -134,10 +131,8 @@ def test_a_killed_run_keeps_its_whole_shards(source: FileSource, tokenizer: Worl
             return super().__call__(waveforms, num_samples)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(cache, dataset, Killed(), WIDTH, 2)
+        fill(cache, dataset, Killed(), WIDTH, Cut(2))
     (cache.folder / ".0000-x.safetensors.abc").write_bytes(b"what a kill leaves of a shard")
-    with next(cache.folder.glob("*.jsonl")).open("a") as file:
-        file.write('\n["torn')
     again, encoded = filled(tmp_path / "cache", dataset)
     assert 3 <= encoded < 9  # the killed run had written some of its six
     assert not list(cache.folder.glob(".0000-*"))
@@ -151,7 +146,7 @@ def test_ranks_fill_disjoint_parts(source: FileSource, tokenizer: WorldTokenizer
     heard = []
     caches = [FeatureCache(tmp_path / "cache", "encoder", "float32", writer=rank) for rank in range(4)]
     for rank, cache in enumerate(caches):
-        heard.append(fill(cache, dataset, Encoder(), WIDTH, 2, rank=rank, world_size=4))
+        heard.append(fill(cache, dataset, Encoder(), WIDTH, Cut(2, rank=rank, world_size=4)))
     assert heard == [3, 2, 2, 2]
     caches[0].refresh()
     check_samples(source, SpeechDataset(source, tokenizer, cache=caches[0]))
@@ -220,9 +215,9 @@ def test_estimate_is_what_is_written_and_must_fit_the_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(estimated - 1))
     for data in (source, unknown):
         with pytest.raises(UserError, match=r"--feature_cache: 0\.0 h of audio .* free in .*cache"):
-            fill(cache, SpeechDataset(data, tokenizer), Encoder(), WIDTH, 2)
+            fill(cache, SpeechDataset(data, tokenizer), Encoder(), WIDTH, Cut(2))
     monkeypatch.undo()
-    fill(cache, SpeechDataset(source, tokenizer), Encoder(), WIDTH, 2)
+    fill(cache, SpeechDataset(source, tokenizer), Encoder(), WIDTH, Cut(2))
     (shard,) = cache.folder.glob("*.safetensors")
     assert estimated < shard.stat().st_size < estimated + 2_000
 
@@ -238,28 +233,14 @@ def test_filling_and_reading_in_workers(source: FileSource, tokenizer: WorldToke
     assert torch.equal(batch.frames, collate([dataset[i] for i in range(9)]).frames)
 
 
-def test_identities_name_file_segment_size_and_time(source: FileSource, tmp_path: Path):
-    path = source.utterance(0).audio
+def test_keys_name_file_segment_size_and_time(source: FileSource):
+    path, key = source.utterance(0).audio, recording_key(source, 0)
     same = FileSource([Utterance("other id", path, "other text", source.utterance(0).duration)])
-    assert identity_of(same, 0) == identity_of(source, 0)
+    assert recording_key(same, 0) == key
     others = [Utterance("a", path, "", 0.1), Utterance("a", path, "", source.utterance(0).duration, 0.1)]
-    assert len({identity_of(FileSource([other]), 0) for other in others} | {identity_of(source, 0)}) == 3
-    assert identity_of(FileSource([Utterance("gone", "/gone.wav", "")]), 0) is None
-    assert identity_of(FileSource([Utterance("kept elsewhere", None, "")]), 0) is None
-    assert identity_of(FileSource([Utterance("kept elsewhere", None, "", identity="x")]), 0) == "x"
-    assert content_key(torch.zeros(3)) != content_key(torch.zeros(4))
-    assert json.loads(identity_of(source, 0))[0] == path
-
-
-def test_unknown_identities_are_decoded_every_time(
-    source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from rwkv_speech.data import feature_fill
-
-    for module in (dataset_module, feature_fill):
-        monkeypatch.setattr(module, "identity_of", lambda source, index: None)
-    cache, encoded = filled(tmp_path / "cache", SpeechDataset(source, tokenizer))
-    assert encoded == 9 and not list(cache.folder.glob("*.jsonl"))
-    check_samples(source, SpeechDataset(source, tokenizer, cache=cache))
-    assert filled(tmp_path / "cache", SpeechDataset(source, tokenizer))[1] == 0
-    assert isinstance(SpeechDataset(source, tokenizer, cache=cache)[0], Sample)
+    assert len({recording_key(FileSource([other]), 0) for other in others} | {key}) == 3
+    os.utime(path, (1, 1))
+    assert recording_key(source, 0) != key
+    assert recording_key(FileSource([Utterance("gone", "/gone.wav", "")]), 0) is None
+    assert recording_key(FileSource([Utterance("kept elsewhere", None, "")]), 0) is None
+    assert recording_key(FileSource([Utterance("kept elsewhere", None, "", identity="x")]), 0)

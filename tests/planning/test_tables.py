@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_speech.data.epoch import EpochPlan
+from rwkv_speech.data.epoch import Cut, EpochPlan
 from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
 from rwkv_speech.planning import tables as plan
@@ -35,7 +35,7 @@ def test_steps_are_those_of_the_sampler():
         for setup in (Setup(), Setup(ranks=8), Setup(ranks=4, accumulate=3)):
             slots = setup.ranks * setup.accumulate
             found = data_plan(list(seconds), batch_seconds=batch_seconds)
-            assert found.steps(setup) == EpochPlan(found.durations, 4, batch_seconds, slots=slots).steps
+            assert found.steps(setup) == EpochPlan(found.durations, Cut(4, batch_seconds, world_size=slots)).steps
 
 
 def test_epoch_steps_limit_the_steps():

@@ -1,22 +1,24 @@
-"""Utterances -> samples -> batches.
+"""Utterances -> samples."""
 
-B batch · S samples · L text tokens
-"""
+# S samples
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
-from rwkv_speech.batch import BadSample, Batch, Sample
+from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.data.augment import Augmenter
-from rwkv_speech.data.feature_cache import FeatureCache, content_key, identity_of
+from rwkv_speech.data.epoch import Cut
+from rwkv_speech.data.feature_cache import FeatureCache, recording_key
+from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
 from rwkv_speech.data.source import Part, Source, parts_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
@@ -50,9 +52,9 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
     `task` is that of utterances that name none. A broken recording becomes a BadSample, never an exception; so does one
-    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames, and audio is
-    decoded only where the source cannot say whether it changed. Raises UserError for an unknown `label_mode`, and for a
-    cache beside changes of the audio.
+    that does not `fit`.
+    With a feature `cache`, which feature_fill.fill has filled, samples hold frames. Raises UserError for an unknown
+    `label_mode`, and for a cache beside changes of the audio.
     """
 
     def __init__(
@@ -92,6 +94,18 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         """The runs of utterances that have weights of their own."""
         return parts_of(self.source)
 
+    def loader(self, cut: Cut, steps: int | None = None, workers: int = 0, pin_memory: bool = False) -> StepLoader:
+        """One rank's batches, of all epochs or of the first `steps` of each; raises UserError for fewer than those.
+
+        `workers` processes decode, augment, normalise and tokenise; without any, the caller's process does.
+        """
+        sampler = BatchSampler(self.durations(), cut, self.parts(), steps)
+        # torch types a loader by its samples, though it gives what `collate_fn` makes of them.
+        batches: DataLoader[Any] = DataLoader(
+            self, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **in_processes(workers)
+        )
+        return StepLoader(batches, sampler, cut.accumulate)
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample | BadSample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with _one_thread():
@@ -124,14 +138,12 @@ class SpeechDataset(Dataset[Sample | BadSample]):
 
     def _cached_sample(self, cache: FeatureCache, sample: Sample) -> Sample | BadSample:
         """Add the duration and the kept frames; raises AudioError, and UserError if there are none."""
-        key = cache.key_of(identity_of(self.source, sample.index))
-        if key is None:
+        kept = cache.get(recording_key(self.source, sample.index))
+        if kept is None:
+            # Broken recordings and those that are too long are not kept.
             waveform = self.source.load(sample.index)
             if fault := self._fault(len(waveform) / SAMPLE_RATE, sample.ids):
-                return BadSample(sample.index, sample.id, fault, too_long=True)  # and was not kept
-            key = content_key(waveform)
-        kept = cache.get(key)
-        if kept is None:
+                return BadSample(sample.index, sample.id, fault, too_long=True)
             raise UserError(
                 f"--feature_cache: {cache.folder} lacks the frames of {sample.id}; expected all of them: start again, "
                 "and what is missing is computed"
@@ -161,34 +173,3 @@ class Fit:
             f"lasts {seconds:.2f} s with {num_text_ids} text tokens: {positions} positions; the limit is "
             f"{self.ctx_len} (--ctx_len)"
         )
-
-
-def collate(samples: Sequence[Sample | BadSample]) -> Batch:
-    """Pad the usable samples into a Batch and pass the others on in `bad`."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    frames = [sample.frames for sample in good if sample.frames is not None]
-    return Batch(
-        indices=[sample.index for sample in good],
-        ids=[sample.id for sample in good],
-        tasks=[sample.task for sample in good],
-        langs=[sample.lang for sample in good],
-        waveforms=_padded([sample.waveform for sample in good]) if good else torch.empty(0, 0),
-        num_samples=torch.tensor([round(sample.duration * SAMPLE_RATE) for sample in good], dtype=torch.int64),
-        text_ids=torch.tensor([token for sample in good for token in sample.ids], dtype=torch.int64),
-        text_lengths=torch.tensor([len(sample.ids) for sample in good], dtype=torch.int64),
-        texts=[sample.text for sample in good],
-        bad=[sample for sample in samples if isinstance(sample, BadSample)],
-        normalised=all(sample.normalised for sample in good),
-        frames=_padded(frames) if frames else None,
-        frame_lengths=torch.tensor([len(rows) for rows in frames], dtype=torch.int64) if frames else None,
-    )
-
-
-def _padded(tensors: Sequence[Tensor]) -> Tensor:
-    """B of (S, ...) -> (B, S_max, ...), zero after each one's own S."""
-    first = tensors[0]
-    padded = torch.empty(len(tensors), max(map(len, tensors)), *first.shape[1:], dtype=first.dtype)
-    for row, tensor in zip(padded, tensors, strict=True):
-        row[: len(tensor)] = tensor
-        row[len(tensor) :] = 0
-    return padded

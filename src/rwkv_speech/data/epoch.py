@@ -31,6 +31,37 @@ _UNKNOWN = len(_EDGES) + 1
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How data is cut into micro batches, and which of them are one rank's.
+
+    A micro batch holds at most `micro_batch` utterances; or, with `batch_seconds`, as many as fit when each is padded
+    to the longest of them, and at least one. An optimizer step takes `slots` of them: `accumulate` from each of
+    `world_size` ranks. `seed` chooses the order of a shuffle. Raises UserError for limits that cannot be used.
+    """
+
+    micro_batch: int
+    batch_seconds: float | None = None
+    seed: int = 0
+    shuffle: bool = True
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise UserError(f"--micro_bsz: found {self.micro_batch}, expected 1 utterance or more")
+        if self.batch_seconds is not None and not 0 < self.batch_seconds < float("inf"):
+            raise UserError(f"--batch_seconds: found {self.batch_seconds}, expected a number of seconds above 0")
+        if self.accumulate < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size}, accumulate {self.accumulate}")
+
+    @property
+    def slots(self) -> int:
+        """Micro batches of an optimizer step, over all ranks."""
+        return self.world_size * self.accumulate
+
+
+@dataclass(frozen=True)
 class Epoch:
     """One epoch: micro batch m holds the utterances order[bounds[m] : bounds[m + 1]].
 
@@ -68,69 +99,46 @@ class _Ring:
 
 
 class EpochPlan:
-    """Cuts every epoch into `steps` optimizer steps of `slots` micro batches of like cost.
+    """Cuts every epoch into `steps` optimizer steps of `cut.slots` micro batches of like cost.
 
-    `durations` (N,) float32 in seconds, NaN where unknown. A micro batch holds at most `micro_batch` utterances; or,
-    with `batch_seconds`, as many as fit when each is padded to the longest of them, and at least one. `parts` say how
-    often each run of utterances is heard; by default all are, once.
+    `durations` (N,) float32 in seconds, NaN where unknown. `parts` say how often each run of utterances is taken per
+    epoch; by default all are, once.
 
     Utterances are sorted into buckets of like length, shuffled within them by (seed, epoch), and cut into batches; the
     batches are sorted by cost, which is their padded seconds, and every `slots` neighbours make a step. Then the steps
     are shuffled. Without `shuffle` the costliest come first, in the source's order where lengths are alike or unknown.
     Some batches are halved to fill the last step; a slot stays empty only where none is left to halve.
 
-    `steps` is the same for every epoch. Raises UserError for limits below what can be used, and for `batch_seconds`
-    where a duration is unknown.
+    `steps` is the same for every epoch. Raises UserError for `batch_seconds` where a duration is unknown.
     """
 
-    def __init__(
-        self,
-        durations: Floats,
-        micro_batch: int,
-        batch_seconds: float | None = None,
-        *,
-        parts: Sequence[Part] | None = None,
-        slots: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        self._durations = durations.astype(np.float32, copy=False)
-        self._micro_batch, self._batch_seconds = micro_batch, batch_seconds
-        self._slots, self._seed, self._shuffle = slots, seed, shuffle
-        self._check_limits()
+    def __init__(self, durations: Floats, cut: Cut, parts: Sequence[Part] | None = None) -> None:
+        self._durations, self.cut = durations.astype(np.float32, copy=False), cut
+        unknown = int(np.isnan(self._durations).sum())
+        if unknown and cut.batch_seconds is not None:
+            raise UserError(
+                f"--batch_seconds: {unknown} of {len(durations)} utterances have no known duration, expected one "
+                "for each: add 'duration' to the manifest or dataset, or leave --batch_seconds out"
+            )
         self._buckets = self._sort_into_buckets([Part(len(durations))] if parts is None else parts)
         self._longest = [max(float(self._durations[ring.items].max()) for ring in rings) for rings in self._buckets]
         # The most that any epoch can hold: cutting fewer utterances never makes more batches.
-        most = self._cut([sum(ring.most() for ring in rings) for rings in self._buckets])
-        self.steps = -(-len(most) // slots)
+        most = self._sizes([sum(ring.most() for ring in rings) for rings in self._buckets])
+        self.steps = -(-len(most) // cut.slots)
 
     def epoch(self, number: int) -> Epoch:
         """Plan one epoch, counted from 0."""
         rng = self._generator(f"epoch {number}")
         buckets = [np.concatenate([ring.stretch(number) for ring in rings]) for rings in self._buckets]
-        if self._shuffle:
+        if self.cut.shuffle:
             for bucket in buckets:
                 rng.shuffle(bucket)
-        sizes = _halve_until(self._cut([len(bucket) for bucket in buckets]), self.steps * self._slots)
+        sizes = _halve_until(self._sizes([len(bucket) for bucket in buckets]), self.steps * self.cut.slots)
         order = np.concatenate(buckets)
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         # Stable, like every sort here: equal costs must not fall differently on another rank's processor.
-        steps = np.argsort(-self._costs(order, sizes, bounds), kind="stable").reshape(self.steps, self._slots)
-        return Epoch(order, bounds, rng.permutation(steps) if self._shuffle else steps)
-
-    def _check_limits(self) -> None:
-        if self._micro_batch < 1:
-            raise UserError(f"--micro_bsz: found {self._micro_batch}, expected 1 utterance or more")
-        if self._batch_seconds is None:
-            return
-        if not 0 < self._batch_seconds < float("inf"):
-            raise UserError(f"--batch_seconds: found {self._batch_seconds}, expected a number of seconds above 0")
-        unknown = int(np.isnan(self._durations).sum())
-        if unknown:
-            raise UserError(
-                f"--batch_seconds: {unknown} of {len(self._durations)} utterances have no known duration, expected one "
-                "for each: add 'duration' to the manifest or dataset, or leave --batch_seconds out"
-            )
+        steps = np.argsort(-self._costs(order, sizes, bounds), kind="stable").reshape(self.steps, self.cut.slots)
+        return Epoch(order, bounds, rng.permutation(steps) if self.cut.shuffle else steps)
 
     def _sort_into_buckets(self, parts: Sequence[Part]) -> list[list[_Ring]]:
         """The utterances, longest bucket first, each bucket part by part."""
@@ -144,7 +152,7 @@ class EpochPlan:
         for part in parts:
             items = np.arange(start, start + part.size, dtype=np.int32)
             start += part.size
-            if self._shuffle:
+            if self.cut.shuffle:
                 rng.shuffle(items)
             items = items[np.argsort(bucket_of[items], kind="stable")]
             for ring in np.split(items, np.flatnonzero(np.diff(bucket_of[items])) + 1):
@@ -152,11 +160,10 @@ class EpochPlan:
                     buckets[int(bucket_of[ring[0]])].append(_Ring(ring, part.weight))
         return [buckets[bucket] for bucket in sorted(buckets)]
 
-    def _cut(self, counts: Sequence[int]) -> Longs:
+    def _sizes(self, counts: Sequence[int]) -> Longs:
         """The sizes of the batches when each bucket holds so many utterances."""
-        if self._batch_seconds is None:
-            total = sum(counts)
-            return _pieces(total, self._micro_batch)
+        if self.cut.batch_seconds is None:
+            return _pieces(sum(counts), self.cut.micro_batch)
         sizes: list[Longs] = []
         room = 0  # of the last batch, which a longer bucket began
         for count, seconds in zip(counts, self._longest, strict=True):
@@ -165,7 +172,7 @@ class EpochPlan:
                 sizes[-1][-1] += taken
                 room -= taken
             if taken < count:
-                capacity = max(1, int(self._batch_seconds // seconds))
+                capacity = max(1, int(self.cut.batch_seconds // seconds))
                 sizes.append(_pieces(count - taken, capacity))
                 room = capacity - int(sizes[-1][-1])
         return np.concatenate([np.zeros(0, np.int64), *sizes])
@@ -180,7 +187,7 @@ class EpochPlan:
         return longest * sizes.astype(np.float32)
 
     def _generator(self, purpose: str) -> np.random.Generator:
-        digest = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
+        digest = hashlib.sha256(f"{self.cut.seed}/{purpose}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest))
 
 

@@ -1,7 +1,6 @@
-"""The frozen encoder's frames on disk, so that it hears every recording once.
+"""The frozen encoder's frames on disk, so that it encodes every recording once.
 
-Frames are kept by the content of the decoded audio, in safetensors files; a list beside them says which content each
-source file had, so that an unchanged file is not decoded again.
+Frames are kept in safetensors files, each recording's by its name (`recording_key`), which changes with its file.
 """
 
 # S samples · F frames · D encoder width
@@ -13,7 +12,6 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,24 +36,20 @@ SHARD_BYTES = 512 << 20
 _REMEDY = "start again, and what is missing is computed again"
 
 
-def content_key(waveform: Tensor) -> str:
-    """Name a waveform (S,) float32 by its bytes."""
-    return hashlib.sha256(waveform.contiguous().numpy().data).hexdigest()[:32]
-
-
-def identity_of(source: Source, index: int) -> str | None:
+def recording_key(source: Source, index: int) -> str | None:
     """Name the recording of an utterance without decoding it, by its file, segment, size and time of change.
 
-    None where the source keeps the bytes itself and cannot tell, or the file is not there.
+    None where the file is not there, and for a source that keeps the bytes itself and cannot name them.
     """
     found = source.utterance(index)
-    if found.audio is None:
-        return found.identity
-    try:
-        status = os.stat(found.audio)
-    except OSError:
-        return None
-    return json.dumps([found.audio, found.offset, found.duration, status.st_size, status.st_mtime_ns])
+    identity = found.identity
+    if found.audio is not None:
+        try:
+            status = os.stat(found.audio)
+        except OSError:
+            return None
+        identity = json.dumps([found.audio, found.offset, found.duration, status.st_size, status.st_mtime_ns])
+    return None if identity is None else hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 class Frames(NamedTuple):
@@ -67,8 +61,6 @@ class Frames(NamedTuple):
 
 class _Place(NamedTuple):
     shard: Path
-    first: int
-    num_frames: int
     num_samples: int
     checksum: int
 
@@ -107,33 +99,25 @@ class FeatureCache:
     def refresh(self) -> None:
         """Read what is there now."""
         self._places: dict[str, _Place] = {}
-        self._key_of: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
-            self._places.update(_read_rows(shard))
-        for listed in sorted(self.folder.glob("*.jsonl")):
-            self._key_of.update(_read_list(listed))
+            self._places.update(_read_places(shard))
 
-    def key_of(self, identity: str | None) -> str | None:
-        """The content key of a recording whose frames are here, if its source file is known and unchanged."""
-        key = self._key_of.get(_digest(identity)) if identity is not None else None
-        return key if key in self._places else None
+    def __contains__(self, key: str | None) -> bool:
+        return key in self._places
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._places or key in self._waiting
-
-    def get(self, key: str) -> Frames | None:
-        """Read the frames of a content key from the mapped file, or None if they are not here.
+    def get(self, key: str | None) -> Frames | None:
+        """Read the frames of a recording from the mapped file, or None if they are not here.
 
         Raises UserError naming a shard whose bytes are not those that were written, which is then removed.
         """
-        place = self._places.get(key)
-        if place is None:
+        place = self._places.get(key) if key else None
+        if place is None or key is None:
             return None
         try:
             if place.shard not in self._open:
-                self._open[place.shard] = safe_open(place.shard, "pt").get_slice("frames")
-            frames: Tensor = self._open[place.shard][place.first : place.first + place.num_frames]
+                self._open[place.shard] = safe_open(place.shard, "pt")
+            frames: Tensor = self._open[place.shard].get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{place.shard}: cannot be read any more ({error}); {_REMEDY}") from error
         if _checksum(frames) != place.checksum:
@@ -158,23 +142,13 @@ class FeatureCache:
         """Write what waits as one shard, whole or not at all."""
         if not self._waiting:
             return
-        rows = [(key, len(frames), samples, _checksum(frames)) for key, (frames, samples) in self._waiting.items()]
-        packed = torch.cat([kept.frames for kept in self._waiting.values()])
-        name = hashlib.sha256("".join(self._waiting).encode()).hexdigest()[:16]
+        frames = {key: kept.frames for key, kept in self._waiting.items()}
+        rows = {key: [kept.num_samples, _checksum(kept.frames)] for key, kept in self._waiting.items()}
+        name = hashlib.sha256("".join(frames).encode()).hexdigest()[:16]
         shard = self.folder / f"{self._writer:04d}-{name}.safetensors"
-        write_atomically(shard, lambda path: save_file({"frames": packed}, path, {"rows": json.dumps(rows)}))
+        write_atomically(shard, lambda path: save_file(frames, path, {"rows": json.dumps(rows)}))
         self._waiting = {}
-        self._places.update(_places(shard, rows))
-
-    def remember(self, identity: str, key: str) -> None:
-        """List which content a source file has."""
-        if self._key_of.get(_digest(identity)) == key:
-            return
-        self._key_of[_digest(identity)] = key
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self._writer:04d}.jsonl").open("a") as file:
-            # The line break comes first: a line that a killed run left unfinished stays by itself.
-            file.write("\n" + json.dumps([_digest(identity), key]))
+        self._places.update({key: _Place(shard, *row) for key, row in rows.items()})
 
     def estimate(self, durations: NDArray[np.float32], width: int) -> int:
         """The bytes that the frames of recordings of these seconds take; unknown ones (NaN) count as the mean.
@@ -197,45 +171,17 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}}  # mapped files are not picklable; a data worker maps them itself
 
 
-def _digest(identity: str) -> str:
-    return hashlib.sha256(identity.encode()).hexdigest()[:32]
-
-
 def _checksum(frames: Tensor) -> int:
     return zlib.crc32(frames.contiguous().view(torch.uint8).numpy().data)
 
 
-def _places(shard: Path, rows: Sequence[tuple[str, int, int, int]]) -> dict[str, _Place]:
-    """Where each key's frames lie in a shard."""
-    places, first = {}, 0
-    for key, num_frames, num_samples, checksum in rows:
-        places[key] = _Place(shard, first, num_frames, num_samples, checksum)
-        first += num_frames
-    return places
-
-
-def _read_rows(shard: Path) -> dict[str, _Place]:
+def _read_places(shard: Path) -> dict[str, _Place]:
     """What a shard holds; a damaged one is named and removed, and holds nothing."""
     try:
         with safe_open(shard, "pt") as file:
             rows = json.loads(file.metadata()["rows"])
-            found = file.get_slice("frames").get_shape()[0]
-        if found != sum(num_frames for _, num_frames, _, _ in rows):
-            raise ValueError(f"it holds {found} frames")
+            return {key: _Place(shard, *rows[key]) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: is damaged (%s) and was removed; its utterances are computed again", shard, error)
         shard.unlink(missing_ok=True)
         return {}
-    return _places(shard, rows)
-
-
-def _read_list(listed: Path) -> dict[str, str]:
-    """Which content each source file had; a line that a killed run left unfinished is left out."""
-    known = {}
-    for line in listed.read_text().split("\n"):
-        try:
-            identity, key = json.loads(line)
-        except ValueError:
-            continue
-        known[identity] = key
-    return known

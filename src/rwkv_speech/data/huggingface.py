@@ -67,7 +67,6 @@ class HuggingFaceSource:
             raise UserError(f"{label}: holds no row; expected at least one")
         self._audio = dataset.select_columns([columns.audio])
         first = self._audio[0][columns.audio]
-        # A path would name a file that can change beside the dataset.
         self._holds_bytes = isinstance(first, dict) and first["bytes"] is not None
         known = [name for name in (columns.text, "id", "duration", "lang", "task") if name in features]
         self._rows = dataset.select_columns([name for name in known if name != columns.audio])
@@ -83,13 +82,18 @@ class HuggingFaceSource:
         is_known = isinstance(duration, (int, float)) and duration > 0
         return Utterance(
             id=str(row["id"]) if self._has_ids else f"{self._label}#{index}",
-            audio=None,
+            audio=None if self._holds_bytes else self._path(index),
             text=normalise_label(row.get(self._columns.text) or "", self._label_mode),
             duration=float(duration) if is_known and duration is not None else None,
             lang=_string_or_none(row.get("lang")),
             task=_string_or_none(row.get("task")),
             identity=f"{self._audio._fingerprint}#{index}" if self._holds_bytes else None,
         )
+
+    def _path(self, index: int) -> str | None:
+        cell = self._audio[index][self._columns.audio]
+        path = cell["path"] if isinstance(cell, dict) else cell
+        return os.path.abspath(path) if path else None
 
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every row, (N,), NaN where they are not known."""

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augmenter
-from rwkv_speech.data.dataset import SpeechDataset, collate
+from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.huggingface import Columns, HuggingFaceSource
-from rwkv_speech.data.samplers import BatchSampler
+from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
 from rwkv_speech.errors import UserError
 
 PREFIX = "hf-stream:"
@@ -34,21 +35,6 @@ class Stream:
     rows: datasets.IterableDataset
     columns: Columns
     spec: str
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """How rows are shuffled and cut into batches.
-
-    `buffer` and `window` are numbers of rows, which each worker keeps in memory; `files` are read side by side.
-    """
-
-    micro_batch: int
-    batch_seconds: float | None = None
-    seed: int = 0
-    buffer: int = 1_000
-    window: int = 512
-    files: int = 10
 
 
 def open_stream(spec: str, columns: Columns) -> Stream:
@@ -77,50 +63,47 @@ def _source(rows: list[dict[str, Any]], columns: Columns, label: str) -> Hugging
 class _Batches(IterableDataset[Batch]):
     """The batches of one rank; worker w of W gives numbers w, w + W ..., empty ones when its rows are used up."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        build: Callable[..., SpeechDataset],
-        plan: StreamPlan,
-        augment: Augmenter | None,
-        num_batches: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        shuffled = stream.rows.shuffle(seed=plan.seed, buffer_size=plan.buffer, max_buffer_input_shards=plan.files)
-        self._rows = split_dataset_by_node(shuffled, rank, world_size)
-        self._stream, self._build, self._plan, self._augment = stream, build, plan, augment
-        self._num_batches, self._rank = num_batches, rank
+    def __init__(self, data: "StreamedData", cut: Cut, steps: int) -> None:
+        self._data, self._cut, self.steps = data, cut, steps
+        rows = data.stream.rows.shuffle(seed=cut.seed, buffer_size=data.buffer, max_buffer_input_shards=data.files)
+        self._rows = split_dataset_by_node(rows, cut.rank, cut.world_size)
         # Shared with persistent workers, which keep their copy of all else: epoch, and the first batch to give.
-        self.position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches are given next, from its start unless it was chosen already."""
+        if epoch != int(self._position[0]):
+            self.set_state(epoch, 0)
+
+    def set_state(self, epoch: int, step: int) -> None:
+        """Continue an epoch behind its first `step` optimizer steps."""
+        self._position.copy_(torch.tensor([epoch, step * self._cut.accumulate]))
+        # Here and not in the workers, which share this number: it is changed by a difference, two of which add up.
+        self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.position.tolist()
+        epoch, first = self._position.tolist()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         planned = self._planned(epoch, worker)
-        for number in range(worker, self._num_batches, workers):
+        for number in range(worker, self.steps * self._cut.accumulate, workers):
             samples = next(planned, iter(()))
             if number >= first:  # what was used before is read again, but not decoded
                 yield collate(list(samples))
 
     def _planned(self, epoch: int, worker: int) -> Iterator[Iterator[Sample | BadSample]]:
         """Each batch of this worker, its rows not decoded before they are taken."""
-        self._rows.set_epoch(epoch)
-        rows = iter(self._rows)
+        data, cut, rows = self._data, self._cut, iter(self._rows)
         for number in itertools.count():
-            window = list(itertools.islice(rows, self._plan.window))
+            window = list(itertools.islice(rows, data.window))
             if not window:
                 return
-            name = f"{self._plan.seed}/{epoch}/{self._rank}/{worker}/{number}"
-            label = f"{self._stream.spec}, epoch {epoch}, rank {self._rank}, worker {worker}, window {number}"
-            source = _source(window, self._stream.columns, label)
-            dataset = self._build(source, augment=self._augment.with_seed(name) if self._augment else None)
-            plan = BatchSampler(
-                dataset.durations(), self._plan.micro_batch, self._plan.batch_seconds, seed=_number(name)
-            )
-            for indices in plan:
-                yield (_sample(dataset, window, epoch, index) for index in indices)
+            name = f"{cut.seed}/{epoch}/{cut.rank}/{worker}/{number}"
+            label = f"{data.stream.spec}, epoch {epoch}, rank {cut.rank}, worker {worker}, window {number}"
+            source = _source(window, data.stream.columns, label)
+            dataset = data.build(source, augment=data.augment.with_seed(name) if data.augment else None)
+            for keys in BatchSampler(dataset.durations(), Cut(cut.micro_batch, cut.batch_seconds, _number(name))):
+                yield (_sample(dataset, window, epoch, index) for _, index in keys)
 
 
 def _sample(dataset: SpeechDataset, window: list[dict[str, Any]], epoch: int, index: int) -> Sample | BadSample:
@@ -129,79 +112,39 @@ def _sample(dataset: SpeechDataset, window: list[dict[str, Any]], epoch: int, in
     return sample if isinstance(sample, Sample) else replace(sample, index=_number(repr(window[index])))
 
 
-@dataclass(frozen=True)
-class StreamedData:
-    """A stream and what its rows are made into: the training data in place of a SpeechDataset."""
-
-    stream: Stream
-    build: Callable[..., SpeechDataset]
-    augment: Augmenter | None = None
-
-    def loader(self, plan: StreamPlan, steps: int | None, **layout: Any) -> "StreamLoader":
-        """Batches for one rank; `layout` as in StreamLoader."""
-        return StreamLoader(self.stream, self.build, plan, steps, augment=self.augment, **layout)
-
-
 def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-class StreamLoader:
-    """`steps` x `accumulate` batches for one rank in every epoch, as many on every other.
+@dataclass(frozen=True)
+class StreamedData:
+    """A stream and what its rows are made into: training data in place of a SpeechDataset.
 
-    Every row comes once per epoch at most, over all ranks; exactly once if the steps suffice, and then the last batches
-    are empty. `build` makes a data set of a source and `augment`, as functools.partial(SpeechDataset, tokenizer=...)
-    does. A resumed epoch gives what an unbroken one gives, with the same numbers of ranks and workers: what was heard
-    is read again, but not decoded. Raises UserError if `steps` is None.
+    `build` makes a data set of a source and `augment`, as functools.partial(SpeechDataset, tokenizer=...) does.
+    `buffer` and `window` are numbers of rows, which each worker keeps in memory; `files` are read side by side.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        build: Callable[..., SpeechDataset],
-        plan: StreamPlan,
-        steps: int | None,
-        *,
-        augment: Augmenter | None = None,
-        accumulate: int = 1,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-    ) -> None:
+    stream: Stream
+    build: Callable[..., SpeechDataset]
+    augment: Augmenter | None = None
+    buffer: int = 1_000
+    window: int = 512
+    files: int = 10
+
+    def loader(self, cut: Cut, steps: int | None = None, workers: int = 0, pin_memory: bool = False) -> StepLoader:
+        """One rank's batches, `steps` x `accumulate` of them in every epoch; raises UserError without `steps`.
+
+        Every row comes once per epoch at most, over all ranks; exactly once if the steps suffice, and then the last
+        batches are empty. A resumed epoch gives what an unbroken one gives, with the same numbers of ranks and workers.
+        """
         if steps is None:
             raise UserError(
-                f"--epoch_steps: found nothing, but the length of {stream.spec} is not known beforehand; expected the "
-                "number of steps that make an epoch"
+                f"--epoch_steps: found nothing, but the length of {self.stream.spec} is not known beforehand; expected "
+                "the number of steps that make an epoch"
             )
-        self._accumulate, self._length = accumulate, steps * accumulate
-        self._batches = _Batches(stream, build, plan, augment, self._length, rank, world_size)
-        files = stream.rows.num_shards
+        rows = _Batches(self, cut, steps)
+        files = self.stream.rows.num_shards
         # A worker without a file of its own would give empty batches only.
-        workers = min(workers, files // world_size if files % world_size == 0 else files)
-        in_processes: dict[str, Any] = (
-            {"persistent_workers": True, "multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
-        )
-        self._loader: DataLoader[Batch] = DataLoader(
-            self._batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, **in_processes
-        )
-
-    @property
-    def sampler(self) -> "StreamLoader":
-        """Itself: `set_epoch` is what Lightning calls, on a loader's `.sampler`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches are given next, from its start unless it was chosen already."""
-        if epoch != int(self._batches.position[0]):
-            self.set_state(epoch, 0)
-
-    def set_state(self, epoch: int, step: int) -> None:
-        """Continue an epoch behind its first `step` optimizer steps."""
-        self._batches.position.copy_(torch.tensor([epoch, step * self._accumulate]))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
-
-    def __len__(self) -> int:
-        return self._length
+        workers = min(workers, files // cut.world_size if files % cut.world_size == 0 else files)
+        batches = DataLoader(rows, batch_size=None, pin_memory=pin_memory, **in_processes(workers))
+        return StepLoader(batches, rows, cut.accumulate)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_speech.data.epoch import EpochPlan, Floats
+from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
 from rwkv_speech.planning.sizes import EncoderSizes, MicroBatch, ModelSizes, Setup
 
 # Operations that one layer launches: of the language model forwards and backwards (counted), of the encoder.
@@ -143,7 +143,7 @@ def idle_share(durations: Floats, micro_bsz: int, batch_seconds: float | None, s
     if setup.ranks == 1 or not len(durations):
         return 0.0
     known = np.nan_to_num(durations[:: -(-len(durations) // _MOST_UTTERANCES)], nan=1.0)
-    plan = EpochPlan(known, micro_bsz, batch_seconds, slots=setup.ranks * setup.accumulate)
+    plan = EpochPlan(known, Cut(micro_bsz, batch_seconds, world_size=setup.ranks, accumulate=setup.accumulate))
     epoch = plan.epoch(0)
     sizes = np.diff(epoch.bounds)
     filled = np.flatnonzero(sizes)

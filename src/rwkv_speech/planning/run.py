@@ -7,7 +7,7 @@ import torch
 from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
-from rwkv_speech.data.loader import make_loader
+from rwkv_speech.data.epoch import Cut
 from rwkv_speech.devices import accelerator, torch_device, uses_bf16
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
@@ -67,8 +67,8 @@ def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> floa
     device = torch_device(config)
     model.to(device)
     model.lm.grad_cp = bool(config.grad_cp)
-    loader = make_loader(data, config.micro_bsz, config.batch_seconds, shuffle=True, seed=config.seed)
-    batches = itertools.cycle([batch.to(device) for batch in itertools.islice(loader, _BATCHES) if len(batch)])
+    loader = data.loader(Cut(config.micro_bsz, config.batch_seconds, config.seed))
+    batches = itertools.cycle([batch.to(device) for (batch,) in itertools.islice(loader, _BATCHES) if len(batch)])
 
     def step() -> None:
         batch: Batch = next(batches)

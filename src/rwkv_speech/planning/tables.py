@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rwkv_speech.data.epoch import EpochPlan, Floats
+from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
 from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
 from rwkv_speech.planning.compute import H200, Gpu, all_reduce_bytes, idle_share, step_time
@@ -53,7 +53,7 @@ class DataPlan:
     @cached_property
     def micro_batches(self) -> int:
         """Of a whole epoch, on all GPUs together."""
-        return EpochPlan(self.durations, self.micro_bsz, self.batch_seconds, parts=self.parts).steps
+        return EpochPlan(self.durations, Cut(self.micro_bsz, self.batch_seconds), self.parts).steps
 
     @cached_property
     def utterances(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
-from rwkv_speech.data.loader import make_loader
+from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.source import Source
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -98,8 +98,7 @@ def _decode(
     """For each batch: its rows, the seconds of its audio, the seconds that it took."""
     device = model.time_state.device
     # Shuffling groups utterances of like duration, which keeps padding small; the scores do not depend on order.
-    loader = make_loader(SpeechDataset(source, model.tokenizer), batch_size, shuffle=True)
-    for batch in loader:
+    for (batch,) in SpeechDataset(source, model.tokenizer).loader(Cut(batch_size)):
         bad_files.add(batch.bad, name)
         if not len(batch):
             continue

@@ -3,24 +3,23 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
-from rwkv_speech.data.loader import make_loader
-from rwkv_speech.data.streaming import StreamedData, StreamLoader, StreamPlan
+from rwkv_speech.data.loader import SpeechData, StepLoader
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -28,23 +27,6 @@ from rwkv_speech.scoring.metrics import Scores, score
 from rwkv_speech.text import normalise_score
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 from rwkv_speech.training.strategies import strategy_of
-
-
-class StepLoader:
-    """Groups this rank's micro batches: each item is what one optimizer step accumulates."""
-
-    def __init__(self, batches: "DataLoader[Batch] | StreamLoader", accumulate: int) -> None:
-        self._batches, self._accumulate = batches, accumulate
-        # Where Lightning sets the epoch.
-        self.sampler: Any = batches.sampler if isinstance(batches, StreamLoader) else batches.batch_sampler.sampler  # type: ignore[union-attr]
-
-    def __len__(self) -> int:
-        return len(self._batches) // self._accumulate
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        batches = iter(self._batches)
-        while step := [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]:
-            yield step
 
 
 class SpeechModule(pl.LightningModule):
@@ -59,8 +41,8 @@ class SpeechModule(pl.LightningModule):
         self,
         model: SpeechLM,
         config: TrainConfig,
-        train: SpeechDataset | StreamedData,
-        valid: SpeechDataset | None,
+        train: SpeechData,
+        valid: SpeechData | None,
         cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
@@ -98,21 +80,16 @@ class SpeechModule(pl.LightningModule):
             self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
             self._forward_schedule(self.taken_over["lr_schedulers"][0]["last_epoch"])
             self.taken_over = None
-        if self._cache is None or isinstance(self._train_data, StreamedData):
+        if self._cache is None:
             return
-        plain = self._train_data.plain()
-        cache = self._cache.for_writer(self.trainer.global_rank)
-        encoder = self.model.encoder
+        encoder, workers = self.model.encoder, self.config.workers
         fill(
-            cache,
-            plain,
+            self._cache.for_writer(self.trainer.global_rank),
+            cast(SpeechDataset, self._train_data).plain(),  # a stream has no cache
             lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes),
             encoder.width,
-            self.config.micro_bsz,
-            self.config.batch_seconds,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            workers=self.config.workers,
+            self._cut(),
+            workers,
         )
         self.trainer.strategy.barrier()
         self._cache.refresh()
@@ -129,40 +106,24 @@ class SpeechModule(pl.LightningModule):
     def train_dataloader(self) -> StepLoader:
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
         c = self.config
-        layout: dict[str, Any] = {
-            "workers": c.workers,
-            "rank": self.trainer.global_rank,
-            "world_size": self.trainer.world_size,
-            "accumulate": c.accumulate,
-            "pin_memory": self.device.type == "cuda",
-        }
-        if isinstance(self._train_data, StreamedData):
-            plan = StreamPlan(c.micro_bsz, c.batch_seconds, c.seed)
-            loader = StepLoader(self._train_data.loader(plan, c.epoch_steps, **layout), c.accumulate)
-            loader.sampler.set_state(*self.start)
-            return loader
-        batches = make_loader(self._train_data, c.micro_bsz, c.batch_seconds, shuffle=True, seed=c.seed, **layout)
-        loader = StepLoader(batches, c.accumulate)
-        if c.epoch_steps and c.epoch_steps > len(loader):
-            raise UserError(
-                f"--epoch_steps: given {c.epoch_steps}, but {len(self._train_data)} utterances in batches of "
-                f"{c.micro_bsz} on {self.trainer.world_size} device(s) make {len(loader)}; leave it "
-                "empty, or give at most that"
-            )
-        loader.sampler.set_state(*self.start)
+        cut = self._cut(c.accumulate)
+        loader = self._train_data.loader(cut, c.epoch_steps, c.workers, pin_memory=self.device.type == "cuda")
+        loader.set_state(*self.start)
         return loader
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """This rank's share of the validation data, if there is any."""
         if not self._valid_data:
             return []
-        return make_loader(
-            self._valid_data,
-            self.config.micro_bsz,
-            shuffle=False,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+        cut = Cut(
+            self.config.micro_bsz, shuffle=False, rank=self.trainer.global_rank, world_size=self.trainer.world_size
         )
+        return self._valid_data.loader(cut)
+
+    def _cut(self, accumulate: int = 1) -> Cut:
+        """How the training data is cut and shared."""
+        c, rank, world_size = self.config, self.trainer.global_rank, self.trainer.world_size
+        return Cut(c.micro_bsz, c.batch_seconds, c.seed, rank=rank, world_size=world_size, accumulate=accumulate)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with two learning rates and one schedule over the optimizer's steps."""
@@ -245,8 +206,9 @@ class SpeechModule(pl.LightningModule):
         schedule.step()
         return norm_found
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, step: list[Batch], batch_idx: int) -> None:
         """Decode one batch; a rank may be left with an empty one."""
+        (batch,) = step
         self.bad_files.add(batch.bad, self.config.valid_data)
         if not len(batch):
             return

@@ -12,9 +12,8 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_speech.config import TrainConfig
-from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
-from rwkv_speech.data.streaming import StreamedData
+from rwkv_speech.data.loader import SpeechData
 from rwkv_speech.devices import accelerator, uses_bf16
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.reports.page import write_report
@@ -80,8 +79,8 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
 def fit(
     model: SpeechLM,
     config: TrainConfig,
-    train: SpeechDataset | StreamedData,
-    valid: SpeechDataset | None,
+    train: SpeechData,
+    valid: SpeechData | None,
     cache: FeatureCache | None = None,
 ) -> SpeechModule:
     """Train from the start or from where the run in --proj_dir stopped; returns the module with its last scores."""
