@@ -1,7 +1,6 @@
 """One training step and one validation of a SpeechLM, in Lightning's terms."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
