@@ -36,6 +36,8 @@ class StepLoader:
     The length is that of a whole epoch, wherever this one starts.
     """
 
+    batch_sampler = None  # Lightning looks for one, then takes `sampler`
+
     def __init__(self, batches: Iterable[Batch], sampler: Position, accumulate: int) -> None:
         self._batches, self.sampler, self._accumulate = batches, sampler, accumulate
 
