@@ -1,36 +1,65 @@
-# Sourced by the scripts here and in tests/: makes .venv beside the README once, and again when requirements.txt changes.
-# In: root, the repository. PYTHON chooses the interpreter (3.11 or newer). Out: python, the environment's own.
+# Sourced by the scripts here and in tests/, which set root, the repository. setup_environment finds the environment
+# $root/.venv or makes it, and sets python to its interpreter.
+#   PYTHON=python3.12   makes it with this interpreter (3.11 or newer)
+#   venv=rebuild        makes it again; otherwise only a broken one is, and changed requirements are installed into it
+#   venv=none           uses PYTHON as it is and installs nothing
+
+version_of() {
+    "$1" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])' 2>/dev/null || echo "no such interpreter"
+}
+
+has_module() {
+    "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null
+}
 
 setup_environment() {
     interpreter=${PYTHON:-python3}
-    if ! command -v "$interpreter" >/dev/null 2>&1; then
-        echo "error: PYTHON=$interpreter: no such interpreter; give one of Python 3.11 or newer, as in PYTHON=python3.12" >&2
+    case ${venv:-auto} in
+    auto | rebuild) python=$root/.venv/bin/python ;;
+    none)
+        python=$interpreter
+        if has_module torch && has_module rwkv_speech; then return 0; fi
+        echo "error: venv=none: $python ($(version_of "$python")) lacks what requirements.txt names;" \
+            "install it there, or leave venv empty" >&2
         return 2
-    fi
-    if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "error: $interpreter is $("$interpreter" --version 2>&1), expected Python 3.11 or newer;" \
-            "choose another with PYTHON=, as in PYTHON=python3.12" >&2
+        ;;
+    *)
+        echo "error: venv=$venv, expected rebuild, none or nothing" >&2
         return 2
+        ;;
+    esac
+    wanted="$root $(cat "$root/requirements.txt" "$root/pyproject.toml" | cksum)"
+    if [ "${venv:-auto}" = auto ] && "$python" -c '' 2>/dev/null; then
+        if [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$python")" ]; then
+            echo "note: $root/.venv is $(version_of "$python"); venv=rebuild makes it again with $PYTHON" >&2
+        fi
+        if [ "$(cat "$root/.venv/installed" 2>/dev/null)" = "$wanted" ]; then return 0; fi
     fi
-    python=$root/.venv/bin/python
-    wanted="$("$interpreter" --version 2>&1) $(cksum <"$root/requirements.txt") $(cksum <"$root/pyproject.toml")"
-    if [ -x "$python" ] && [ "$(cat "$root/.venv/installed" 2>/dev/null)" = "$wanted" ]; then
-        return 0
+    if [ "${venv:-auto}" = auto ] && "$python" -m pip --version >/dev/null 2>&1; then
+        echo "== installing requirements.txt, which has changed, into $root/.venv"
+    else
+        if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "error: PYTHON=$interpreter: found $(version_of "$interpreter")," \
+                "expected Python 3.11 or newer, as in PYTHON=python3.12" >&2
+            return 2
+        fi
+        echo "== making the environment $root/.venv with $(version_of "$interpreter") (a few minutes, once)"
+        "$interpreter" -m venv --clear "$root/.venv"
     fi
-    echo "== making the environment $root/.venv with $("$interpreter" --version 2>&1) (a few minutes, once)"
-    "$interpreter" -m venv --clear "$root/.venv"
     (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt)
-    # torchaudio's wheel links CUDA; beside a CPU build of torch its compiled part cannot load, and transformers would
-    # fail with it. Its Python part, all that is used here, needs no compiled one.
-    "$python" - <<'PYTHON_END'
+    # transformers imports torchaudio, whose compiled part loads only beside a torch built with the same CUDA. Its part
+    # in Python, all that is used here, needs no compiled one.
+    if ! "$python" -c 'import torchaudio' 2>/dev/null; then
+        echo "== torchaudio's compiled part cannot load beside this torch: removed, its Python part serves"
+        "$python" - <<'PYTHON_END'
 import importlib.util
 import pathlib
-import torch
 
-if torch.version.cuda is None:
-    folder = pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent / "lib"
-    for library in folder.glob("_torchaudio*.so"):
+for folder in importlib.util.find_spec("torchaudio").submodule_search_locations:
+    for library in pathlib.Path(folder).glob("lib/_torchaudio*.so"):
         library.unlink()
 PYTHON_END
+        "$python" -c 'import torchaudio'
+    fi
     printf '%s' "$wanted" >"$root/.venv/installed"
 }

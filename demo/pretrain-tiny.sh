@@ -2,7 +2,7 @@
 # Makes the embedded default again: about an hour on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the shipped one alone
 # and writes rwkv6.safetensors, vocab.txt and wavlm/ into FOLDER.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/output/tiny}
 
 steps=${steps-4000}

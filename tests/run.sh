@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, all tests, in the environment of the quickstart. --soak adds the long tests.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/demo/env.sh"
 setup_environment
 marks="not soak"
