@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rwkv_speech.config import PredictConfig, parse
 from rwkv_speech.errors import UserError, exit_code
@@ -13,34 +14,32 @@ def predict(config: PredictConfig) -> None:
     A broken file does not stop the others; it is named at the end.
     """
     # Imported here: wrong flags and --help are answered before torch is there.
-    from rwkv_speech.audio import AudioError, load_audio
-    from rwkv_speech.devices import compute_of
-    from rwkv_speech.models.speech_lm import Parts, SpeechLM
-    from rwkv_speech.ops import native
+    from tqdm import tqdm
 
-    files = [name for name in config.file_path.split(",") if name]
+    from rwkv_speech.batch import BadSample
+    from rwkv_speech.decoding.transcribe import length_note, transcribe
+    from rwkv_speech.devices import compute_of
+    from rwkv_speech.models.parts import Parts
+    from rwkv_speech.models.speech_lm import SpeechLM
+
+    given = config.file_path
+    files = [given] if Path(given).is_file() else [name for name in given.split(",") if name]
     if not files:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
-    native.choose(config.wkv6)
-    path, compute = config.checkpoint or config.proj_dir, compute_of(config)
-    model = SpeechLM.from_pretrained(path, Parts.of(config), compute.lm_dtype, compute.device, compute.encoder_dtype)
-    config.check_sizes(model.origin.n_layer, model.origin.n_embd)
+    parts, compute = Parts.of(config), compute_of(config)
+    model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
     broken = []
-    for start in range(0, len(files), config.micro_bsz):
-        readable = {}
-        for name in files[start : start + config.micro_bsz]:
-            try:
-                readable[name] = load_audio(name)
-            except AudioError as error:
-                broken.append(str(error))
-        for name, result in zip(
-            readable,
-            model.transcribe(list(readable.values()), config.micro_bsz, config.max_new_tokens),
-            strict=True,
-        ):
-            print(result.text if len(files) == 1 else f"{name}\t{result.text}")
-            if result.cut:
-                print(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
+    results = transcribe(model, files, config.micro_bsz, config.max_new_tokens, config.task)
+    for number, result in tqdm(results, total=len(files), unit="file", disable=None if len(files) > 1 else True):
+        name = files[number]
+        if isinstance(result, BadSample):
+            broken.append(result.reason)
+            continue
+        tqdm.write(result.text if len(files) == 1 else f"{name}\t{result.text}")
+        if result.cut:
+            tqdm.write(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
+        if note := length_note(model, [result.seconds]):
+            tqdm.write(f"warning: {name}: {note}", file=sys.stderr)
     if broken:
         raise UserError("\n".join(broken))
 

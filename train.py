@@ -32,8 +32,8 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.data.dataset import SpeechDataset
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
-    from rwkv_speech.models.speech_lm import Parts, SpeechLM
-    from rwkv_speech.ops import mix, native
+    from rwkv_speech.models.parts import Parts
+    from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.planning.run import memory_advice, plan_run
     from rwkv_speech.training.data import make_datasets, open_train_and_valid
     from rwkv_speech.training.run import fit
@@ -42,13 +42,10 @@ def train(config: TrainConfig) -> None:
     config = with_own_folder(config)
     compute = compute_of(config, "cpu")
     sources = open_train_and_valid(config)
-    native.choose(config.wkv6)
-    mix.fuse(bool(config.compile))
     pl.seed_everything(config.seed, verbose=False)
-    model = SpeechLM.build(Parts.of(config), compute.lm_dtype, encoder_dtype=compute.encoder_dtype)
-    config.check_sizes(model.origin.n_layer, model.origin.n_embd)
+    model = SpeechLM.build(Parts.of(config), compute, [config.task])
     if config.init_from:
-        model.load_trained(load_trained(find_checkpoint(config.init_from)))
+        model.load_trained(load_trained(find_checkpoint(config.init_from), config.task))
     data, valid, cache = make_datasets(config, model, *sources)
     trained = sum(p.numel() for p in model.trained_parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained

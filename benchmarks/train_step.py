@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,13 @@ from transformers import WavLMConfig, WavLMModel
 from benchmarks.common import RESULTS, cpu_name, interleaved, relative_rms, write_result
 from benchmarks.encoder import resident
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
-from rwkv_speech.batch import Prepared
+from rwkv_speech.batch import Batch
 from rwkv_speech.models.base import RWKV6Sizes
-from rwkv_speech.models.checkpoint import Origin
 from rwkv_speech.models.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.splice import IGNORE
-from rwkv_speech.ops import mix, native
 from rwkv_speech.planning.compute import H200, Operations, operations
 from rwkv_speech.planning.sizes import BASE_MODELS, EncoderSizes, MicroBatch, ModelSizes
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -63,6 +62,7 @@ class Case:
     seconds: tuple[float, float]
     text_tokens: tuple[int, int]
     bf16: bool
+    fuse: bool = False
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """Samples and text tokens of each utterance, (U,) each."""
@@ -98,10 +98,10 @@ def random_encoder(layers: int, width: int, heads: int, conv_width: int) -> Any:
     return WavLMModel(config).requires_grad_(False).eval()
 
 
-def random_lm(sizes: RWKV6Sizes, dtype: torch.dtype, device: str) -> RWKV6:
+def random_lm(sizes: RWKV6Sizes, dtype: torch.dtype, device: str, fuse: bool) -> RWKV6:
     """Every tensor matters, decays from slow to fast; made in place, so that no copy raises the peak."""
     with torch.device("meta"):
-        model = RWKV6(sizes).to(dtype)
+        model = RWKV6(sizes, fuse=fuse).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, p in model.named_parameters():
         if name.endswith("time_decay"):
@@ -117,6 +117,14 @@ def random_lm(sizes: RWKV6Sizes, dtype: torch.dtype, device: str) -> RWKV6:
     return model
 
 
+def with_pytorch_kernel(lm: RWKV6, fuse: bool) -> RWKV6:
+    """The same weights, WKV-6 in PyTorch's operations."""
+    with torch.device("meta"):
+        model = RWKV6(lm.sizes, "torch", fuse)
+    model.load_state_dict(dict(lm.named_parameters()), assign=True)
+    return model.requires_grad_(False).eval()
+
+
 class Bench:
     """Both sides' steps of one case, on one set of weights."""
 
@@ -128,19 +136,25 @@ class Bench:
         # Our encoder changes its modules in place, under bfloat16 its tensors, too; the plain side casts as it goes.
         shared = {} if case.bf16 else {id(p): p for p in theirs.parameters()}
         self.plain_encoder: Any = copy.deepcopy(theirs, shared)
-        lm = random_lm(case.lm, torch.bfloat16 if case.bf16 else torch.float32, device)
-        lm.grad_cp = grad_cp
-        origin = Origin("random", "", "random", "", case.lm.n_layer, case.lm.C, STACK, 2048, "#")
+        lm = random_lm(case.lm, torch.bfloat16 if case.bf16 else torch.float32, device, case.fuse)
+        self.plain_lm = with_pytorch_kernel(lm, case.fuse)
+        lm.grad_cp = self.plain_lm.grad_cp = grad_cp
+        parts = Parts("random", "random", "", STACK, 2048, "#", case.lm.n_layer, case.lm.C)
         encoder = SpeechEncoder(theirs, "random", dtype=torch.bfloat16 if case.bf16 else torch.float32)
-        self.model = SpeechLM(encoder, lm, WorldTokenizer(), origin).to(device)
-        nn.init.normal_(self.model.time_state, 0, 0.1)
+        self.model = SpeechLM(encoder, lm, WorldTokenizer(), parts).to(device)
+        nn.init.normal_(self.model.initial_states["asr"], 0, 0.1)
         num_samples, text_lengths = case.lengths()
         waveforms = 0.1 * torch.randn(case.utterances, int(num_samples.max()))
         ids = torch.randint(1, case.lm.vocab, (int(text_lengths.sum()),))
         # As batches come from the loader: lengths and text on the host.
         audio = (waveforms * length_mask(num_samples, waveforms.shape[1])).to(device)
-        self.batch = (audio, num_samples, ids, text_lengths)
-        self.targets = len(ids) + case.utterances
+        names = [str(i) for i in range(case.utterances)]
+        tasks, langs, texts = ["asr"] * len(names), [None] * len(names), [""] * len(names)
+        indices = list(range(len(names)))
+        self.batch = Batch(
+            indices, names, tasks, list[str | None](langs), audio, num_samples, ids, text_lengths, texts, []
+        )
+        self.targets = self.batch.num_targets
         self.marks: list[list[float]] = []
         self.cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}
 
@@ -152,7 +166,6 @@ class Bench:
 
     def step(self, side: str) -> float:
         """Forward, loss, backward; the gradients stay until the next step."""
-        native.choose("torch" if side == "plain" else "auto")
         self.model.zero_grad()
         cpu = time.process_time()
         # As the trainer runs: bf16-mixed on a GPU, and none of it on a CPU.
@@ -167,18 +180,19 @@ class Bench:
         return loss.item()
 
     def our_loss_sum(self) -> Tensor:
-        """`SpeechLM.loss_sum`, stopped between its two parts for their times."""
-        waveforms, num_samples, ids, text_lengths = self.batch
+        """`SpeechLM.forward`, stopped between its two parts for their times."""
         start = self.now()
-        frames, lengths = self.model.encoder(waveforms, num_samples)
+        frames, lengths = self.model.encoder(self.batch.waveforms, self.batch.num_samples)
         self.marks.append([start, self.now()])
-        prepared = Prepared(frames=frames, frame_lengths=lengths)
-        return self.model.loss_sum(waveforms, num_samples, ids, text_lengths, prepared)[0]
+        loss: Tensor = self.model(replace(self.batch, frames=frames, frame_lengths=lengths))
+        return loss
 
     def plain_loss_sum(self) -> Tensor:
         """The same number the plain way."""
-        waveforms, num_samples, ids, text_lengths = (x.to(self.device) for x in self.batch)
-        model = self.model
+        b, model, lm = self.batch, self.model, self.plain_lm
+        waveforms, num_samples, ids, text_lengths = (
+            x.to(self.device) for x in (b.waveforms, b.num_samples, b.text_ids, b.text_lengths)
+        )
         with torch.no_grad():
             mask = length_mask(num_samples, waveforms.shape[1]).long()
             frames = self.plain_encoder(normalise(waveforms, num_samples), attention_mask=mask).last_hidden_state
@@ -189,12 +203,12 @@ class Bench:
         separator, end = ids.new_tensor([model.separator_id]), ids.new_tensor([model.tokenizer.eos_id])
         inputs, labels = [], []
         for row, count, text in zip(audio, counts, ids.split(text_lengths.tolist()), strict=True):
-            tokens = model.lm.embed(torch.cat((separator, text)))
+            tokens = lm.embed(torch.cat((separator, text)))
             inputs.append(torch.cat((row[:count].to(tokens.dtype), tokens)))
             labels.append(torch.cat((text.new_full((count,), IGNORE), text, end)))
         x = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-        logits = model.lm(inputs_embeds=x, state=model.initial_state(U)).logits
+        logits = lm(inputs_embeds=x, state=model.initial_state(["asr"] * U)).logits
         return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def compare(self) -> dict[str, float]:
@@ -340,9 +354,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print one peak in bytes, no more")
     flags = parser.parse_args(argv)
     torch.set_num_threads(flags.threads)
-    mix.fuse(flags.compile)
     # transformers' attention has a float bias beside a boolean mask.
     warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
+    if flags.compile:
+        CASES.update({name: replace(case, fuse=True) for name, case in CASES.items()})
     if flags.peak:
         print(*resident_peak(CASES[flags.peak[0]], flags.peak[1]))
         return
@@ -353,7 +368,6 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.cuda.get_device_name()
     else:
         rows, device = [measure_cpu("0.1B", flags.rounds, flags.threads)], cpu_name()
-    native.choose("auto")
     loads = [load, os.getloadavg()[0]]
     print(f"{flags.threads} threads; load {loads[0]:.1f} before, {loads[1]:.1f} after")
     command = ["python", "-m", "benchmarks.train_step",

@@ -3,6 +3,7 @@
 # B batch · T time · H heads · N head size
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.peers import flash_linear_attention, pip_rwkv
-from rwkv_speech.ops import native
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
@@ -47,23 +47,13 @@ def random_inputs(
     return [*(x.to(device, dtype) for x in (r, k, v, w, u)), state.to(device, wide)]
 
 
-def passes(inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """The forward pass, and the backward pass with a gradient of the state and none of the frozen u."""
+def passes(inputs: list[Tensor]) -> dict[str, Callable[[str], Any]]:
+    """By the kernel's form: the forward pass, and the backward pass with a gradient of the state, none of frozen u."""
     dy, dstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
     return {
-        "forward": lambda: wkv6_forward(*inputs, None),
-        "backward": lambda: wkv6_backward(dy, dstate, *inputs, None, False),
+        "forward": lambda form: wkv6_forward(*inputs, None, form),
+        "backward": lambda form: wkv6_backward(dy, dstate, *inputs, None, False, form),
     }
-
-
-def in_form(form: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` with this form of the operator."""
-
-    def run() -> Any:
-        native.choose(form)
-        return call()
-
-    return run
 
 
 def floor_bytes(which: str, B: int, T: int, H: int, size: int) -> int:
@@ -77,8 +67,7 @@ def errors(form: str, dtype: torch.dtype, device: str) -> list[Row]:
     rows = []
     for name, decay in DECAYS.items():
         results = []
-        for op, kind in ((wkv6, dtype), (wkv6_ref, torch.float64)):
-            native.choose(form)
+        for op, kind in ((functools.partial(wkv6, form=form), dtype), (wkv6_ref, torch.float64)):
             inputs = [x.to(kind if i < 5 else torch.float32) for i, x in enumerate(random_inputs(
                 *ERROR_SHAPE, dtype, device, decay))]  # fmt: skip
             if kind == torch.float64:
@@ -110,12 +99,15 @@ def measure_cpu(rounds: int, threads: int) -> list[Row]:
         inputs = random_inputs(*shape, torch.float32, "cpu")
         for which, call in passes(inputs).items():
             torch.set_num_threads(1)
-            calls = {"native": in_form("auto", call), "torch": in_form("torch", call)}
+            calls: dict[str, Callable[[], Any]] = {
+                "native": functools.partial(call, "auto"),
+                "torch": functools.partial(call, "torch"),
+            }
             if shape[0] == 1 and which == "forward":
                 calls["pip_rwkv"] = lambda: peer(inputs)  # noqa: B023
             repeats = 3 if shape[1] > 1 else 50
             times = interleaved(calls, rounds, repeats)
-            several = [_scaling(in_form("auto", call), threads) for _ in range(rounds)]
+            several = [_scaling(functools.partial(call, "auto"), threads) for _ in range(rounds)]
             row: Row = {"shape": "x".join(map(str, shape)), "pass": which, "seconds": times,
                         f"speedup_{threads}_threads": statistics.median(several)}  # fmt: skip
             row["ratios"] = {name: times[name] / times["native"] for name in times if name != "native"}
@@ -155,8 +147,8 @@ def measure_gpu(rounds: int) -> tuple[list[Row], float]:
         inputs = random_inputs(*shape, torch.bfloat16, "cuda")
         for which, call in passes(inputs).items():
             size = floor_bytes(which, *shape, 2)
-            times = {form: gpu_seconds(in_form(form, call), rounds) for form in ("tiles", "steps")}
-            times["torch"] = gpu_seconds(in_form("torch", call), rounds, calls=1)
+            times = {form: gpu_seconds(functools.partial(call, form), rounds) for form in ("tiles", "steps")}
+            times["torch"] = gpu_seconds(functools.partial(call, "torch"), rounds, calls=1)
             if peer:
                 times["fla"] = _peer_seconds(peer, inputs, which, rounds)
             for form, taken in times.items():
@@ -201,7 +193,6 @@ def main(argv: list[str] | None = None) -> None:
         found = [row for form in ("auto", "torch") for t in (torch.float32, torch.bfloat16)
                  for row in errors(form, t, "cpu")]  # fmt: skip
         device = cpu_name()
-    native.choose("auto")
     print_errors(found)
     command = ["python", "-m", "benchmarks.wkv6", *(f"--{k}={v}" for k, v in vars(flags).items() if k != "output")]
     print(write_result(f"wkv6-{flags.device}", flags.output, command, device, **content, errors=found))

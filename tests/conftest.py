@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_speech.models.speech_lm import Parts
+from rwkv_speech.models.parts import Parts
 
 
 def write_vocab(path: Path) -> Path:

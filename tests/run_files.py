@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rwkv_speech.models.checkpoint import named_tensors
-from rwkv_speech.models.speech_lm import Parts, SpeechLM
+from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.speech_lm import SpeechLM
 
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.
@@ -25,5 +26,5 @@ def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:
     """How far each trained tensor of a run with this seed is from what it began with."""
     torch.manual_seed(seed)
     start = SpeechLM.build(Parts("tiny"))
-    before = named_tensors(start.adapter.state_dict(), start.time_state)
+    before = named_tensors(start.adapter.state_dict(), dict(start.initial_states.items()))
     return {name: x - before[name] for name, x in load_file(run / "last.safetensors").items()}

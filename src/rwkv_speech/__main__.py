@@ -21,7 +21,7 @@ def _average(given: Namespace) -> Path:
 def _export(given: Namespace) -> Path:
     from rwkv_speech.models.checkpoint import export_published, find_checkpoint, load_trained
 
-    export_published(load_trained(find_checkpoint(given.run)), given.file)
+    export_published(load_trained(find_checkpoint(given.run)), given.file, given.task)
     return given.file
 
 
@@ -49,6 +49,7 @@ def _parser() -> Parser:
     export = verbs.add_parser("export", help="write a checkpoint in the layout of the published adapter files")
     export.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint")
     export.add_argument("file", metavar="FILE", type=Path, help="the file to write, .pth")
+    export.add_argument("--task", default="", help="the initial state to write, where there are several")
     export.set_defaults(verb=_export)
 
     report = verbs.add_parser("report", help="write a run's report.html again")

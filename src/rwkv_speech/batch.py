@@ -5,21 +5,10 @@ B batch · S samples · F frames · D encoder width · L text tokens
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Prepared(NamedTuple):
-    """What was done to a batch's audio already: its waveforms have zero mean and unit variance, or are frames."""
-
-    normalised: bool = False
-    frames: Tensor | None = None  # (U, F, D)
-    frame_lengths: Tensor | None = None  # (U,)
-
-
-NOTHING_PREPARED = Prepared()
 
 
 @dataclass(frozen=True)
@@ -86,9 +75,9 @@ class Batch:
         return len(self.ids)
 
     @property
-    def prepared(self) -> Prepared:
-        """What the model need not do any more."""
-        return Prepared(self.normalised, self.frames, self.frame_lengths)
+    def num_targets(self) -> int:
+        """What there is to learn: the tokens of the texts, and the end of each."""
+        return len(self.text_ids) + len(self)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.

@@ -36,6 +36,7 @@ DATA_FORMS = {
     "hf-stream:NAME:SPLIT": "read as it arrives: the whole of --train_data, with --epoch_steps",
 }
 ACCEPTED_FORMS = ", ".join(DATA_FORMS)
+TASK_FORM = ("[a-z][a-z0-9_]*", "a name of lower-case letters, digits and _, such as asr")
 GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "run")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
@@ -124,15 +125,6 @@ class ModelConfig(_ModelFlags, _DeviceFlags):
             if value is not None and value != field.default and not _allowed(field, value):
                 raise UserError(_unexpected(field, value))
 
-    def check_sizes(self, n_layer: int, n_embd: int) -> None:
-        """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
-        for name, said, found in (("n_layer", self.n_layer, n_layer), ("n_embd", self.n_embd, n_embd)):
-            if said is not None and said != found:
-                raise UserError(
-                    f"--{name}: given {said}, but the model has {found}; leave it empty, or "
-                    "give the right file with --load_model"
-                )
-
 
 @dataclass(frozen=True)
 class _ColumnFlags:
@@ -150,7 +142,11 @@ class _TrainDataFlags(_ColumnFlags):
     )
     valid_data: str = flag("", "what to score during training, in the same forms; empty: nothing")
     label_mode: str = flag("none", "what is done to transcripts before they are learned", LABEL_MODES)
-    task: str = flag("asr", "name of the task, kept in the checkpoint")
+    task: str = flag(
+        "asr",
+        "task of utterances that name none: the name of the initial state that is learned",
+        form=TASK_FORM,
+    )
     ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed", at_least=1)
     batch_seconds: float | None = flag(
         None,
@@ -263,6 +259,7 @@ class EvalConfig(_ColumnFlags, ModelConfig):
     group: ClassVar[str] = "run"
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
+    task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
     max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
@@ -276,6 +273,7 @@ class PredictConfig(ModelConfig):
     group: ClassVar[str] = "run"
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     file_path: str = flag("", "audio files, separated by commas")
+    task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
     max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
 
 

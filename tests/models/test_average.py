@@ -10,10 +10,11 @@ from torch import Tensor
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.average import average
-from rwkv_speech.models.checkpoint import Origin, export_published, load_trained, save_trained
+from rwkv_speech.models.checkpoint import export_published, load_trained, named_tensors, write_checkpoint
+from rwkv_speech.models.parts import Parts
 
-ORIGIN = Origin(
-    base_model="/here/base.pth",
+PARTS = Parts(
+    load_model="/here/base.pth",
     base_sha256="ab" * 32,
     encoder="microsoft/wavlm-large",
     vocab_file="",
@@ -26,11 +27,12 @@ ORIGIN = Origin(
 SHAPES = {"0.weight": (6, 10), "0.bias": (6,), "2.weight": (8, 6), "2.bias": (8,)}
 
 
-def write(path: Path, seed: int, origin: Origin = ORIGIN, scale: float = 1.0, state: Tensor | None = None) -> Path:
+def write(path: Path, seed: int, parts: Parts = PARTS, scale: float = 1.0, state: Tensor | None = None) -> Path:
     draw = torch.Generator().manual_seed(seed)
     adapter = {name: scale * torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
     drawn = scale * torch.randn(2, 2, 4, 4, generator=draw)
-    save_trained(path, adapter, drawn if state is None else state, origin, {"wer": 0.1})
+    states = {"asr": drawn if state is None else state}
+    write_checkpoint(path, named_tensors(adapter, states), parts, None, {"wer": 0.1})
     return path
 
 
@@ -54,13 +56,13 @@ def test_sums_are_of_double_precision(tmp_path: Path):
     states = [torch.full((2, 2, 4, 4), x) for x in (1e8, 1.0, -1e8)]
     paths = [write(tmp_path / f"{i}.safetensors", 0, state=state) for i, state in enumerate(states)]
     average(paths, tmp_path / "mean.safetensors")
-    assert load_trained(tmp_path / "mean.safetensors").time_state.unique().tolist() == pytest.approx([1 / 3])
+    assert load_trained(tmp_path / "mean.safetensors").initial_states["asr"].unique().tolist() == pytest.approx([1 / 3])
 
 
 def test_metadata_names_the_averaged_files(three: list[Path], tmp_path: Path):
     average(three[:2], tmp_path / "mean.safetensors")
     trained = load_trained(tmp_path / "mean.safetensors")
-    assert trained.origin == ORIGIN
+    assert trained.parts == PARTS
     named = [{"file": str(path), "sha256": sha256_file(path)} for path in three[:2]]
     assert trained.metrics == {"averaged": named}
 
@@ -70,23 +72,23 @@ def test_folders_mean_their_best_checkpoint(tmp_path: Path):
         write(tmp_path / f"{name}.safetensors", seed)
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean.safetensors")
     best, last, mean = (
-        load_trained(tmp_path / name).time_state
+        load_trained(tmp_path / name).initial_states["asr"]
         for name in ("a/best.safetensors", "b/last.safetensors", "mean.safetensors")
     )
     torch.testing.assert_close(mean, (best + last) / 2)
 
 
 def test_the_place_of_the_base_model_does_not_matter(three: list[Path], tmp_path: Path):
-    moved = write(tmp_path / "moved.safetensors", 9, replace(ORIGIN, base_model="/there/base.pth"))
+    moved = write(tmp_path / "moved.safetensors", 9, replace(PARTS, load_model="/there/base.pth"))
     average([three[0], moved], tmp_path / "mean.safetensors")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("base_sha256", "cd" * 32), ("encoder", "other"), ("stack", 4), ("separator", "|"), ("task", "translate")],
+    [("base_sha256", "cd" * 32), ("encoder", "other"), ("stack", 4), ("separator", "|"), ("vocab_file", "v.txt")],
 )
-def test_another_origin_is_an_error_that_names_the_file(three: list[Path], tmp_path: Path, name: str, value: object):
-    other = write(tmp_path / "other.safetensors", 9, replace(ORIGIN, **{name: value}))
+def test_another_parts_is_an_error_that_names_the_file(three: list[Path], tmp_path: Path, name: str, value: object):
+    other = write(tmp_path / "other.safetensors", 9, replace(PARTS, **{name: value}))
     with pytest.raises(UserError, match=f"other.safetensors: {name} is {value!r}, expected .* as in .*epoch-0"):
         average([three[0], three[1], other], tmp_path / "mean.safetensors")
     assert not (tmp_path / "mean.safetensors").exists()
@@ -95,7 +97,7 @@ def test_another_origin_is_an_error_that_names_the_file(three: list[Path], tmp_p
 def test_another_shape_is_an_error_that_names_the_file(three: list[Path], tmp_path: Path):
     other = write(tmp_path / "other.safetensors", 9, state=torch.zeros(2, 2, 8, 8))
     with pytest.raises(
-        UserError, match=r"other.safetensors: the shape of time_state is \(2, 2, 8, 8\), expected \(2, 2, 4"
+        UserError, match=r"other.safetensors: the shape of initial_states.asr is \(2, 2, 8, 8\), expected \(2, 2, 4"
     ):
         average([three[0], other], tmp_path / "mean.safetensors")
 

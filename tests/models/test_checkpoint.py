@@ -1,5 +1,4 @@
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,28 @@ from torch import Tensor
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import (
     FORMAT,
-    Origin,
+    FORMAT_1,
     Trained,
     export_published,
     find_checkpoint,
     load_trained,
-    save_trained,
+    named_tensors,
+    write_checkpoint,
 )
+from rwkv_speech.models.parts import Parts, TrainedOn
 
 LAYERS, HEADS, HEAD_SIZE, WIDTH, HIDDEN = 3, 2, 4, 10, 6
-ORIGIN = Origin(
-    base_model="/models/base.pth",
+PARTS = Parts(
+    load_model="/models/base.pth",
     base_sha256="ab" * 32,
     encoder="microsoft/wavlm-large",
-    vocab_file="",
     n_layer=LAYERS,
     n_embd=HEADS * HEAD_SIZE,
     stack=5,
     adapter_hidden=HIDDEN,
     separator="#",
 )
+TRAINED_ON = TrainedOn(utterances=7, hours=0.5, longest_seconds=16.25)
 
 
 def make_adapter() -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ def published(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def save(path: Path, **metrics: object) -> Path:
-    save_trained(path, make_adapter(), make_state(), ORIGIN, metrics)
+    write_checkpoint(path, named_tensors(make_adapter(), {"asr": make_state()}), PARTS, TRAINED_ON, metrics)
     return path
 
 
@@ -72,15 +73,16 @@ def test_own_checkpoint_comes_back_bit_for_bit(tmp_path: Path):
     path = save(tmp_path / "run" / "last.safetensors", wer=0.25, step=7, name="ü")
     trained = load_trained(path)
     assert_same_bits(trained.adapter, make_adapter())
-    assert_same_bits({"time_state": trained.time_state}, {"time_state": make_state()})
-    assert trained.origin == ORIGIN
+    assert_same_bits(trained.initial_states, {"asr": make_state()})
+    assert (trained.parts, trained.trained_on) == (PARTS, TRAINED_ON)
     assert trained.metrics == {"wer": 0.25, "step": 7, "name": "ü"}
     assert (trained.path, trained.ignored) == (path, ())
 
 
 def test_own_checkpoint_of_parameters_that_train(tmp_path: Path):
     adapter = {name: torch.nn.Parameter(x) for name, x in make_adapter().items()}
-    save_trained(tmp_path / "a.safetensors", adapter, torch.nn.Parameter(make_state()), ORIGIN, {})
+    tensors = named_tensors(adapter, {"asr": torch.nn.Parameter(make_state())})
+    write_checkpoint(tmp_path / "a.safetensors", tensors, PARTS, None, {})
     assert_same_bits(load_trained(tmp_path / "a.safetensors").adapter, make_adapter())
 
 
@@ -89,8 +91,9 @@ def test_published_file_loads(tmp_path: Path, dtype: torch.dtype):
     torch.save(published(dtype), tmp_path / "a.pth")
     trained = load_trained(str(tmp_path / "a.pth"))
     assert_same_bits(trained.adapter, {name: x.to(dtype) for name, x in make_adapter().items()})
-    assert_same_bits({"": trained.time_state}, {"": make_state().to(dtype)})
-    assert (trained.origin, trained.metrics, trained.ignored) == (None, {}, ())
+    assert_same_bits(trained.initial_states, {"asr": make_state().to(dtype)})
+    assert (trained.parts, trained.trained_on, trained.metrics, trained.ignored) == (None, None, {}, ())
+    assert list(load_trained(tmp_path / "a.pth", "st").initial_states) == ["st"]
 
 
 def test_published_file_keeps_the_order_of_many_layers(tmp_path: Path):
@@ -98,7 +101,7 @@ def test_published_file_keeps_the_order_of_many_layers(tmp_path: Path):
     tensors = {name: x for name, x in published().items() if "adapter" in name}
     layers = {f"language_model.blocks.{i}.att.time_state": torch.full((1, 1, 1), float(i)) for i in range(12)}
     torch.save(dict(sorted((tensors | layers).items(), reverse=True)), tmp_path / "a.pth")
-    assert load_trained(tmp_path / "a.pth").time_state.flatten().tolist() == list(range(12))
+    assert load_trained(tmp_path / "a.pth").initial_states["asr"].flatten().tolist() == list(range(12))
 
 
 def test_published_file_with_the_whole_model_names_what_it_ignores(tmp_path: Path):
@@ -120,7 +123,35 @@ def test_export_published_has_the_published_keys_and_the_same_bits(tmp_path: Pat
     assert_same_bits(torch.load(tmp_path / "out" / "a.pth", weights_only=True), published())
     again = load_trained(tmp_path / "out" / "a.pth")
     assert_same_bits(again.adapter, trained.adapter)
-    assert torch.equal(again.time_state, trained.time_state)
+    assert_same_bits(again.initial_states, trained.initial_states)
+
+
+def test_format_1_still_loads(tmp_path: Path):
+    """As it was written: the published names, and metadata with an origin."""
+    origin = {
+        "base_model": "/models/base.pth", "base_sha256": "ab" * 32, "encoder": "microsoft/wavlm-large",
+        "vocab_file": "", "n_layer": LAYERS, "n_embd": 8, "stack": 5, "adapter_hidden": HIDDEN,
+        "separator": "#", "task": "st",
+    }  # fmt: skip
+    metadata = {"format": FORMAT_1, "origin": json.dumps(origin), "metrics": '{"wer": 0.5}'}
+    save_file(published(), tmp_path / "a.safetensors", metadata)
+    trained = load_trained(tmp_path / "a.safetensors")
+    assert_same_bits(trained.adapter, make_adapter())
+    assert_same_bits(trained.initial_states, {"st": make_state()})
+    assert (trained.parts, trained.trained_on, trained.metrics) == (PARTS, None, {"wer": 0.5})
+
+
+def test_several_states_come_back_and_one_is_exported(tmp_path: Path):
+    states = {"asr": make_state(), "st": make_state() + 1}
+    write_checkpoint(tmp_path / "a.safetensors", named_tensors(make_adapter(), states), PARTS, None, {})
+    trained = load_trained(tmp_path / "a.safetensors")
+    assert_same_bits(trained.initial_states, states)
+    with pytest.raises(UserError, match=r"found several states, expected one of asr, st; name it with --task"):
+        export_published(trained, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="found no state named 'qa'"):
+        export_published(trained, tmp_path / "a.pth", "qa")
+    export_published(trained, tmp_path / "a.pth", "st")
+    assert_same_bits(load_trained(tmp_path / "a.pth", "st").initial_states, {"st": states["st"]})
 
 
 def broken_files(folder: Path) -> dict[str, str]:
@@ -143,9 +174,8 @@ def broken_files(folder: Path) -> dict[str, str]:
     uneven = published() | {"language_model.blocks.1.att.time_state": torch.zeros(HEADS, 5, 5)}
     torch.save(uneven, folder / "uneven.pth")
     save_file(published(), folder / "foreign.safetensors")
-    origin = {key: value for key, value in asdict(ORIGIN).items() if key != "stack"}
-    stripped = {"format": FORMAT, "origin": json.dumps(origin), "metrics": "{}"}
-    save_file(published(), folder / "stripped.safetensors", stripped)
+    stripped = {"format": FORMAT, "parts": "{}", "metrics": "["}
+    save_file(named_tensors(make_adapter(), {"asr": make_state()}), folder / "stripped.safetensors", stripped)
     save_file(published(), folder / "headless.safetensors", {"format": FORMAT})
     return {
         "garbage.safetensors": "cannot be read as safetensors",
@@ -156,14 +186,14 @@ def broken_files(folder: Path) -> dict[str, str]:
         "empty.pth": "cannot be read as a torch zip",
         "missing.pth": "no such file",
         "layer.pth": r"layers \[1\] are missing",
-        "state.pth": "found 3 tensors .* and adapter tensors \\[\\]",
-        "adapter.pth": "found 0 tensors",
+        "state.pth": "found 1 initial states and the adapter tensors \\[\\]",
+        "adapter.pth": "found 0 initial states",
         "more.pth": "4.weight",
         "list.pth": "expected a dictionary of tensors, found list",
         "uneven.pth": "time_state",
-        "foreign.safetensors": "found format None, expected 'rwkv_speech-1'",
-        "stripped.safetensors": "stack",
-        "headless.safetensors": "origin",
+        "foreign.safetensors": "found format None, expected 'rwkv_speech-2'",
+        "stripped.safetensors": "its metadata is damaged",
+        "headless.safetensors": "parts",
     }
 
 
@@ -235,7 +265,7 @@ def test_find_checkpoint_ignores_a_half_written_file(tmp_path: Path):
 
 
 def test_trained_is_what_export_takes(tmp_path: Path):
-    trained = Trained(tmp_path / "x", make_adapter(), make_state().bfloat16(), None, (), {})
+    trained = Trained(tmp_path / "x", make_adapter(), {"asr": make_state().bfloat16()}, None, None, (), {})
     export_published(trained, tmp_path / "a.pth")
     tensors = torch.load(tmp_path / "a.pth", weights_only=True)
     assert {x.dtype for name, x in tensors.items() if "time_state" in name} == {torch.bfloat16}
@@ -243,11 +273,11 @@ def test_trained_is_what_export_takes(tmp_path: Path):
 
 def test_the_same_checkpoint_is_the_same_file_every_time(tmp_path: Path):
     """As read by a library of its own, too: the header is rewritten."""
-    origin = Origin("base «é»", "00", "wavlm", "", 1, 32, 2, 16, "#")
+    parts = Parts("base «é»", "wavlm", "", 2, 16, "#", 1, 32, "00")
     adapter = {name: torch.randn(3, 5) for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
-    state = torch.randn(2, 1, 4, 4)
+    tensors = named_tensors(adapter, {"asr": torch.randn(2, 1, 4, 4)})
     for number in range(8):
-        save_trained(tmp_path / f"{number}.safetensors", adapter, state, origin, {"wer": 0.5, "step": 3})
+        write_checkpoint(tmp_path / f"{number}.safetensors", tensors, parts, TRAINED_ON, {"wer": 0.5, "step": 3})
     assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
-    assert load_trained(tmp_path / "0.safetensors").origin == origin
-    assert torch.equal(load_file(tmp_path / "0.safetensors")["speech_encoder.adapter.0.bias"], adapter["0.bias"])
+    assert load_trained(tmp_path / "0.safetensors").parts == parts
+    assert torch.equal(load_file(tmp_path / "0.safetensors")["adapter.0.bias"], adapter["0.bias"])

@@ -3,16 +3,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 from tiny_models import random_rwkv6_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_speech.batch import Prepared
+from rwkv_speech.batch import Batch, Sample
+from rwkv_speech.data.dataset import collate
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import export_published, load_trained
-from rwkv_speech.models.speech_lm import Parts, SpeechLM
+from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.speech_lm import SpeechLM
 
 SEPARATOR_ID = 1 + ord("#")  # the vocabulary's ids are bytes + 1
 EOS_ID = 0
@@ -20,9 +21,9 @@ TEXTS = [" the weather is good", "", "a", "ü 天気"]
 LENGTHS = [3_000, 1_450, 300, 5_555]  # 9, 4, 0 and 17 frames
 
 
-def build(parts: Parts) -> SpeechLM:
+def build(parts: Parts, tasks: list[str] | None = None) -> SpeechLM:
     """Trained parts with values that matter; a new initial state would be zero."""
-    model = SpeechLM.build(parts)
+    model = SpeechLM.build(parts, task_names=tasks or ["asr"])
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for x in model.trained_parameters():
@@ -45,18 +46,16 @@ def sounds(lengths: list[int]) -> list[Tensor]:
     return waves
 
 
-def batch_of(model: SpeechLM, waves: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors that `loss_sum` takes."""
-    ids = [model.tokenizer.encode(text) for text in texts]
-    return (
-        nn.utils.rnn.pad_sequence(waves, batch_first=True),
-        torch.tensor([len(wave) for wave in waves]),
-        torch.tensor([i for row in ids for i in row], dtype=torch.int64),
-        torch.tensor([len(row) for row in ids]),
+def batch_of(model: SpeechLM, waves: list[Tensor], texts: list[str], tasks: list[str] | None = None) -> Batch:
+    return collate(
+        [
+            Sample(str(i), wave, text, model.tokenizer.encode(text), len(wave) / 16_000, i, task)
+            for i, (wave, text, task) in enumerate(zip(waves, texts, tasks or ["asr"] * len(waves), strict=True))
+        ]
     )
 
 
-def naive_loss(model: SpeechLM, wave: Tensor, text: str) -> Tensor:
+def naive_loss(model: SpeechLM, wave: Tensor, text: str, task: str = "asr") -> Tensor:
     """One utterance, unpacked and unpadded, the adapter written out: the definition."""
     frames, [length] = model.encoder(wave[None], torch.tensor([len(wave)]))
     stack, adapter = model.adapter.stack, dict(model.adapter.named_parameters())
@@ -67,39 +66,52 @@ def naive_loss(model: SpeechLM, wave: Tensor, text: str) -> Tensor:
         parts = [F.linear(hidden, adapter["2.weight"], adapter["2.bias"])]
     ids = model.tokenizer.encode(text)
     parts.append(model.lm.emb(torch.tensor([SEPARATOR_ID, *ids])))
-    state = model.lm.zero_state(1)._replace(wkv=model.time_state[:, None])
+    state = model.lm.zero_state(1)._replace(wkv=model.initial_states[task][:, None])
     logits = model.lm(inputs_embeds=torch.cat(parts)[None], state=state).logits[0]
     return F.cross_entropy(logits[len(tokens) :], torch.tensor([*ids, EOS_ID]), reduction="sum")
 
 
-def test_loss_sum_equals_each_utterance_written_out(model: SpeechLM):
+def test_loss_equals_each_utterance_written_out(model: SpeechLM):
     waves = sounds(LENGTHS)
-    loss, count = model.loss_sum(*batch_of(model, waves, TEXTS))
+    batch = batch_of(model, waves, TEXTS)
+    loss = model(batch)
     expected = sum(naive_loss(model, wave, text) for wave, text in zip(waves, TEXTS, strict=True))
-    assert count == sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS)
+    assert batch.num_targets == sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
-def test_loss_sum_feels_the_audio_and_the_initial_state(model: SpeechLM):
+def test_each_utterance_starts_from_its_own_tasks_state(tiny_parts: Parts):
+    model = build(tiny_parts, ["asr", "st"])
+    waves, tasks = sounds(LENGTHS), ["st", "asr", "asr", "st"]
+    loss = model(batch_of(model, waves, TEXTS, tasks))
+    each = zip(waves, TEXTS, tasks, strict=True)
+    torch.testing.assert_close(loss, sum(naive_loss(model, *row) for row in each), rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(state.grad is not None and state.grad.any() for state in model.initial_states.values())
+    with pytest.raises(
+        UserError, match=r"task 'qa': found no initial state of it, expected one of asr, st; .*--task qa"
+    ):
+        model(batch_of(model, waves, TEXTS, ["st", "asr", "qa", "st"]))
+
+
+def test_loss_feels_the_audio_and_the_initial_state(model: SpeechLM):
     waves = sounds(LENGTHS)
-    before, _ = model.loss_sum(*batch_of(model, waves, TEXTS))
-    swapped, _ = model.loss_sum(*batch_of(model, waves[::-1], TEXTS))
-    kept = model.time_state.detach().clone()
-    model.time_state.data.zero_()
-    stateless, _ = model.loss_sum(*batch_of(model, waves, TEXTS))
-    model.time_state.data.copy_(kept)
+    before = model(batch_of(model, waves, TEXTS))
+    swapped = model(batch_of(model, waves[::-1], TEXTS))
+    kept = model.initial_states["asr"].detach().clone()
+    model.initial_states["asr"].data.zero_()
+    stateless = model(batch_of(model, waves, TEXTS))
+    model.initial_states["asr"].data.copy_(kept)
     assert abs(swapped - before) > 1e-3 * before and abs(stateless - before) > 1e-3 * before
 
 
-def gradients(
-    model: SpeechLM, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: SpeechLM, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses' sum over batches, and what has a gradient after it."""
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        loss, _ = model.loss_sum(*batch)
+        loss = model(batch)
         loss.backward()
         total += loss.detach()
     return total, {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
@@ -116,7 +128,7 @@ def test_loss_and_gradients_do_not_depend_on_the_batch(model: SpeechLM):
 
 
 def test_gradients_exist_for_the_adapter_and_the_state_only(model: SpeechLM):
-    names = {"time_state", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
+    names = {"initial_states.asr", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
     _, grads = gradients(model, [batch_of(model, sounds(LENGTHS), TEXTS)])
     assert set(grads) == names and all(grad.abs().max() > 0 for grad in grads.values())
     assert {name for name, x in model.named_parameters() if x.requires_grad} == names
@@ -131,7 +143,7 @@ def test_a_training_step_leaves_the_frozen_parts_as_they_were(tiny_parts: Parts)
     gradients(model, [batch_of(model, sounds(LENGTHS), TEXTS)])
     optimizer.step()
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
-    assert changed == {"time_state", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
+    assert changed == {"initial_states.asr", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -141,63 +153,15 @@ def test_a_training_step_never_waits_for_the_device(
     """On "meta" nothing has a value: whatever asked the device for one, or for a size, would fail."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which "meta" does not know
     model = build(tiny_parts).to("meta")
-    waveforms, *on_the_host = batch_of(model, sounds(LENGTHS), TEXTS)
-    loss, count = model.loss_sum(waveforms.to("meta"), *on_the_host, Prepared(normalised=normalised))
+    loss = model(replace(batch_of(model, sounds(LENGTHS), TEXTS), normalised=normalised).to("meta"))
     loss.backward()
-    assert (loss.device.type, count) == ("meta", sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS))
+    assert loss.device.type == "meta"
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.trained_parameters())
 
 
-def test_generate_equals_reading_the_whole_prefix_again(model: SpeechLM):
-    waves = sounds(LENGTHS)
-    waveforms, num_samples, _, _ = batch_of(model, waves, TEXTS)
-    found, _ = model.generate(waveforms, num_samples, max_new_tokens=6)
-    for wave, ids in zip(waves, found, strict=True):
-        audio, _ = model.audio_tokens(wave[None], torch.tensor([len(wave)]))
-        for length in range(len(ids)):
-            prefix = model.lm.emb(torch.tensor([SEPARATOR_ID, *ids[:length]]))
-            state = model.lm.zero_state(1)._replace(wkv=model.time_state[:, None])
-            logits = model.lm(inputs_embeds=torch.cat((audio, prefix))[None], state=state).logits
-            assert int(logits[0, -1].argmax()) == ids[length]
-
-
-def test_generate_of_no_utterance_is_nothing(model: SpeechLM):
-    assert model.generate(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)) == ([], [])
-
-
-def test_transcribe_of_a_batch_equals_each_alone_in_order(model: SpeechLM):
-    waves = sounds([3_000, 0, 6_000, 399, 1_450, 5_555, 2_000])
-    together = model.transcribe(waves, batch_size=3, max_new_tokens=8)
-    alone = [model.transcribe([wave], max_new_tokens=8)[0] for wave in waves]
-    assert together == alone and together == model.transcribe(waves, batch_size=100, max_new_tokens=8)
-    assert [transcript.seconds for transcript in together] == [len(wave) / 16_000 for wave in waves]
-    for transcript in together:
-        assert transcript.text == model.tokenizer.decode(transcript.ids)
-    assert len({tuple(transcript.ids) for transcript in together}) > 2  # else order would not show
-
-
-def test_transcribe_of_nothing(model: SpeechLM):
-    assert model.transcribe([]) == []
-    [heard] = model.transcribe([torch.zeros(0)])
-    assert heard.seconds == 0 and isinstance(heard.text, str)
-    assert model.transcribe([torch.zeros(0), torch.zeros(0)], max_new_tokens=3)[1].ids == heard.ids[:3]
-
-
-def test_transcribe_reads_files(model: SpeechLM, tmp_path: Path):
-    wave = sounds([3_000])[0]
-    soundfile.write(tmp_path / "a.wav", wave.numpy(), 16_000, subtype="FLOAT")
-    assert model.transcribe([tmp_path / "a.wav"]) == model.transcribe([wave])
-
-
-def test_transcribe_stops_at_a_rate_no_speaker_reaches(model: SpeechLM):
-    waves = sounds([1_000, 32_000])
-    for transcript, limit in zip(model.transcribe(waves), (16, 50), strict=True):
-        assert len(transcript.ids) == limit if transcript.cut else len(transcript.ids) <= limit
-
-
-def heard_by(model: SpeechLM) -> tuple[list[list[int]], list[bool]]:
-    waveforms, num_samples, _, _ = batch_of(model, sounds(LENGTHS), TEXTS)
-    return model.generate(waveforms, num_samples, max_new_tokens=8)
+def logits_of(model: SpeechLM) -> Tensor:
+    logits, _ = model.prefill(batch_of(model, sounds(LENGTHS), TEXTS))
+    return logits
 
 
 def test_save_and_from_pretrained_give_the_same_model(model: SpeechLM, tmp_path: Path):
@@ -206,7 +170,7 @@ def test_save_and_from_pretrained_give_the_same_model(model: SpeechLM, tmp_path:
         again = SpeechLM.from_pretrained(path)
         for (name, x), (other, y) in zip(model.named_parameters(), again.named_parameters(), strict=True):
             assert name == other and torch.equal(x, y)
-        assert again.origin == model.origin and heard_by(again) == heard_by(model)
+        assert again.parts == model.parts and torch.equal(logits_of(again), logits_of(model))
         assert not again.training
     assert load_trained(tmp_path / "best.safetensors").metrics == {"wer": 0.5}
 
@@ -228,9 +192,34 @@ def test_from_pretrained_refuses_another_base_model(model: SpeechLM, tmp_path: P
 def test_from_pretrained_takes_the_same_base_model_elsewhere(model: SpeechLM, tmp_path: Path):
     model.save(tmp_path / "last.safetensors")
     moved = tmp_path / "moved.pth"
-    moved.write_bytes(Path(model.origin.base_model).read_bytes())
+    moved.write_bytes(Path(model.parts.load_model).read_bytes())
     again = SpeechLM.from_pretrained(tmp_path / "last.safetensors", Parts(load_model=str(moved)))
-    assert again.origin.base_model == str(moved) and heard_by(again) == heard_by(model)
+    assert again.parts.load_model == str(moved) and torch.equal(logits_of(again), logits_of(model))
+
+
+def test_a_moved_run_finds_its_parts_beside_it(tiny_parts: Parts, tmp_path: Path):
+    """Whatever folder it was trained from; the base model is known by its SHA-256."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in (tiny_parts.load_model, tiny_parts.vocab_file):
+        (here / Path(name).name).write_bytes(Path(name).read_bytes())
+    parts = replace(tiny_parts, load_model=str(here / "base.pth"), vocab_file=str(here / "vocab.txt"))
+    model = build(parts)
+    model.save(here / "last.safetensors")
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    again = SpeechLM.from_pretrained(there)
+    assert again.parts.load_model == str(there / "base.pth") and torch.equal(logits_of(again), logits_of(model))
+    torch.save(random_rwkv6_tensors(seed=1), there / "base.pth")
+    with pytest.raises(UserError, match="SHA-256 .*: give its path with --load_model"):
+        SpeechLM.from_pretrained(there)
+    (there / "vocab.txt").unlink()
+    with pytest.raises(UserError, match="--vocab_file"):
+        SpeechLM.from_pretrained(there, Parts(load_model=tiny_parts.load_model))
+
+
+def test_a_size_that_contradicts_the_file_names_the_flag(tiny_parts: Parts):
+    with pytest.raises(UserError, match=r"--n_embd: given 64, but .*base\.pth has 128"):
+        SpeechLM.build(replace(tiny_parts, n_embd=64))
 
 
 def published(model: SpeechLM, folder: Path) -> Path:
@@ -246,7 +235,7 @@ def test_from_pretrained_of_a_published_file_needs_its_base_model(model: SpeechL
 
 def test_from_pretrained_of_a_published_file_equals_the_own_one(model: SpeechLM, tmp_path: Path, tiny_parts: Parts):
     again = SpeechLM.from_pretrained(published(model, tmp_path), tiny_parts)
-    assert heard_by(again) == heard_by(model)
+    assert torch.equal(logits_of(again), logits_of(model))
 
 
 def test_from_pretrained_names_the_tensors_that_do_not_fit(model: SpeechLM, tmp_path: Path, tiny_parts: Parts):
@@ -260,8 +249,8 @@ def test_from_pretrained_names_the_tensors_that_do_not_fit(model: SpeechLM, tmp_
 
 def test_load_trained_names_a_state_of_another_depth(model: SpeechLM, tmp_path: Path):
     trained = load_trained(published(model, tmp_path))
-    with pytest.raises(UserError, match="time_state: found"):
-        model.load_trained(replace(trained, time_state=trained.time_state[:-1]))
+    with pytest.raises(UserError, match="initial state asr: found"):
+        model.load_trained(replace(trained, initial_states={"asr": trained.initial_states["asr"][:-1]}))
 
 
 def test_build_refuses_a_vocabulary_larger_than_the_model(tiny_parts: Parts, tmp_path: Path):
@@ -277,8 +266,8 @@ def test_build_refuses_a_separator_of_several_tokens(tiny_parts: Parts):
 
 def test_build_starts_from_no_memory_and_names_its_parts(tiny_parts: Parts):
     model = SpeechLM.build(tiny_parts)
-    assert not model.time_state.any() and model.separator_id == SEPARATOR_ID
-    assert (model.origin.stack, model.origin.adapter_hidden) == (2, 16)
-    assert (model.origin.base_model, model.origin.encoder) == (tiny_parts.load_model, tiny_parts.encoder)
+    assert not model.initial_states["asr"].any() and model.separator_id == SEPARATOR_ID
+    assert (model.parts.stack, model.parts.adapter_hidden) == (2, 16)
+    assert (model.parts.load_model, model.parts.encoder) == (tiny_parts.load_model, tiny_parts.encoder)
     assert Parts().filled().load_model == "tiny"
-    assert Parts(load_model="x.pth").filled() == Parts("x.pth", "microsoft/wavlm-large", "", 5, 2048)
+    assert Parts(load_model="x.pth").filled() == Parts("x.pth", "microsoft/wavlm-large", "", 5, 2048, "#")

@@ -2,19 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_speech.models.splice import IGNORE, Spliced, bounds, fill, splice, splice_prompt
+from rwkv_speech.models.splice import IGNORE, Audio, Prompt, Spliced, Text, fill, splice
 
 SEPARATOR, EOS, NO = 36, 0, IGNORE
 
 
 def laid_out(audio_lengths: list[int], texts: list[list[int]]) -> Spliced:
-    return splice(
-        torch.tensor(audio_lengths, dtype=torch.int64),
-        torch.tensor([i for text in texts for i in text], dtype=torch.int64),
-        torch.tensor([len(text) for text in texts], dtype=torch.int64),
-        SEPARATOR,
-        EOS,
-    )
+    rows = zip(audio_lengths, texts, strict=True)
+    return splice([[Audio(length), Prompt([SEPARATOR]), Text(text)] for length, text in rows], EOS)
 
 
 def picture(spliced: Spliced) -> list[str]:
@@ -98,15 +93,25 @@ def test_splice_equals_a_loop_over_positions(seed: int):
     assert all(x.dtype == torch.int64 for x in spliced)
 
 
-def test_splice_prompt_ends_every_utterance_with_the_separator():
-    spliced = splice_prompt(torch.tensor([2, 0, 1]), SEPARATOR)
+def test_splice_without_a_text_learns_nothing():
+    spliced = splice([[Audio(length), Prompt([SEPARATOR])] for length in (2, 0, 1)], EOS)
     assert picture(spliced) == ["a0", "a1", "36", "36", "a2", "36"]
     assert spliced.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert spliced.labels.tolist() == [NO] * 6
 
 
-def test_bounds_are_where_each_starts_and_the_last_ends():
-    assert bounds(torch.tensor([2, 0, 3])).tolist() == [0, 2, 2, 5]
+def test_splice_of_turns():
+    """A prompt before the audio and one of several tokens behind it; a second turn sees the first one's text."""
+    turns = [Prompt([3, 4]), Audio(1), Prompt([36, 37]), Text([7, 8]), Audio(2), Prompt([36]), Text([9])]
+    spliced = splice([turns, [Audio(1), Prompt([36]), Text([])]], EOS)
+    assert picture(spliced) == ["3", "4", "a0", "36", "37", "7", "8", "a1", "a2", "36", "9", "a3", "36"]
+    assert spliced.labels.tolist() == [NO, NO, NO, NO, 7, 8, EOS, NO, NO, 9, EOS, NO, EOS]
+    assert spliced.cu_seqlens.tolist() == [0, 11, 13]
+
+
+def test_splice_of_a_text_that_nothing_precedes_is_an_error():
+    with pytest.raises(ValueError, match="at the start of a sequence"):
+        splice([[Audio(1), Text([1])], [Text([1])]], EOS)
 
 
 def numbered(count: int, first: float) -> Tensor:
@@ -117,12 +122,11 @@ def numbered(count: int, first: float) -> Tensor:
 
 def test_fill_puts_every_row_in_its_place():
     spliced = laid_out([1, 0, 2], [[7], [8], []])
-    # The separators' embeddings come first, then the texts'.
     inputs = fill(spliced, numbered(3, 100), numbered(5, 200))
     assert inputs.shape == (1, 8, 2)
-    assert inputs[0, :, 0].tolist() == [100, 200, 203, 201, 204, 101, 102, 202]
+    assert inputs[0, :, 0].tolist() == [100, 200, 201, 202, 203, 101, 102, 204]
     assert torch.equal(inputs[0, :, 1], -inputs[0, :, 0])
-    assert spliced.token_ids.tolist() == [36, 36, 36, 7, 8]
+    assert spliced.token_ids.tolist() == [36, 7, 36, 8, 36]
 
 
 def test_fill_sends_each_gradient_to_its_own_row():
@@ -132,7 +136,7 @@ def test_fill_sends_each_gradient_to_its_own_row():
     (fill(spliced, audio, embeddings)[0] * weights).sum().backward()
     assert audio.grad is not None and embeddings.grad is not None
     assert audio.grad[:, 0].tolist() == [1, 6, 7]
-    assert embeddings.grad[:, 0].tolist() == [2, 4, 8, 3, 5]
+    assert embeddings.grad[:, 0].tolist() == [2, 3, 4, 5, 8]
     assert torch.equal(audio.grad[:, 1], -audio.grad[:, 0])
 
 

@@ -6,7 +6,7 @@ from assertions import assert_rms_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_speech.ops.mix import fuse, gated, mixes, squared_relu
+from rwkv_speech.ops.mix import gated, mixes, squared_relu
 
 B, T, C, R = 2, 7, 12, 3
 SHAPES = {"x": (B, T, C), "xx": (B, T, C), "maa_x": (C,), "w1": (C, 5 * R), "w2": (5, R, C), "base": (5, C)}
@@ -97,16 +97,11 @@ def test_fused_parts_equal_the_others():
     given = draw(torch.float32)
     y, gate = (torch.randn(B, T, C, requires_grad=True) for _ in range(2))
 
-    def values_and_gradients() -> tuple[Tensor, ...]:
-        outputs = (*mixes(**given), gated(y, gate))
+    def values_and_gradients(fuse: bool) -> tuple[Tensor, ...]:
+        outputs = (*mixes(**given, fuse=fuse), gated(y, gate, fuse))
         return *outputs, *torch.autograd.grad(
             outputs, (given["x"], given["xx"], y, gate), [x.detach() for x in outputs]
         )
 
-    plain = values_and_gradients()
-    fuse(True)
-    try:
-        for found, wanted in zip(values_and_gradients(), plain, strict=True):
-            assert_rms_close("fused", found, wanted, 1e-6)
-    finally:
-        fuse(False)
+    for found, wanted in zip(values_and_gradients(True), values_and_gradients(False), strict=True):
+        assert_rms_close("fused", found, wanted, 1e-6)

@@ -31,7 +31,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_unknown_form_names_the_flag_and_the_choices():
     with pytest.raises(UserError, match="--wkv6: found 'fast', expected one of auto, torch, steps, tiles"):
-        native.choose("fast")
+        native.kernels_for(torch.zeros(1, 2, 3, 64), "fast")
 
 
 @needs_compiler
@@ -39,18 +39,12 @@ def test_cpu_kernel_serves_what_it_can():
     assert native.kernels_for(torch.zeros(1, 2, 3, 64)) is not None
     assert native.kernels_for(torch.zeros(1, 2, 3, 64, dtype=torch.float64)) is None
     assert native.kernels_for(torch.zeros(1, 2, 3, 48)) is None
-    native.choose("torch")
-    try:
-        assert native.kernels_for(torch.zeros(1, 2, 3, 64)) is None
-    finally:
-        native.choose("auto")
+    assert native.kernels_for(torch.zeros(1, 2, 3, 64), "torch") is None
 
 
 def test_without_a_compiler_pytorch_serves_with_one_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     inputs = random_inputs(1, 20, 2, 64, torch.float32)
-    native.choose("torch")
-    want = wkv6(*inputs)
-    native.choose("auto")
+    want = wkv6(*inputs, form="torch")
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler found .* --wkv6 torch") as warnings:
         got = wkv6(*inputs)

@@ -3,7 +3,8 @@
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from assertions import assert_rms_close
 from torch import Tensor
 from wkv6_cases import DW_TOLERANCES, NAMES, PACKED, RESULTS, TOLERANCES, compare, random_inputs, run
 
-from rwkv_speech.ops import native, wkv6_chunked
+from rwkv_speech.ops import wkv6_chunked
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward, wkv6_step
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
@@ -24,36 +25,45 @@ TARGETS = [
 ]
 
 
+class Target(NamedTuple):
+    """A device, and the form of the operator that runs there."""
+
+    device: str
+    form: str
+
+    def wkv6(self, *inputs: Tensor | None, **named: Tensor | None) -> tuple[Tensor, Tensor]:
+        return wkv6(*inputs, **named, form=self.form)
+
+    def wkv6_step(self, *inputs: Tensor) -> Tensor:
+        return wkv6_step(*inputs, form=self.form)
+
+    def check(self, inputs: list[Tensor], bounds: list[int] | None = None) -> None:
+        compare(self.wkv6, inputs, bounds, form=self.form)
+
+
 @pytest.fixture(params=TARGETS, ids="-".join)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def target(request: pytest.FixtureRequest) -> Target:
     """Every form of the operator on every device that has it."""
-    device, form = request.param
-    native.choose(form)
-    yield device
-    native.choose("auto")
-
-
-def check(inputs: list[Tensor], bounds: list[int] | None = None) -> None:
-    compare(wkv6, inputs, bounds, form=native.chosen())
+    return Target(*request.param)
 
 
 @pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 63, 64, 100, 257])
-def test_wkv6_equals_reference(T: int, device: str):
+def test_wkv6_equals_reference(T: int, target: Target):
     for B, H in itertools.product((1, 3), (1, 5)):
-        check(random_inputs(B, T, H, 32, device=device))
-        check(random_inputs(B, T, H, 32, torch.float32, device=device))
+        target.check(random_inputs(B, T, H, 32, device=target.device))
+        target.check(random_inputs(B, T, H, 32, torch.float32, device=target.device))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("N", [32, 64, 128])
-def test_wkv6_equals_reference_in_each_type_and_head_size(N: int, dtype: torch.dtype, device: str):
-    check(random_inputs(2, 50, 2, N, dtype, device=device))
+def test_wkv6_equals_reference_in_each_type_and_head_size(N: int, dtype: torch.dtype, target: Target):
+    target.check(random_inputs(2, 50, 2, N, dtype, device=target.device))
 
 
-def test_wkv6_takes_a_float32_decay_beside_bfloat16(device: str):
-    inputs = random_inputs(2, 70, 2, 64, torch.bfloat16, device=device)
+def test_wkv6_takes_a_float32_decay_beside_bfloat16(target: Target):
+    inputs = random_inputs(2, 70, 2, 64, torch.bfloat16, device=target.device)
     inputs[3] = inputs[3].float() + 1e-3
-    got, want = run(wkv6, inputs), run(wkv6_ref, [x.double() for x in inputs])
+    got, want = run(target.wkv6, inputs), run(wkv6_ref, [x.double() for x in inputs])
     assert got["dw"].dtype == torch.float32
     assert_rms_close("dw", got["dw"], want["dw"], DW_TOLERANCES[torch.bfloat16])
     assert_rms_close("y", got["y"], want["y"], TOLERANCES[torch.bfloat16])
@@ -61,16 +71,18 @@ def test_wkv6_takes_a_float32_decay_beside_bfloat16(device: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bounds", [PACKED, [0, 1], [0, 0, 0], [0, 33, 34, 35], [0, 64, 128]], ids=str)
-def test_wkv6_packed_equals_reference(bounds: list[int], dtype: torch.dtype, device: str):
+def test_wkv6_packed_equals_reference(bounds: list[int], dtype: torch.dtype, target: Target):
     S = len(bounds) - 1
-    check(random_inputs(1, bounds[-1], 3, 32, dtype, sequences=S, device=device), bounds)
+    target.check(random_inputs(1, bounds[-1], 3, 32, dtype, sequences=S, device=target.device), bounds)
 
 
-def test_wkv6_packed_equals_separate_sequences(device: str):
-    r, k, v, w, u, state = random_inputs(1, PACKED[-1], 2, 64, torch.float32, sequences=len(PACKED) - 1, device=device)
-    y, last = wkv6(r, k, v, w, u, state, torch.tensor(PACKED, device=device))
+def test_wkv6_packed_equals_separate_sequences(target: Target):
+    r, k, v, w, u, state = random_inputs(
+        1, PACKED[-1], 2, 64, torch.float32, sequences=len(PACKED) - 1, device=target.device
+    )
+    y, last = target.wkv6(r, k, v, w, u, state, torch.tensor(PACKED, device=target.device))
     for s, (a, b) in enumerate(itertools.pairwise(PACKED)):
-        alone = wkv6(*(x[:, a:b] for x in (r, k, v, w)), u, state[s : s + 1])
+        alone = target.wkv6(*(x[:, a:b] for x in (r, k, v, w)), u, state[s : s + 1])
         assert_rms_close(f"y of sequence {s}", y[:, a:b], alone[0], 1e-6)
         assert_rms_close(f"state of sequence {s}", last[s : s + 1], alone[1], 1e-6)
 
@@ -78,8 +90,9 @@ def test_wkv6_packed_equals_separate_sequences(device: str):
 @pytest.mark.parametrize("group", [1, 2 * 64 * 32 * 2])
 def test_wkv6_equals_reference_for_heads_in_groups(group: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(wkv6_chunked, "_GROUP", group)
-    check(random_inputs(2, 50, 5, 32, torch.float32))
-    check(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)
+    portable = Target("cpu", "torch")
+    portable.check(random_inputs(2, 50, 5, 32, torch.float32))
+    portable.check(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)
 
 
 def test_wkv6_packed_sequences_do_not_see_each_other():
@@ -93,26 +106,28 @@ def test_wkv6_packed_sequences_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("decay", [(1.0, 3.0), (8.0, 0.0), (-20.0, 1.0), (0.0, 20.0)], ids=str)
-def test_wkv6_stays_exact_for_any_decay(decay: tuple[float, float], device: str):
+def test_wkv6_stays_exact_for_any_decay(decay: tuple[float, float], target: Target):
     for T in (1, 17, 100):
-        check(random_inputs(2, T, 2, 32, torch.float32, device=device, decay=decay))
-    check(random_inputs(1, PACKED[-1], 2, 32, torch.float32, sequences=9, device=device, decay=decay), PACKED)
+        target.check(random_inputs(2, T, 2, 32, torch.float32, device=target.device, decay=decay))
+    target.check(
+        random_inputs(1, PACKED[-1], 2, 32, torch.float32, sequences=9, device=target.device, decay=decay), PACKED
+    )
 
 
 @pytest.mark.parametrize("raw", [50.0, 100.0, torch.inf])
-def test_wkv6_is_finite_for_an_instant_decay(raw: float, device: str):
+def test_wkv6_is_finite_for_an_instant_decay(raw: float, target: Target):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        inputs = random_inputs(2, 40, 2, 32, dtype, device=device)
+        inputs = random_inputs(2, 40, 2, 32, dtype, device=target.device)
         inputs[3][:, ::3] = raw
-        got = run(wkv6, inputs)
+        got = run(target.wkv6, inputs)
         assert all(x.isfinite().all() for x in got.values())
         assert (got["dw"][:, ::3] == 0).all()
 
 
-def test_wkv6_takes_any_strides(device: str):
+def test_wkv6_takes_any_strides(target: Target):
     B, T, H, N = 2, 37, 3, 32
-    inputs = random_inputs(B, T, H, N, torch.float32, device=device)
-    want = run(wkv6, inputs)
+    inputs = random_inputs(B, T, H, N, torch.float32, device=target.device)
+    want = run(target.wkv6, inputs)
     r, k, v, w, u, state = inputs
     strided = [
         r.transpose(1, 2).contiguous().transpose(1, 2),
@@ -124,7 +139,7 @@ def test_wkv6_takes_any_strides(device: str):
     ]
     assert not any(x.is_contiguous() for x in strided)
     strided = [x.requires_grad_() for x in strided]
-    y, last = wkv6(*strided)
+    y, last = target.wkv6(*strided)
     assert y.is_contiguous() and last.is_contiguous()
     generator = torch.Generator().manual_seed(5)
     g_y, g_last = (torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (y, last))
@@ -183,12 +198,12 @@ def test_wkv6_state_of_a_narrow_type_is_widened():
 
 
 @pytest.mark.parametrize("cuts", [[1], [1, 2, 3], [17, 50], [0, 33, 33, 96]], ids=str)
-def test_wkv6_streamed_equals_whole(cuts: list[int], device: str):
-    r, k, v, w, u, state = random_inputs(2, 97, 2, 64, torch.float32, device=device)
-    whole, last = wkv6(r, k, v, w, u, state)
+def test_wkv6_streamed_equals_whole(cuts: list[int], target: Target):
+    r, k, v, w, u, state = random_inputs(2, 97, 2, 64, torch.float32, device=target.device)
+    whole, last = target.wkv6(r, k, v, w, u, state)
     parts = []
     for a, b in itertools.pairwise([0, *cuts, 97]):
-        y, state = wkv6(*(x[:, a:b] for x in (r, k, v, w)), u, state)
+        y, state = target.wkv6(*(x[:, a:b] for x in (r, k, v, w)), u, state)
         parts.append(y)
     assert_rms_close("y", torch.cat(parts, 1), whole, 1e-6)
     assert_rms_close("state", state, last, 1e-6)
@@ -209,7 +224,7 @@ def test_wkv6_trains_after_inference_mode():
     inputs = random_inputs(1, 40, 2, 32, sequences=2)
     with torch.inference_mode():
         wkv6(*inputs, torch.tensor([0, 18, 40]))
-    check(inputs, [0, 18, 40])
+    Target("cpu", "auto").check(inputs, [0, 18, 40])
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 3, 9]], ids=["dense", "packed"])
@@ -217,10 +232,10 @@ def test_wkv6_passes_opcheck(bounds: list[int] | None):
     B, S = (2, 2) if bounds is None else (1, 3)
     inputs = random_inputs(B, 9, 2, 4, torch.float32, sequences=S)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    torch.library.opcheck(wkv6_forward, (*(x.clone().requires_grad_() for x in inputs), cu_seqlens))
+    torch.library.opcheck(wkv6_forward, (*(x.clone().requires_grad_() for x in inputs), cu_seqlens, "auto"))
     upstream = [torch.randn_like(inputs[0]), torch.randn_like(inputs[5])]
     for need_du in (True, False):
-        torch.library.opcheck(wkv6_backward, (*upstream, *inputs, cu_seqlens, need_du))
+        torch.library.opcheck(wkv6_backward, (*upstream, *inputs, cu_seqlens, need_du, "auto"))
 
 
 @pytest.mark.parametrize("op", [wkv6, wkv6_ref])
@@ -241,11 +256,11 @@ def test_wkv6_double_backward_raises():
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("N", [32, 64, 128])
-def test_wkv6_step_equals_reference_in_place(N: int, dtype: torch.dtype, device: str):
-    inputs = random_inputs(5, 1, 3, N, dtype, device=device)
+def test_wkv6_step_equals_reference_in_place(N: int, dtype: torch.dtype, target: Target):
+    inputs = random_inputs(5, 1, 3, N, dtype, device=target.device)
     want_y, want_state = wkv6_ref(*(x.double() for x in inputs))
     *tokens, u, state = inputs
-    y = wkv6_step(*(x[:, 0] for x in tokens), u, state)
+    y = target.wkv6_step(*(x[:, 0] for x in tokens), u, state)
     assert_rms_close("y", y, want_y[:, 0], TOLERANCES[dtype])
     assert_rms_close("state", state, want_state, TOLERANCES[state.dtype])
 
@@ -264,26 +279,22 @@ def test_wkv6_step_refuses_a_state_that_it_could_not_update():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("form", ["steps", "tiles"])
 def test_wkv6_in_a_cuda_graph_and_on_another_stream(form: str):
-    native.choose(form)
-    try:
-        inputs = random_inputs(4, 50, 3, 64, torch.bfloat16, device="cuda")
-        *tokens, u, state = random_inputs(4, 1, 3, 64, torch.bfloat16, device="cuda")
-        tokens = [x[:, 0] for x in tokens]
-        want, stepped = wkv6(*inputs), state.clone()
-        want_step = wkv6_step(*tokens, u, stepped)
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        replayed = state.clone()
-        with torch.cuda.graph(graph, stream=stream):
-            got = wkv6(*inputs)
-            got_step = wkv6_step(*tokens, u, replayed)
-        replayed.copy_(state)
-        graph.replay()
-        torch.cuda.synchronize()
-        for x, y in zip((*got, got_step, replayed), (*want, want_step, stepped), strict=True):
-            assert torch.equal(x, y)
-    finally:
-        native.choose("auto")
+    inputs = random_inputs(4, 50, 3, 64, torch.bfloat16, device="cuda")
+    *tokens, u, state = random_inputs(4, 1, 3, 64, torch.bfloat16, device="cuda")
+    tokens = [x[:, 0] for x in tokens]
+    want, stepped = wkv6(*inputs, form=form), state.clone()
+    want_step = wkv6_step(*tokens, u, stepped, form=form)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    replayed = state.clone()
+    with torch.cuda.graph(graph, stream=stream):
+        got = wkv6(*inputs, form=form)
+        got_step = wkv6_step(*tokens, u, replayed, form=form)
+    replayed.copy_(state)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip((*got, got_step, replayed), (*want, want_step, stepped), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -229,7 +229,7 @@ def test_points_hold_the_trained_tensors_alone(corpus: Path, tmp_path: Path):
     point = newest_point(tmp_path / "run" / "resume")
     assert point is not None
     state = torch.load(point.path / "trainer.ckpt", weights_only=False)
-    assert set(state["state_dict"]) == {"model.time_state", *(f"model.adapter.{n}" for n in
+    assert set(state["state_dict"]) == {"model.initial_states.asr", *(f"model.adapter.{n}" for n in
                                         ("0.weight", "0.bias", "2.weight", "2.bias"))}  # fmt: skip
     assert len(state["optimizer_states"][0]["state"]) == 5
     assert len(load_file(tmp_path / "run" / "last.safetensors")) == 4 + 3

@@ -20,7 +20,8 @@ from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.models.speech_lm import Parts, SpeechLM
+from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.speech_lm import SpeechLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +58,7 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     assert not [name for name in names if name.startswith(".")]
     last = load_trained(run / "last.safetensors")
     assert last.metrics["epoch"] == 2 and last.metrics["step"] == 4 and last.metrics["wer"] > 0
-    assert last.origin is not None and last.origin.base_model == "tiny"
+    assert last.parts is not None and last.parts.load_model == "tiny"
     assert len(load_file(run / "last.safetensors")) == 4 + 3  # adapter tensors and one state a layer
     rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
     losses = [float(row["loss"]) for row in rows if row["loss"]]
@@ -126,7 +127,7 @@ def test_accumulation_does_not_change_the_gradient(
     for name, tensor in whole.items():
         assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
         # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
-        assert_rms_close(name, parts[name], tensor, 3e-4 if "time_state" in name else 2e-5)
+        assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
         assert float((parts[name] - tensor).abs().max()) <= 1e-5 * step, name
 
 
@@ -139,14 +140,17 @@ def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tm
     fit(model, config, SpeechDataset(open_source(str(corpus / "train.jsonl")), model.tokenizer), None)
     assert not any(module.training for module in model.encoder.modules())
     changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-    assert changed == {"time_state", *(f"adapter.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias"))}
+    assert changed == {
+        "initial_states.asr",
+        *(f"adapter.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")),
+    }
 
 
 def test_bf16_trains_close_to_fp32_and_evaluates(corpus: Path, tmp_path: Path):
     exact = trained_step(corpus, tmp_path / "fp32", micro_bsz=8, lr_adapter=1e-3)
     rough = trained_step(corpus, tmp_path / "bf16", micro_bsz=8, lr_adapter=1e-3, precision="bf16")
     assert all(x.dtype == torch.float32 and torch.isfinite(x).all() for x in rough.values())
-    name = "language_model.blocks.1.att.time_state"
+    name = "initial_states.asr"
     assert torch.nn.functional.cosine_similarity(exact[name].flatten(), rough[name].flatten(), dim=0) > 0.7
     argv = ["--proj_dir", str(tmp_path / "bf16"), "--device", "cpu", "--precision", "bf16"]
     assert eval_script.main([*argv, "--eval_data", str(corpus / "test.jsonl")]) == 0
@@ -162,7 +166,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(corpus: Path, tmp_path: Path, 
     """One bad utterance in the start weights: an infinite state."""
     model = SpeechLM.build(Parts("tiny"))
     with torch.no_grad():
-        model.time_state.fill_(torch.inf)
+        model.initial_states["asr"].fill_(torch.inf)
     model.save(tmp_path / "bad.safetensors")
     code = train_script.main(arguments(corpus, tmp_path / "run", init_from=tmp_path / "bad.safetensors"))
     message = capsys.readouterr().err

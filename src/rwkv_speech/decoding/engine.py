@@ -1,6 +1,6 @@
-"""Greedy decoding from the recurrent state: the prefix is read once, each token costs one step."""
+"""Greedy decoding from the recurrent state: the prefix is read once, each token costs one step of every slot."""
 
-# B sequences still running · V vocabulary
+# B slots · V vocabulary
 
 from collections.abc import Sequence
 
@@ -15,31 +15,29 @@ from rwkv_speech.models.state import State
 def greedy(
     lm: RWKV6, logits: Tensor, state: State, max_new_tokens: Sequence[int], eos: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """Continue B sequences from their states and the logits (B, V) of their first tokens.
+    """Decode B sequences from their states, which it overwrites, and the logits (B, V) of their first tokens.
 
     Returns each sequence's ids without `eos`, and whether it was cut off at its own `max_new_tokens`.
-    A sequence that has ended leaves the batch, so it costs nothing more.
     """
     ids: list[list[int]] = [[] for _ in max_new_tokens]
     cut = [False] * len(ids)
-    rows = list(range(len(ids)))
-    while rows:
+    slots: list[int | None] = list(range(len(ids)))  # the sequence of each slot, None once it has ended
+    while True:
         tokens = logits.argmax(-1)
-        kept = []
-        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if token == eos:
+        for slot, token in enumerate(tokens.tolist()):
+            row = slots[slot]
+            if row is None:
                 continue
-            if len(ids[row]) >= max_new_tokens[row]:
-                cut[row] = True
-                continue
-            ids[row].append(token)
-            kept.append(place)
-        rows = [rows[place] for place in kept]
-        if not rows:
-            break
-        if len(kept) < len(tokens):
-            places = torch.tensor(kept, device=tokens.device)
-            tokens, state = tokens[places], state.select(places)
-        output = lm(input_ids=tokens[:, None], state=state)
-        logits, state = output.logits[:, 0], output.state
-    return ids, cut
+            if token == eos or len(ids[row]) >= max_new_tokens[row]:
+                cut[row] = token != eos
+                slots[slot] = None
+            else:
+                ids[row].append(token)
+        running = [slot for slot, row in enumerate(slots) if row is not None]
+        if not running:
+            return ids, cut
+        # To copy the states of the others costs about as much as a step: not for one slot, but for half of them.
+        if 2 * len(running) <= len(slots):
+            places = torch.tensor(running, device=tokens.device)
+            tokens, state, slots = tokens[places], state.select(places), [slots[slot] for slot in running]
+        logits = lm.step(tokens, state)

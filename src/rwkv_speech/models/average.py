@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.models.checkpoint import Origin, Trained, find_checkpoint, load_trained, save_trained
+from rwkv_speech.models.checkpoint import (
+    Trained,
+    find_checkpoint,
+    load_trained,
+    write_checkpoint,
+)
+from rwkv_speech.models.parts import Parts
 
 
 def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
@@ -23,17 +28,16 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
     paths, output = [find_checkpoint(path) for path in checkpoints], Path(output)
     _check_paths(paths, output)
     first = load_trained(paths[0])
-    origin = _origin(first)
-    sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in _tensors(first).items()}
+    parts = _parts(first)
+    sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in first.named_tensors().items()}
     for path in paths:
         trained = load_trained(path)
-        _check_same(trained, first, origin)
-        for name, x in _tensors(trained).items():
+        _check_same(trained, first, parts)
+        for name, x in trained.named_tensors().items():
             sums[name] += x.double()
-    means = {name: (x / len(paths)).to(_tensors(first)[name].dtype) for name, x in sums.items()}
-    state = means.pop("time_state")
+    means = {name: (x / len(paths)).to(first.named_tensors()[name].dtype) for name, x in sums.items()}
     named: dict[str, Any] = {"averaged": [{"file": str(path), "sha256": sha256_file(path)} for path in paths]}
-    save_trained(output, means, state, origin, named)
+    write_checkpoint(output, means, parts, first.trained_on, named)
 
 
 def _check_paths(paths: Sequence[Path], output: Path) -> None:
@@ -48,30 +52,28 @@ def _check_paths(paths: Sequence[Path], output: Path) -> None:
         raise UserError(f"--output: {output} is one of the checkpoints to average; give another name")
 
 
-def _tensors(trained: Trained) -> dict[str, Tensor]:
-    return {**trained.adapter, "time_state": trained.time_state}
-
-
-def _origin(trained: Trained) -> Origin:
-    if trained.origin is None:
+def _parts(trained: Trained) -> Parts:
+    if trained.parts is None:
         raise UserError(
             f"{trained.path}: a published file does not say what it was trained on, expected an own .safetensors "
             "checkpoint; train from it with --init_from first, or leave it out"
         )
-    return trained.origin
+    return trained.parts
 
 
-def _check_same(trained: Trained, first: Trained, origin: Origin) -> None:
-    # The base model is known by its content; where it lies differs between machines.
-    wanted, found = ({**asdict(o), "base_model": None} for o in (origin, _origin(trained)))
+def _check_same(trained: Trained, first: Trained, parts: Parts) -> None:
+    # The base model is known by its content; where files lie differs between machines.
+    wanted, found = ({**asdict(p), "load_model": None} for p in (parts, _parts(trained)))
     for name, value in wanted.items():
         if found[name] != value:
             raise _differs(trained, first, name, found[name], value)
-    for name, x in _tensors(first).items():
-        other = _tensors(trained)[name]
-        if other.shape != x.shape:
-            raise _differs(trained, first, f"the shape of {name}", tuple(other.shape), tuple(x.shape))
-        if not other.isfinite().all():
+    tensors, others = first.named_tensors(), trained.named_tensors()
+    if set(tensors) != set(others):
+        raise _differs(trained, first, "the list of tensors", sorted(others), sorted(tensors))
+    for name, x in tensors.items():
+        if others[name].shape != x.shape:
+            raise _differs(trained, first, f"the shape of {name}", tuple(others[name].shape), tuple(x.shape))
+        if not others[name].isfinite().all():
             raise UserError(f"{trained.path}: {name} holds numbers that are not finite; leave this checkpoint out")
 
 

@@ -1,13 +1,15 @@
 """Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
 
-Both name the tensors alike: `language_model.blocks.{i}.att.time_state` (H, N, N) for layer i's initial state and
-`speech_encoder.adapter.{0,2}.{weight,bias}` for the adapter.
+Own files hold `adapter.{0,2}.{weight,bias}` and `initial_states.TASK` (L, H, N, N); published ones, and own ones of
+format 1, `speech_encoder.adapter.*` and one task's `language_model.blocks.{i}.att.time_state` (H, N, N).
 """
+
+# L layers · H heads · N head size
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +18,51 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rwkv_speech import tasks
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models.base import read_tensors
+from rwkv_speech.models.parts import Parts, TrainedOn
 
-FORMAT = "rwkv_speech-1"
+FORMAT = "rwkv_speech-2"
+FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
-_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
-_ADAPTER = "speech_encoder.adapter."
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint was trained on: all that is needed to use it again."""
-
-    base_model: str
-    base_sha256: str
-    encoder: str
-    vocab_file: str
-    n_layer: int
-    n_embd: int
-    stack: int
-    adapter_hidden: int
-    separator: str
-    task: str = "asr"
+_ADAPTER, _STATES = "adapter.", "initial_states."
+_PUBLISHED_ADAPTER = "speech_encoder.adapter."
+_PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained tensors of a checkpoint; `origin` is None for a published file, which does not say."""
+    """The trained tensors of a checkpoint; `parts` is None for a published file, which does not say."""
 
     path: Path
     adapter: dict[str, Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
-    time_state: Tensor  # (L, H, N, N)
-    origin: Origin | None
+    initial_states: dict[str, Tensor]  # by task, (L, H, N, N)
+    parts: Parts | None
+    trained_on: TrainedOn | None
     ignored: tuple[str, ...]  # names of tensors in the file that are not trained ones
     metrics: dict[str, Any]
 
-
-def named_tensors(adapter: Mapping[str, Tensor], time_state: Tensor) -> dict[str, Tensor]:
-    """The trained tensors under their published names, on the CPU."""
-    tensors = {f"language_model.blocks.{i}.att.time_state": layer for i, layer in enumerate(time_state)}
-    tensors |= {_ADAPTER + name: tensor for name, tensor in adapter.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors under their names in own files, on the CPU."""
+        return named_tensors(self.adapter, self.initial_states)
 
 
-def save_trained(
-    path: Path, adapter: Mapping[str, Tensor], time_state: Tensor, origin: Origin, metrics: Mapping[str, Any]
+def named_tensors(adapter: Mapping[str, Tensor], initial_states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors under their names in own files, on the CPU."""
+    tensors = {_ADAPTER + name: x for name, x in adapter.items()}
+    tensors |= {_STATES + task: x for task, x in initial_states.items()}
+    return {name: x.detach().cpu().clone() for name, x in tensors.items()}
+
+
+def write_checkpoint(
+    path: Path, tensors: dict[str, Tensor], parts: Parts, trained_on: TrainedOn | None, metrics: Mapping[str, Any]
 ) -> None:
-    """Write an own checkpoint, atomically."""
-    metadata = {"format": FORMAT, "origin": json.dumps(asdict(origin)), "metrics": json.dumps(dict(metrics))}
-    tensors = named_tensors(adapter, time_state)
+    """Write an own checkpoint of tensors as `named_tensors` names them, atomically."""
+    metadata = {"format": FORMAT, "parts": json.dumps(asdict(parts)), "metrics": json.dumps(dict(metrics))}
+    if trained_on is not None:
+        metadata["trained_on"] = json.dumps(asdict(trained_on))
     content = _ordered(save(tensors, metadata))
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
@@ -81,57 +77,79 @@ def _ordered(content: bytes) -> bytes:
     return content[:8] + ordered.ljust(size) + content[8 + size :]
 
 
-def load_trained(path: str | Path) -> Trained:
-    """Read an own checkpoint or a published `.pth` adapter file.
+def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
+    """Read an own checkpoint or a published `.pth` adapter file, whose one state is then named `task`.
 
     Raises UserError naming the file if it holds no adapter or no initial state, or was written by another format.
     """
     path = Path(path)
     tensors = read_tensors(path)
-    states = {int(m[1]): x for name, x in tensors.items() if (m := _STATE.fullmatch(name))}
-    adapter = {name.removeprefix(_ADAPTER): x for name, x in tensors.items() if name.startswith(_ADAPTER)}
+    metadata = _read_metadata(path)
+    own = metadata.get("format") == FORMAT
+    prefix = _ADAPTER if own else _PUBLISHED_ADAPTER
+    adapter = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    try:
+        parts, trained_on, metrics = _described(metadata)
+        if metadata.get("format") == FORMAT_1:
+            task = json.loads(metadata["origin"])["task"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its metadata is damaged ({error}), expected parts and metrics; take another checkpoint"
+        ) from error
+    if own:
+        states = {name.removeprefix(_STATES): x for name, x in tensors.items() if name.startswith(_STATES)}
+        known = {_STATES + name for name in states}
+    else:
+        states, known = _published_state(path, tensors, task)
     if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
         raise UserError(
-            f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} tensors "
-            f"language_model.blocks.*.att.time_state and adapter tensors {sorted(adapter)}; expected one state a "
-            "layer and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
+            f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} initial states and the "
+            f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
-    if sorted(states) != list(range(len(states))):
+    known |= {prefix + name for name in adapter}
+    ignored = tuple(name for name in tensors if name not in known)
+    return Trained(path, adapter, states, parts, trained_on, ignored, metrics)
+
+
+def _published_state(path: Path, tensors: Mapping[str, Tensor], task: str) -> tuple[dict[str, Tensor], set[str]]:
+    """The state of the published layout, a tensor a layer, and the names that it takes."""
+    layers = {int(m[1]): x for name, x in tensors.items() if (m := _PUBLISHED_STATE.fullmatch(name))}
+    if sorted(layers) != list(range(len(layers))):
         raise UserError(
-            f"{path}: the initial states of layers {sorted(set(range(max(states))) - set(states))} are missing"
+            f"{path}: the initial states of layers {sorted(set(range(max(layers))) - set(layers))} are missing"
         )
-    shapes = {tuple(x.shape) for x in states.values()}
+    shapes = {tuple(x.shape) for x in layers.values()}
     if len(shapes) > 1:
         raise UserError(f"{path}: time_state differs in shape between layers: found {sorted(shapes)}, expected one")
-    known = {_ADAPTER + name for name in adapter} | {f"language_model.blocks.{i}.att.time_state" for i in states}
-    origin, metrics = _read_metadata(path)
-    return Trained(
-        path=path,
-        adapter=adapter,
-        time_state=torch.stack([states[i] for i in range(len(states))]),
-        origin=origin,
-        ignored=tuple(name for name in tensors if name not in known),
-        metrics=metrics,
-    )
+    state = {task: torch.stack([layers[i] for i in range(len(layers))])} if layers else {}
+    return state, {_published_name(i) for i in layers}
 
 
-def _read_metadata(path: Path) -> tuple[Origin | None, dict[str, Any]]:
+def _published_name(layer: int) -> str:
+    return f"language_model.blocks.{layer}.att.time_state"
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
-        return None, {}
+        return {}
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+        metadata: dict[str, str] = file.metadata() or {}
+    if metadata.get("format") not in (FORMAT, FORMAT_1):
         raise UserError(
             f"{path}: found format {metadata.get('format')!r}, expected {FORMAT!r}; it was not written by this version"
         )
-    names = {field.name for field in fields(Origin)}
-    try:
-        origin = {key: value for key, value in json.loads(metadata["origin"]).items() if key in names}
-        return Origin(**origin), json.loads(metadata["metrics"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: its metadata is damaged ({error}), expected an origin and metrics; take another checkpoint"
-        ) from error
+    return metadata
+
+
+def _described(metadata: Mapping[str, str]) -> tuple[Parts | None, TrainedOn | None, dict[str, Any]]:
+    """What an own file says of itself; format 1 named the base model otherwise."""
+    if not metadata:
+        return None, None, {}
+    if metadata["format"] == FORMAT_1:
+        origin = json.loads(metadata["origin"])
+        return Parts.from_dict({**origin, "load_model": origin["base_model"]}), None, json.loads(metadata["metrics"])
+    trained_on = TrainedOn(**json.loads(metadata["trained_on"])) if "trained_on" in metadata else None
+    return Parts.from_dict(json.loads(metadata["parts"])), trained_on, json.loads(metadata["metrics"])
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -159,7 +177,21 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
-def export_published(trained: Trained, path: Path) -> None:
-    """Write the published layout: a `.pth` dictionary of the trained tensors."""
-    tensors = named_tensors(trained.adapter, trained.time_state)
+def export_published(trained: Trained, path: Path, task: str = "") -> None:
+    """Write the published layout: a `.pth` dictionary of the adapter and one task's state.
+
+    Raises UserError unless there is but one state, or `task` names one.
+    """
+    task = one_task(trained.path, trained.initial_states, task)
+    tensors = {_PUBLISHED_ADAPTER + name: x for name, x in trained.adapter.items()}
+    tensors |= {_published_name(i): layer for i, layer in enumerate(trained.initial_states[task])}
+    tensors = {name: x.detach().cpu().clone() for name, x in tensors.items()}
     write_atomically(path, lambda temporary: torch.save(tensors, temporary))
+
+
+def one_task(path: Path | str, states: Mapping[str, Tensor], task: str) -> str:
+    """The task that is meant: the given one, else the only one; raises UserError listing those that there are."""
+    if task in states or (not task and len(states) == 1):
+        return task or next(iter(states))
+    found = f"no state named {task!r}" if task else "several states"
+    raise UserError(f"{path}: found {found}, expected one of {', '.join(sorted(states))}; name it with --task")

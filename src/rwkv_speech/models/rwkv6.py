@@ -12,6 +12,7 @@ Source: Peng et al. 2024 (arXiv:2404.05892).
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from rwkv_speech.models.base import RWKV6Sizes, check_tensors, read_tensors
 from rwkv_speech.models.losses import head_loss_sum
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
-from rwkv_speech.ops.wkv6 import wkv6
+from rwkv_speech.ops.wkv6 import wkv6, wkv6_step
 
 _GROUP_NORM_EPS = 64e-5
 
@@ -55,9 +56,9 @@ class TimeMix(nn.Module):
     gate: nn.Linear
     output: nn.Linear
 
-    def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int) -> None:
+    def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int, form: str, fuse: bool) -> None:
         super().__init__()
-        self.H, self.N = H, C // H
+        self.H, self.N, self._form, self._fuse = H, C // H, form, fuse
         for name in "xwkvrg":
             self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.zeros(1, 1, C)))
         self.time_maa_w1 = nn.Parameter(torch.zeros(C, 5 * mix_rank))
@@ -72,26 +73,35 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), wkv (B, H, N, N), shift (B, C) -> output (B, T, C) and the next wkv and shift."""
-        B, T, C = x.shape
         xx, shift = token_shift(x, shift, packing)
+        r, k, v, w, gate = self._inputs(x, xx)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, cu_seqlens, self._form)
+        return self._output(y, gate), wkv, shift
+
+    def step(self, x: Tensor, wkv: Tensor, shift: Tensor) -> Tensor:
+        """One token of each of B slots: x (B, C) -> output (B, C); wkv and shift are updated in place."""
+        r, k, v, w, gate = self._inputs(x[:, None], (shift - x)[:, None])
+        shift.copy_(x)
+        y = wkv6_step(r[:, 0], k[:, 0], v[:, 0], w[:, 0], self.time_faaaa, wkv, self._form)
+        return self._output(y[:, None], gate)[:, 0]
+
+    def _inputs(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """r, k, v, w (B, T, H, N) and the gate (B, T, C) of tokens x and what they differ by from the ones before."""
+        B, T, _ = x.shape
         base = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"])[:, 0]
-        xw, xk, xv, xr, xg = mixes(x, xx, self.time_maa_x[0, 0], self.time_maa_w1, self.time_maa_w2, base)
-        r, k, v = (
-            part.view(B, T, self.H, self.N) for part in (self.receptance(xr), self.key(xk), self.value(xv))
-        )  # fmt: skip
+        maa = (self.time_maa_x[0, 0], self.time_maa_w1, self.time_maa_w2, base)
+        xw, xk, xv, xr, xg = mixes(x, xx, *maa, fuse=self._fuse)
         # The raw decay is the exponent of an exponent: it stays in float32 from here to the kernel.
         w = self.time_decay.float() + (torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).float()
-        y, wkv = wkv6(
-            r,
-            k,
-            v,
-            w.view(B, T, self.H, self.N),
-            self.time_faaaa,
-            wkv,
-            None if packing is None else packing.cu_seqlens,
-        )
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(gated(y, self.gate(xg))), wkv, shift
+        r, k, v, w = (
+            part.view(B, T, self.H, self.N) for part in (self.receptance(xr), self.key(xk), self.value(xv), w)
+        )  # fmt: skip
+        return r, k, v, w, self.gate(xg)
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        y = self.ln_x(y.reshape(-1, gate.shape[-1])).view_as(gate)
+        return self.output(gated(y, gate, self._fuse))
 
 
 class ChannelMix(nn.Module):
@@ -108,19 +118,28 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""
         xx, shift = token_shift(x, shift, packing)
+        return self._output(x, xx), shift
+
+    def step(self, x: Tensor, shift: Tensor) -> Tensor:
+        """One token of each of B slots: x (B, C) -> output (B, C); shift is updated in place."""
+        xx = shift - x
+        shift.copy_(x)
+        return self._output(x[:, None], xx[:, None])[:, 0]
+
+    def _output(self, x: Tensor, xx: Tensor) -> Tensor:
         k = squared_relu(self.key(torch.addcmul(x, xx, self.time_maa_k)))
-        return torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r))) * self.value(k), shift
+        return torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r))) * self.value(k)
 
 
 class Block(nn.Module):
     """One layer; the first one also normalises the embeddings."""
 
-    def __init__(self, layer: int, sizes: RWKV6Sizes) -> None:
+    def __init__(self, layer: int, sizes: RWKV6Sizes, form: str, fuse: bool) -> None:
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(sizes.C)
         self.ln1, self.ln2 = nn.LayerNorm(sizes.C), nn.LayerNorm(sizes.C)
-        self.att = TimeMix(sizes.C, sizes.H, sizes.mix_rank, sizes.decay_rank)
+        self.att = TimeMix(sizes.C, sizes.H, sizes.mix_rank, sizes.decay_rank, form, fuse)
         self.ffn = ChannelMix(sizes.C, sizes.ffn)
 
     def forward(
@@ -134,6 +153,13 @@ class Block(nn.Module):
         out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
         return x + out, wkv, att_shift, ffn_shift
 
+    def step(self, x: Tensor, wkv: Tensor, att_shift: Tensor, ffn_shift: Tensor) -> Tensor:
+        """One token of each of B slots, x (B, C); the layer's state is updated in place."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        x = x + self.att.step(self.ln1(x), wkv, att_shift)
+        return x + self.ffn.step(self.ln2(x), ffn_shift)
+
 
 class Head(nn.Linear):
     """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss.
@@ -146,20 +172,28 @@ class Head(nn.Linear):
 
 
 class RWKV6(nn.Module):
-    """The language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`."""
+    """The language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`.
 
-    def __init__(self, sizes: RWKV6Sizes) -> None:
+    `form` is the WKV-6 kernel's, one of config.KERNEL_FORMS; with `fuse`, torch.compile fuses the elementwise parts.
+    """
+
+    def __init__(self, sizes: RWKV6Sizes, form: str = "auto", fuse: bool = False) -> None:
         super().__init__()
         self.sizes = sizes
         self.grad_cp = False
         self.emb = nn.Embedding(sizes.vocab, sizes.C)
-        self.blocks = nn.ModuleList(Block(layer, sizes) for layer in range(sizes.n_layer))
+        self.blocks = nn.ModuleList(Block(layer, sizes, form, fuse) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.C)
         self.head = Head(sizes.C, sizes.vocab, bias=False)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        form: str = "auto",
+        fuse: bool = False,
     ) -> "RWKV6":
         """Load a `.pth` or `.safetensors` file; sizes come from its tensors.
 
@@ -169,7 +203,7 @@ class RWKV6(nn.Module):
         tensors = read_tensors(path)
         sizes = RWKV6Sizes.of(tensors, path)
         with torch.device("meta"):
-            model = cls(sizes)
+            model = cls(sizes, form, fuse)
         check_tensors(tensors, {name: p.shape for name, p in model.named_parameters()}, path)
         model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
         return model.requires_grad_(False).eval()
@@ -224,3 +258,13 @@ class RWKV6(nn.Module):
             state = self.zero_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         x, state = self.hidden(x, state, None if cu_seqlens is None else Packing.of(cu_seqlens))
         return Output(self.head(x), state)
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, state: State) -> Tensor:
+        """One token of each of B slots: ids (B,) -> logits (B, V); the dense `state` is updated in place."""
+        x = self.embed(input_ids)
+        layers: Any = self.blocks
+        for block, *layer_state in zip(layers, *state, strict=True):
+            x = block.step(x, *layer_state)
+        logits: Tensor = self.head(self.ln_out(x))
+        return logits

@@ -1,169 +1,102 @@
 """SpeechLM: RWKV([initial state], [adapter](encoder(audio))) -> text, the parts put together."""
 
-# U utterances · S samples · A audio tokens · T positions of the packed batch · V vocabulary
+# U utterances · A audio tokens · T positions of the packed batch · V vocabulary · L layers · H heads · N head size
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_speech import tiny
-from rwkv_speech.audio import SAMPLE_RATE, load_audio
-from rwkv_speech.batch import NOTHING_PREPARED, Prepared
-from rwkv_speech.config import ModelConfig
-from rwkv_speech.decoding.engine import greedy
+from rwkv_speech import tasks
+from rwkv_speech.batch import Batch
+from rwkv_speech.devices import Compute
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models import splice
 from rwkv_speech.models.adapter import Adapter
-from rwkv_speech.models.checkpoint import Origin, Trained, find_checkpoint, load_trained, save_trained
+from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
-TOKENS_PER_SECOND = 25
-MIN_NEW_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was heard: `text`, its token `ids`, the audio's `seconds`, and whether the text was `cut` at the limit."""
-
-    text: str
-    ids: list[int]
-    seconds: float
-    cut: bool
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where the frozen parts come from and how the trained ones are shaped; what is empty is derived.
-
-    "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike.
-    """
-
-    load_model: str = ""
-    encoder: str = ""
-    vocab_file: str = ""
-    stack: int | None = None
-    adapter_hidden: int | None = None
-    separator: str = "#"
-    task: str = "asr"
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> "Parts":
-        """The parts that the flags name."""
-        return cls(
-            config.load_model,
-            config.encoder,
-            config.vocab_file,
-            config.stack,
-            config.adapter_hidden,
-            config.separator,
-            getattr(config, "task", "asr"),
-        )
-
-    def filled(self) -> "Parts":
-        """Every part that was left empty takes what belongs to the base model."""
-        embedded = self.load_model in ("", tiny.NAME)
-        return replace(
-            self,
-            load_model=self.load_model or tiny.NAME,
-            encoder=self.encoder or (tiny.NAME if embedded else "microsoft/wavlm-large"),
-            vocab_file=self.vocab_file or (tiny.NAME if embedded else ""),
-            stack=self.stack or (tiny.STACK if embedded else 5),
-            adapter_hidden=self.adapter_hidden or (tiny.ADAPTER_HIDDEN if embedded else 2048),
-        )
-
 
 class SpeechLM(nn.Module):
-    """A frozen encoder and language model with the two trained parts between them: adapter and initial state."""
+    """A frozen encoder and language model, and what is trained: the adapter and an initial state of each task."""
 
-    def __init__(self, encoder: SpeechEncoder, lm: RWKV6, tokenizer: WorldTokenizer, origin: Origin) -> None:
+    def __init__(
+        self,
+        encoder: SpeechEncoder,
+        lm: RWKV6,
+        tokenizer: WorldTokenizer,
+        parts: Parts,
+        task_names: Sequence[str] = (tasks.DEFAULT,),
+    ) -> None:
         super().__init__()
-        self.encoder, self.lm, self.tokenizer, self.origin = encoder, lm, tokenizer, origin
+        self.encoder, self.lm, self.tokenizer, self.parts = encoder, lm, tokenizer, parts
+        parts = parts.filled()
+        assert parts.stack is not None and parts.adapter_hidden is not None
         sizes = lm.sizes
-        self.adapter = Adapter(encoder.width, sizes.C, origin.stack, origin.adapter_hidden)
-        self.time_state = nn.Parameter(torch.zeros(sizes.n_layer, sizes.H, sizes.N, sizes.N))
-        self.separator_id = _one_token(tokenizer, origin.separator)
+        self.adapter = Adapter(encoder.width, sizes.C, parts.stack, parts.adapter_hidden)
+        self.initial_states = nn.ParameterDict(
+            {name: torch.zeros(sizes.n_layer, sizes.H, sizes.N, sizes.N) for name in task_names}
+        )
+        self.separator_id = _one_token(tokenizer, parts.separator)
+        self.trained_on: TrainedOn | None = None
 
     @classmethod
-    def build(
-        cls,
-        parts: Parts,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        encoder_dtype: torch.dtype = torch.float32,
-    ) -> "SpeechLM":
-        """Frozen parts from their files, trained parts new; `dtype` is the language model's."""
-        parts = parts.filled()
-        base = tiny.BASE_MODEL if parts.load_model == tiny.NAME else Path(parts.load_model)
-        vocab = tiny.VOCAB_FILE if parts.vocab_file == tiny.NAME else parts.vocab_file or None
-        lm = RWKV6.from_pretrained(base, dtype, device)
-        encoder_name = tiny.ENCODER if parts.encoder == tiny.NAME else parts.encoder
-        encoder = SpeechEncoder.from_pretrained(encoder_name, encoder_dtype)
-        tokenizer = WorldTokenizer(vocab)
+    def build(cls, parts: Parts, compute: Compute | None = None, task_names: Sequence[str] = (tasks.DEFAULT,)) -> Self:
+        """Frozen parts from their files, trained parts new; raises UserError for files that do not fit."""
+        parts, compute = parts.filled(), compute or Compute()
+        base = parts.base_file()
+        lm = RWKV6.from_pretrained(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
+        _check_sizes(parts, lm)
+        encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype)
+        tokenizer = WorldTokenizer(parts.vocabulary())
         if tokenizer.vocab_size > lm.sizes.vocab:
             raise UserError(
                 f"{base}: found {lm.sizes.vocab} embeddings, but the vocabulary {tokenizer.vocab_file} has ids up to "
                 f"{tokenizer.vocab_size - 1}; give the vocabulary of this model with --vocab_file"
             )
-        assert parts.stack is not None and parts.adapter_hidden is not None
-        origin = Origin(
-            base_model=parts.load_model,
-            base_sha256=sha256_file(base),
-            encoder=parts.encoder,
-            vocab_file=parts.vocab_file,
-            n_layer=lm.sizes.n_layer,
-            n_embd=lm.sizes.C,
-            stack=parts.stack,
-            adapter_hidden=parts.adapter_hidden,
-            separator=parts.separator,
-            task=parts.task,
-        )
-        return cls(encoder.to(device), lm, tokenizer, origin).to(device)
+        known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(base))
+        return cls(encoder.to(compute.device), lm, tokenizer, known, task_names).to(compute.device)
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        parts: Parts | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        encoder_dtype: torch.dtype = torch.float32,
-    ) -> "SpeechLM":
-        """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts`.
+        cls, path: str | Path, parts: Parts | None = None, compute: Compute | None = None, task: str = tasks.DEFAULT
+    ) -> Self:
+        """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts` and has one state, `task`.
 
         Raises UserError if nothing is there, or if the base model is not the one that the checkpoint was trained on.
         """
-        trained = load_trained(find_checkpoint(path))
+        trained = load_trained(find_checkpoint(path), task)
         given = parts or Parts()
-        if trained.origin is None and not given.load_model:
+        if trained.parts is None and not given.load_model:
             raise UserError(
                 f"{trained.path}: a published file does not name its base model; expected the model that it was "
                 "trained on: give its path with --load_model"
             )
-        model = cls.build(_parts_of(trained, given), dtype, device, encoder_dtype)
+        wanted = given if trained.parts is None else trained.parts.recorded_in(trained.path, given)
+        model = cls.build(wanted, compute, list(trained.initial_states))
         model.load_trained(trained)
         return model.eval()
 
     def load_trained(self, trained: Trained) -> None:
-        """Take over the adapter and the initial state; raises UserError where shapes or the base model differ."""
-        if trained.origin is not None and trained.origin.base_sha256 != self.origin.base_sha256:
-            raise UserError(
-                f"{trained.path}: trained on a base model with SHA-256 {trained.origin.base_sha256[:12]}..., found "
-                f"{self.origin.base_sha256[:12]}... in {self.origin.base_model}; give the same file with --load_model"
-            )
-        wanted = {**dict(self.adapter.named_parameters()), "time_state": self.time_state}
-        found = {**trained.adapter, "time_state": trained.time_state}
+        """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
+        if trained.parts is not None:
+            self.parts.check_base(trained.parts.base_sha256, trained.path)
+        wanted = {f"adapter {name}": x for name, x in self.adapter.named_parameters()}
+        found = {f"adapter {name}": x for name, x in trained.adapter.items()}
+        for name, x in trained.initial_states.items():
+            if name in self.initial_states:
+                wanted[f"initial state {name}"], found[f"initial state {name}"] = self.initial_states[name], x
         wrong = [
             f"{name}: found {tuple(found[name].shape)}, expected {tuple(x.shape)}"
             for name, x in wanted.items()
@@ -171,108 +104,92 @@ class SpeechLM(nn.Module):
         ]
         if wrong:
             raise UserError(
-                f"{trained.path}: does not fit {self.origin.base_model} with encoder {self.origin.encoder}:\n  "
+                f"{trained.path}: does not fit {self.parts.load_model} with encoder {self.parts.encoder}:\n  "
                 + "\n  ".join(wrong)
             )
         if trained.ignored:
-            logger.warning("%s: left %d tensors that are not trained: %s", trained.path, len(trained.ignored),
-                           ", ".join(trained.ignored))  # fmt: skip
+            names = ", ".join(trained.ignored)
+            logger.warning("%s: left %d tensors that are not trained: %s", trained.path, len(trained.ignored), names)
         with torch.no_grad():
             for name, x in wanted.items():
                 x.copy_(found[name])
+        self.trained_on = trained.trained_on
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
-        save_trained(path, self.adapter.state_dict(), self.time_state, self.origin, metrics)
+        tensors = named_tensors(self.adapter.state_dict(), dict(self.initial_states.items()))
+        write_checkpoint(path, tensors, self.parts, self.trained_on, metrics)
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters and the initial state: all that an optimizer may see."""
+        """The adapter's parameters and the initial states: all that an optimizer may see."""
         yield from self.adapter.parameters()
-        yield self.time_state
+        yield from self.initial_states.values()
 
-    def initial_state(self, batch: int) -> State:
-        """The learned state at the start of `batch` sequences; the token shifts start at zero."""
-        zero = self.lm.zero_state(batch)
-        return zero._replace(wkv=self.time_state[:, None].expand(-1, batch, -1, -1, -1))
+    def initial_state(self, task_names: Sequence[str]) -> State:
+        """The learned states at the start of a sequence of each task; the token shifts start at zero.
 
-    def audio_tokens(
-        self, waveforms: Tensor, num_samples: Tensor, prepared: Prepared = NOTHING_PREPARED
-    ) -> tuple[Tensor, Tensor]:
-        """waveforms (U, S), num_samples (U,) -> packed audio tokens (sum of A, C) and A of each."""
-        if prepared.frames is not None and prepared.frame_lengths is not None:
-            return self.adapter(prepared.frames.float(), prepared.frame_lengths)
-        frames, lengths = self.encoder(waveforms, num_samples, prepared.normalised)
-        return self.adapter(frames, lengths)
+        Raises UserError for a task without a state.
+        """
+        missing = sorted(set(task_names) - set(self.initial_states))
+        if missing:
+            raise UserError(
+                f"task {missing[0]!r}: found no initial state of it, expected one of "
+                f"{', '.join(sorted(self.initial_states))}; train with --task {missing[0]}, or leave its utterances out"
+            )
+        zero = self.lm.zero_state(len(task_names))
+        if len(set(task_names)) == 1:  # read in place, not copied
+            return zero._replace(wkv=self.initial_states[task_names[0]][:, None].expand_as(zero.wkv))
+        states = [self.initial_states[name] for name in task_names]
+        return zero._replace(wkv=torch.stack(states, 1)) if states else zero
 
-    def _hidden(self, spliced: splice.Spliced, audio: Tensor, keep_state: bool = True) -> tuple[Tensor, State]:
-        packing = Packing.of(spliced.cu_seqlens).to(audio.device)
-        spliced = spliced.to(audio.device)
-        x = splice.fill(spliced, audio, self.lm.embed(spliced.token_ids))
-        hidden, state = self.lm.hidden(x, self.initial_state(len(spliced.cu_seqlens) - 1), packing, keep_state)
-        return hidden[0], state
+    def audio_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Packed audio tokens (sum of A, C) and A of each utterance."""
+        if batch.frames is not None and batch.frame_lengths is not None:
+            return self.adapter(batch.frames.float(), batch.frame_lengths)
+        return self.adapter(*self.encoder(batch.waveforms, batch.num_samples, batch.normalised))
 
-    def forward(self, *batch: Any) -> tuple[Tensor, int]:
-        """`loss_sum`, for engines that prepare a module before it runs."""
-        return self.loss_sum(*batch)
-
-    def loss_sum(
-        self,
-        waveforms: Tensor,
-        num_samples: Tensor,
-        text_ids: Tensor,
-        text_lengths: Tensor,
-        prepared: Prepared = NOTHING_PREPARED,
-    ) -> tuple[Tensor, int]:
-        """The summed loss of a batch, float32, and its number of target tokens (text and end of text).
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of a batch over its `num_targets`, float32.
 
         With lengths and text on the host, where they are wanted, nothing here waits for the device.
         """
-        text_ids, text_lengths = text_ids.cpu(), text_lengths.cpu()
-        audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
-        spliced = splice.splice(audio_lengths, text_ids, text_lengths, self.separator_id, self.tokenizer.eos_id)
-        hidden, _ = self._hidden(spliced, audio, keep_state=False)
+        texts = batch.text_ids.cpu().split(batch.text_lengths.tolist())
+        spliced, hidden, _ = self._read(batch, [[splice.Text(text.tolist())] for text in texts], keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
-        return self.lm.head(hidden[rows], targets), len(at)
+        return self.lm.head(hidden[rows], targets)
 
     @torch.no_grad()
-    def generate(
-        self,
-        waveforms: Tensor,
-        num_samples: Tensor,
-        max_new_tokens: int | None = None,
-        prepared: Prepared = NOTHING_PREPARED,
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Greedy token ids of each utterance, and whether each was cut at `max_new_tokens` (25 a second)."""
-        if len(num_samples) == 0:
-            return [], []
-        audio, audio_lengths = self.audio_tokens(waveforms, num_samples, prepared)
-        spliced = splice.splice_prompt(audio_lengths, self.separator_id)
-        hidden, state = self._hidden(spliced, audio)
-        logits = self.lm.head(hidden[(spliced.cu_seqlens[1:] - 1).to(hidden.device)])
-        limits = [
-            max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
-            if max_new_tokens is None
-            else max_new_tokens
-            for samples in num_samples.tolist()
-        ]
-        return greedy(self.lm, logits, state, limits, self.tokenizer.eos_id)
+    def prefill(self, batch: Batch) -> tuple[Tensor, State]:
+        """Read audio and prompt: the logits (U, V) of each utterance's first text token, and the state before it."""
+        spliced, hidden, state = self._read(batch, [[] for _ in batch.ids])
+        return self.lm.head(hidden[(spliced.cu_seqlens[1:] - 1).to(hidden.device)]), state
 
-    def transcribe(
-        self, audio: Sequence[str | Path | Tensor], batch_size: int = 8, max_new_tokens: int | None = None
-    ) -> list[Transcript]:
-        """Files, or waveforms (S,) at 16 kHz, -> a Transcript of each, in order; similar lengths share a batch."""
-        device = self.time_state.device
-        results: dict[int, Transcript] = {}
-        waveforms = [x if isinstance(x, Tensor) else load_audio(x) for x in audio]
-        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            padded = nn.utils.rnn.pad_sequence([waveforms[i].float() for i in rows], batch_first=True).to(device)
-            sizes = torch.tensor([len(waveforms[i]) for i in rows], device=device)
-            for i, ids, cut in zip(rows, *self.generate(padded, sizes, max_new_tokens), strict=True):
-                results[i] = Transcript(self.tokenizer.decode(ids), ids, len(waveforms[i]) / SAMPLE_RATE, cut)
-        return [results[i] for i in range(len(waveforms))]
+    def _read(
+        self, batch: Batch, texts: Sequence[Sequence[splice.Segment]], keep_state: bool = True
+    ) -> tuple[splice.Spliced, Tensor, State]:
+        """The layout of audio, prompts and texts, the hidden states (T, C), and the last state of each sequence."""
+        audio, lengths = self.audio_tokens(batch)
+        prompts = {name: self.tokenizer.encode(tasks.task_named(name).prompt) for name in set(batch.tasks)}
+        sequences = [
+            [splice.Audio(length), splice.Prompt([*prompts[task], self.separator_id]), *text]
+            for length, task, text in zip(lengths.tolist(), batch.tasks, texts, strict=True)
+        ]
+        spliced = splice.splice(sequences, self.tokenizer.eos_id)
+        packing = Packing.of(spliced.cu_seqlens).to(audio.device)
+        there = spliced.to(audio.device)
+        x = splice.fill(there, audio, self.lm.embed(there.token_ids))
+        hidden, state = self.lm.hidden(x, self.initial_state(batch.tasks), packing, keep_state)
+        return spliced, hidden[0], state
+
+
+def _check_sizes(parts: Parts, lm: RWKV6) -> None:
+    for name, said, found in (("n_layer", parts.n_layer, lm.sizes.n_layer), ("n_embd", parts.n_embd, lm.sizes.C)):
+        if said not in (None, found):
+            raise UserError(
+                f"--{name}: given {said}, but {parts.load_model} has {found}; leave it empty, or give the right file "
+                "with --load_model"
+            )
 
 
 def _one_token(tokenizer: WorldTokenizer, text: str) -> int:
@@ -280,19 +197,3 @@ def _one_token(tokenizer: WorldTokenizer, text: str) -> int:
     if len(ids) != 1:
         raise UserError(f"--separator: {text!r} is {len(ids)} tokens, expected exactly one, such as '#'")
     return ids[0]
-
-
-def _parts_of(trained: Trained, given: Parts) -> Parts:
-    """What the checkpoint was trained with, where the caller did not say otherwise."""
-    if trained.origin is None:
-        return given
-    origin = trained.origin
-    return Parts(
-        load_model=given.load_model or origin.base_model,
-        encoder=given.encoder or origin.encoder,
-        vocab_file=given.vocab_file or origin.vocab_file,
-        stack=origin.stack,
-        adapter_hidden=origin.adapter_hidden,
-        separator=origin.separator,
-        task=origin.task,
-    )

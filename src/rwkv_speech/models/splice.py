@@ -3,12 +3,15 @@
     audio 0     audio 1     #           text 0      text 1
     -100        -100        text 0      text 1      end of text
 
-Each column is a position: what goes in, above what must come out. Free functions of tensors; no model here. They are
-for the host: lengths decide sizes, and a device asked for these would keep it waiting.
+Each column is a position: what goes in, above what must come out. A sequence is made of segments: audio, prompts (such
+as the #) and texts; several turns follow each other. Layouts are for the host: lengths decide sizes, and a device asked
+for these would keep it waiting.
 """
 
-# U utterances · A audio tokens · L text tokens · T all positions of the packed batch · C channels
+# U sequences · A audio tokens · T all positions of the packed batch · C channels
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,13 +20,37 @@ from torch import Tensor
 IGNORE = -100
 
 
+@dataclass(frozen=True)
+class Audio:
+    """So many audio tokens; nothing is predicted there."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens that are given; nothing of them is predicted."""
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens that are learned, each predicted at the position before it, the end of text at the last."""
+
+    ids: Sequence[int]
+
+
+Segment = Audio | Prompt | Text
+
+
 class Spliced(NamedTuple):
     """Where everything is in the packed batch."""
 
-    cu_seqlens: Tensor  # (U + 1,) bounds of the utterances
+    cu_seqlens: Tensor  # (U + 1,) bounds of the sequences
     audio_positions: Tensor  # (sum of A,)
-    token_positions: Tensor  # (sum of L + U,) of the separators and the text
-    token_ids: Tensor  # (sum of L + U,) what stands there
+    token_positions: Tensor  # (n,) of prompts and texts
+    token_ids: Tensor  # (n,) what stands there
     labels: Tensor  # (T,) the token to predict at each position, IGNORE where none
 
     def to(self, device: torch.device) -> "Spliced":
@@ -31,41 +58,27 @@ class Spliced(NamedTuple):
         return Spliced(*(x.to(device, non_blocking=True) for x in self))
 
 
-def bounds(lengths: Tensor) -> Tensor:
-    """Lengths (U,) -> where each starts and the last ends, (U + 1,)."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-
-
-def _positions(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The positions of runs of `lengths` that begin at `starts`, one run after another."""
-    within = torch.arange(int(lengths.sum()), device=lengths.device)
-    return within + torch.repeat_interleave(starts - bounds(lengths)[:-1], lengths)
-
-
-def splice(audio_lengths: Tensor, text_ids: Tensor, text_lengths: Tensor, separator: int, eos: int) -> Spliced:
-    """audio_lengths (U,), text_ids (sum of L,), text_lengths (U,) -> the layout for training.
-
-    Nothing is predicted at audio positions; the separator predicts the first text token, the last one `eos`.
-    """
-    cu_seqlens = bounds(audio_lengths + 1 + text_lengths)
-    separators = cu_seqlens[:-1] + audio_lengths
-    text_positions = _positions(separators + 1, text_lengths)
-    labels = torch.full((int(cu_seqlens[-1]),), IGNORE, dtype=torch.int64, device=text_ids.device)
-    labels[cu_seqlens[1:] - 1] = eos
-    labels[text_positions - 1] = text_ids
-    return Spliced(
-        cu_seqlens,
-        _positions(cu_seqlens[:-1], audio_lengths),
-        torch.cat((separators, text_positions)),
-        torch.cat((torch.full_like(separators, separator), text_ids)),
-        labels,
-    )
-
-
-def splice_prompt(audio_lengths: Tensor, separator: int) -> Spliced:
-    """The layout for decoding: audio and separator, no text; its one label per utterance is not used."""
-    none = torch.zeros_like(audio_lengths)
-    return splice(audio_lengths, none[:0], none, separator, IGNORE)
+def splice(sequences: Sequence[Sequence[Segment]], eos: int) -> Spliced:
+    """The layout of U sequences, one after another; raises ValueError for a text with nothing before it."""
+    bounds, labels = [0], list[int]()
+    audio, positions, ids = list[int](), list[int](), list[int]()
+    for segments in sequences:
+        for segment in segments:
+            here = len(labels)
+            if isinstance(segment, Audio):
+                audio += range(here, here + segment.length)
+                labels += [IGNORE] * segment.length
+                continue
+            positions += range(here, here + len(segment.ids))
+            ids += segment.ids
+            if isinstance(segment, Prompt):
+                labels += [IGNORE] * len(segment.ids)
+                continue
+            if here == bounds[-1]:
+                raise ValueError("a text at the start of a sequence has no position that could predict it")
+            labels[-1:] = [*segment.ids, eos]
+        bounds.append(len(labels))
+    return Spliced(*(torch.tensor(x, dtype=torch.int64) for x in (bounds, audio, positions, ids, labels)))
 
 
 def fill(spliced: Spliced, audio_tokens: Tensor, token_embeddings: Tensor) -> Tensor:

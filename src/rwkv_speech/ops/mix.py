@@ -1,7 +1,7 @@
 """RWKV-6's elementwise parts behind explicit backward passes, for frozen weights: they keep less and compute it again.
 
 Autograd alone would keep the five mixes of every token, and the gate twice: a quarter of what a layer keeps. The
-arithmetic stands in plain functions, which torch.compile may fuse.
+arithmetic stands in plain functions; with `fuse`, torch.compile fuses them: fewer launches, compiled once.
 """
 
 # B batch · T positions · C channels · R mix rank
@@ -15,16 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_fused = False
 
-
-def fuse(on: bool) -> None:
-    """Whether torch.compile fuses these parts from now on: fewer launches, at the price of compiling them once."""
-    global _fused
-    _fused = on
-
-
-def mixes(x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+def mixes(
+    x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Tensor, fuse: bool = False
+) -> tuple[Tensor, ...]:
     """Five data-dependent blends of each token x with its difference xx to the one before, (B, T, C) each.
 
     out[f] = x + xx * (base[f] + tanh((x + xx * maa_x) @ w1)[f] @ w2[f]) with maa_x (C,), w1 (C, 5 R), w2 (5, R, C) and
@@ -32,13 +26,13 @@ def mixes(x: Tensor, xx: Tensor, maa_x: Tensor, w1: Tensor, w2: Tensor, base: Te
     """
     weights = (maa_x, w1, w2, base)
     if torch.is_grad_enabled() and not any(weight.requires_grad for weight in weights):
-        return _Mixes.apply(x, xx, *weights)
-    return _mix(x, xx, *weights)[1]
+        return _Mixes.apply(fuse, x, xx, *weights)
+    return _mix(fuse, x, xx, *weights)[1]
 
 
-def gated(y: Tensor, gate: Tensor) -> Tensor:
+def gated(y: Tensor, gate: Tensor, fuse: bool = False) -> Tensor:
     """y * silu(gate), in the gate's type."""
-    return _Gated.apply(y, gate) if torch.is_grad_enabled() else _gate(y, gate)
+    return _Gated.apply(fuse, y, gate) if torch.is_grad_enabled() else _gate(fuse, y, gate)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -50,8 +44,8 @@ def _fusable(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
-    def call(*tensors: Tensor) -> Any:
-        return compiled()(*tensors) if _fused else function(*tensors)
+    def call(fuse: bool, *tensors: Tensor) -> Any:
+        return compiled()(*tensors) if fuse else function(*tensors)
 
     return call
 
@@ -96,29 +90,31 @@ class _Mixes(torch.autograd.Function):
     """Keeps xx and the low-rank activations; the weights get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, xx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        low, mixed = _mix(x, xx, *weights)
+    def forward(ctx: Any, fuse: bool, x: Tensor, xx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.fuse = fuse
+        low, mixed = _mix(fuse, x, xx, *weights)
         ctx.save_for_backward(xx, low, *weights)
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *_mix_gradients(*ctx.saved_tensors, *gradients), None, None, None, None
+        return None, *_mix_gradients(ctx.fuse, *ctx.saved_tensors, *gradients), None, None, None, None
 
 
 class _Gated(torch.autograd.Function):
     """Keeps its two inputs alone."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, fuse: bool, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.fuse = fuse
         ctx.save_for_backward(y, gate)
-        return _gate(y, gate)
+        return _gate(fuse, y, gate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return _gate_gradients(*ctx.saved_tensors, gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, *_gate_gradients(ctx.fuse, *ctx.saved_tensors, gradient)
 
 
 class _SquaredReLU(torch.autograd.Function):

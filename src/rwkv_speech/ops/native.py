@@ -21,27 +21,6 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
 _MOST_TOKENS = 2**31 - 64  # positions are 32 bits wide
 
-_form = "auto"
-
-
-def choose(form: str) -> None:
-    """Which form of WKV-6 runs from now on: one of KERNEL_FORMS.
-
-    auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
-           the chunked PyTorch form
-    torch  the chunked PyTorch form
-    steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
-    """
-    if form not in KERNEL_FORMS:
-        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
-    global _form
-    _form = form
-
-
-def chosen() -> str:
-    """The form that was chosen last."""
-    return _form
-
 
 class Kernels(Protocol):
     """The kernels of one device."""
@@ -64,15 +43,22 @@ class Kernels(Protocol):
         ...
 
 
-def kernels_for(r: Tensor) -> Kernels | None:
+def kernels_for(r: Tensor, form: str = "auto") -> Kernels | None:
     """The kernels for tensors like r (..., N); None where only the PyTorch form serves.
 
-    Raises UserError if a GPU's kernel cannot be built.
+    auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
+           the chunked PyTorch form
+    torch  the chunked PyTorch form
+    steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
+
+    Raises UserError for another form, and if a GPU's kernel cannot be built.
     """
-    if _form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
+    if form not in KERNEL_FORMS:
+        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
+    if form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
         return None
     if r.device.type == "cuda":
-        return _cuda(build.cuda_architecture(r.device), _GENERATIONS[_form])
+        return _cuda(build.cuda_architecture(r.device), _GENERATIONS[form])
     return _cpu() if r.device.type == "cpu" else None
 
 

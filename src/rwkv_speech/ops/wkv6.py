@@ -22,13 +22,14 @@ def wkv6(
     u: Tensor,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    form: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's recurrence: y_t = (S + v_t (u k_t)^T) r_t, then S <- S diag(exp(-exp(w_t))) + v_t k_t^T.
 
     r, k, v, w (B, T, H, N), w the raw decay; u (H, N); state (B, H, N, N), axes [value, key], None for zeros.
     Returns y (B, T, H, N) in r's type and the last state in float32 (float64 for float64 inputs).
     Packed: with `cu_seqlens` (S + 1,), B = 1, state (S, H, N, N); sequence s is tokens cu_seqlens[s] to
-    cu_seqlens[s + 1].
+    cu_seqlens[s + 1]. `form` is the kernel's, one of config.KERNEL_FORMS.
     Gradients reach all six tensors. Raises ValueError for shapes that do not fit. T may be 0. The values in
     `cu_seqlens` are checked on a CPU; on a GPU, where that would wait for the device, wrong ones give wrong numbers.
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
@@ -39,7 +40,7 @@ def wkv6(
     if state is None:
         sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
         state = torch.zeros(sequences, H, N, N, dtype=dtype, device=r.device)
-    y, last = wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens)
+    y, last = wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens, form)
     return y, last
 
 
@@ -77,8 +78,8 @@ def _bounds(r: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
     return bounds
 
 
-def _native(r: Tensor, cu_seqlens: Tensor | None) -> native.Kernels | None:
-    kernels = native.kernels_for(r)
+def _native(r: Tensor, cu_seqlens: Tensor | None, form: str) -> native.Kernels | None:
+    kernels = native.kernels_for(r, form)
     if kernels is not None and r.device.type == "cpu":
         _bounds(r, cu_seqlens)
     return kernels
@@ -96,10 +97,10 @@ def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:
 
 @torch.library.custom_op("rwkv_speech::wkv6", mutates_args=())
 def wkv6_forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
-    if kernels := _native(r, cu_seqlens):
+    if kernels := _native(r, cu_seqlens, form):
         return kernels.forward(r, k, v, w, u, state, cu_seqlens)
     plan = _plan(r, cu_seqlens)
     if plan is None:
@@ -109,7 +110,7 @@ def wkv6_forward(
 
 @wkv6_forward.register_fake
 def _(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor]:
     return r.new_empty(r.shape), state.new_empty(state.shape)
 
@@ -126,9 +127,10 @@ def wkv6_backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
     need_du: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, u (empty unless needed: it is a sum over all tokens) and state."""
-    if kernels := _native(r, cu_seqlens):
+    if kernels := _native(r, cu_seqlens, form):
         return kernels.backward(dy, dstate, r, k, v, w, u, state, cu_seqlens, need_du)
     gradients = _portable_backward(dy, dstate, r, k, v, w, u, state, cu_seqlens)
     return gradients if need_du else (*gradients[:4], u.new_empty(0), gradients[5])
@@ -163,24 +165,26 @@ def _(
     state: Tensor,
     cu_seqlens: Tensor | None,
     need_du: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     du = u.new_empty(u.shape if need_du else (0,))
     return *(x.new_empty(x.shape) for x in (r, k, v, w)), du, state.new_empty(state.shape)  # type: ignore[return-value]
 
 
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.form = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    grads = wkv6_backward(dy, dstate, *ctx.saved_tensors, ctx.needs_input_grad[4])
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
+    grads = wkv6_backward(dy, dstate, *ctx.saved_tensors, ctx.needs_input_grad[4], ctx.form)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
 wkv6_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str = "auto") -> Tensor:
     """One token of each of B slots, for decoding: y (B, H, N); `state` (B, H, N, N) float32 is updated in place.
 
     r, k, v, w (B, H, N), u (H, N). No gradients. Raises ValueError for shapes that do not fit, and for a state that
@@ -192,13 +196,13 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"wkv6_step: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
-    y: Tensor = _wkv6_step(r, k, v, w, u, state)
+    y: Tensor = _wkv6_step(r, k, v, w, u, state, form)
     return y
 
 
 @torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
-def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
-    if kernels := native.kernels_for(r):
+def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
+    if kernels := native.kernels_for(r, form):
         return kernels.step(r, k, v, w, u, state)
     tokens = wkv6_chunked.Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
     y, last = wkv6_chunked.forward(tokens, wkv6_chunked.plan_dense(len(r), 1))
@@ -207,5 +211,5 @@ def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Ten
 
 
 @_wkv6_step.register_fake
-def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
     return r.new_empty(r.shape)

@@ -10,7 +10,6 @@ from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.devices import accelerator, torch_device, uses_bf16
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.ops import native
 from rwkv_speech.planning.memory import out_of_memory_advice
 from rwkv_speech.planning.sizes import EncoderSizes, ModelSizes, Setup
 from rwkv_speech.planning.tables import DataPlan, RunPlan, measure
@@ -31,10 +30,10 @@ def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPl
         strategy=config.strategy,
         ranks=devices * config.num_nodes,
         accumulate=config.accumulate,
-        native_wkv=native.chosen() != "torch",
+        native_wkv=config.wkv6 != "torch",
     )
     sizes = ModelSizes(
-        model.lm.sizes, EncoderSizes.of(model.encoder.model), model.origin.stack, model.origin.adapter_hidden
+        model.lm.sizes, EncoderSizes.of(model.encoder.model), model.parts.stack or 5, model.parts.adapter_hidden or 2048
     )
     planned = DataPlan(
         data.durations(),
@@ -73,9 +72,7 @@ def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> floa
     def step() -> None:
         batch: Batch = next(batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config)):
-            loss, _ = model.loss_sum(
-                batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
-            )
+            loss = model(batch)
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 
 import jiwer
 
+from rwkv_speech.decoding.results import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.text import normalise_score
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
         mean_utterance_wer=sum(utterance_wers) / len(utterance_wers),
         num_utterances=len(ref_texts),
     )
+
+
+def score_rows(rows: Sequence[Row]) -> Scores:
+    """The scores of result rows, whose texts are normalised for it; raises UserError if there is none."""
+    return score([normalise_score(row.ref) for row in rows], [normalise_score(row.hyp) for row in rows])
 
 
 def _edits(chunk: jiwer.AlignmentChunk) -> int:

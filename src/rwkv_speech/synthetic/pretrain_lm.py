@@ -79,15 +79,14 @@ class PromptBatches:
 
     def draw(self, utterances: int, difficulty: float) -> tuple[torch.Tensor, splice.Spliced]:
         """The blends of all prompts, (sum of A, phones), and the layout with the labels."""
-        prompts, texts = [], []
+        prompts, layout = [], list[list[splice.Segment]]()
         for _ in range(utterances):
             text = sentence(self.rng, self.vocabulary, difficulty)
             labels = frames(text, self.said, self.rng, difficulty)
             prompts.append(torch.from_numpy(blends(labels, self.rng.choice([2, 3, 3, 4]))))
-            texts.append(torch.tensor(self.tokenizer.encode(text)))
-        audio_lengths = torch.tensor([len(p) for p in prompts])
-        text_lengths = torch.tensor([len(t) for t in texts])
-        return torch.cat(prompts), splice.splice(audio_lengths, torch.cat(texts), text_lengths, self.separator, 0)
+            text_ids = splice.Text(self.tokenizer.encode(text))
+            layout.append([splice.Audio(len(prompts[-1])), splice.Prompt([self.separator]), text_ids])
+        return torch.cat(prompts), splice.splice(layout, 0)
 
 
 def _loss(model: RWKV6, batches: PromptBatches, utterances: int, difficulty: float) -> tuple[torch.Tensor, float]:

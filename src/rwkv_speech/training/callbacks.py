@@ -54,7 +54,7 @@ class TrainedWeights(Callback):
             names.append(f"epoch-{epoch}.safetensors")
         if pl_module.scores is not None:
             metrics["wer"] = pl_module.scores.wer
-            write_validation(self.folder, pl_module.validated)
+            write_validation(self.folder, ((row.id, row.ref, row.hyp) for row in pl_module.validated))
             verdict = self.best_few.offer(pl_module.scores.wer, self.folder / f"best-epoch-{epoch}.safetensors")
             names += [f"best-epoch-{epoch}.safetensors"] if verdict.keep else []
             dropped += verdict.drop

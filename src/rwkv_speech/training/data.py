@@ -61,11 +61,12 @@ def make_datasets(
     normalise = model.encoder.do_normalize
     validation = None
     if valid is not None:
-        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, normalise=normalise)
+        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, task=config.task, normalise=normalise)
     settings: dict[str, Any] = {
         "tokenizer": model.tokenizer,
         "label_mode": config.label_mode,
-        "fit": Fit(config.ctx_len, model.origin.stack),
+        "task": config.task,
+        "fit": Fit(config.ctx_len, model.adapter.stack),
         "normalise": normalise,
     }
     augment = make_augmenter(config)

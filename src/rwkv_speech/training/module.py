@@ -19,11 +19,12 @@ from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import SpeechData, StepLoader
+from rwkv_speech.decoding.results import Row
+from rwkv_speech.decoding.transcribe import transcribe_batch
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.scoring.metrics import Scores, score
-from rwkv_speech.text import normalise_score
+from rwkv_speech.scoring.metrics import Scores, score_rows
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 from rwkv_speech.training.strategies import strategy_of
 
@@ -56,8 +57,8 @@ class SpeechModule(pl.LightningModule):
         self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
         self.asked_to_end = False  # this rank, by a signal
         self.ending = False  # all ranks, behind this step
-        self._hyps: dict[tuple[str, str], str] = {}  # (id, reference) -> hypothesis
-        self.validated: list[tuple[str, str, str]] = []  # id, reference, hypothesis
+        self._rows: dict[int, Row] = {}  # by place in the validation set
+        self.validated: list[Row] = []
         self.scores: Scores | None = None
 
     def setup(self, stage: str) -> None:
@@ -129,7 +130,7 @@ class SpeechModule(pl.LightningModule):
         c = self.config
         optimizer = make_optimizer(
             self.model.adapter.parameters(),
-            [self.model.time_state],
+            self.model.initial_states.values(),
             c.lr_adapter,
             c.lr_state,
             c.weight_decay,
@@ -152,8 +153,7 @@ class SpeechModule(pl.LightningModule):
         """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
         for batch in step:
             self.bad_files.add(batch.bad, self.config.train_data)
-        # An utterance's targets are its text and the end of text.
-        targets = sum(len(batch.text_ids) + len(batch) for batch in step)
+        targets = sum(batch.num_targets for batch in step)
         seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
         padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
         known = [targets, seconds, padded, float(self.asked_to_end)]
@@ -189,12 +189,7 @@ class SpeechModule(pl.LightningModule):
         """Add one micro batch's share to the gradients; its summed loss."""
         with self.strategy.micro_batch(self.trainer, last):
             with self._autocast():
-                if len(batch):
-                    loss, _ = self.model(
-                        batch.waveforms, batch.num_samples, batch.text_ids, batch.text_lengths, batch.prepared
-                    )
-                else:
-                    loss = self.strategy.zero_loss(self.model)
+                loss = self.model(batch) if len(batch) else self.strategy.zero_loss(self.model)
             self.manual_backward(loss * scale)
         return loss.detach()
 
@@ -212,24 +207,20 @@ class SpeechModule(pl.LightningModule):
         if not len(batch):
             return
         with self._autocast():
-            ids, _ = self.model.generate(batch.waveforms, batch.num_samples, prepared=batch.prepared)
-        for name, text, hyp in zip(batch.ids, batch.texts, ids, strict=True):
-            self._hyps[name, text] = self.model.tokenizer.decode(hyp)
+            self._rows.update({row.index: row for row in transcribe_batch(self.model, batch)})
 
     def on_validation_epoch_end(self) -> None:
         """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
-        gathered = self._hyps
+        gathered = self._rows
         if self.trainer.world_size > 1:
-            parts: list[dict[tuple[str, str], str]] = [{} for _ in range(self.trainer.world_size)]
-            dist.all_gather_object(parts, self._hyps)
-            gathered = {key: hyp for part in parts for key, hyp in part.items()}
-        self._hyps = {}
+            parts: list[dict[int, Row]] = [{} for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(parts, self._rows)
+            gathered = {index: row for part in parts for index, row in part.items()}
+        self._rows = {}
         if not gathered:
             return
-        refs = [normalise_score(ref) for _, ref in gathered]
-        hyps = [normalise_score(hyp) for hyp in gathered.values()]
-        self.validated = [(name, ref, hyp) for (name, ref), hyp in gathered.items()]
-        self.scores = score(refs, hyps)
+        self.validated = [row for _, row in sorted(gathered.items())]
+        self.scores = score_rows(self.validated)
         # The same number on every rank, so that all decide alike by it.
         self.log("wer", self.scores.wer, prog_bar=True, rank_zero_only=False)
         self.log("cer", self.scores.cer)

@@ -13,7 +13,9 @@ from pytorch_lightning.strategies import Strategy as LightningStrategy
 from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.batch import Sample
 from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.dataset import collate
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -121,8 +123,9 @@ class ShardedDeepSpeed(DeepSpeed):
 
     def zero_loss(self, model: SpeechLM) -> Tensor:
         """As in Replicated, but through every layer."""
-        silence, none = torch.zeros(1, SAMPLE_RATE, device=_device(model)), torch.zeros(1, dtype=torch.int64)
-        return model(silence, none + SAMPLE_RATE, none[:0], none)[0] * 0.0
+        silence = Sample("silence", torch.zeros(SAMPLE_RATE), "", [], 1.0, 0, next(iter(model.initial_states)))
+        loss: Tensor = model(collate([silence]).to(_device(model)))
+        return loss * 0.0
 
     @contextmanager
     def whole_weights(self, model: SpeechLM) -> Iterator[None]:

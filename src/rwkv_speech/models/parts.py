@@ -1,0 +1,134 @@
+"""What a model is made of: one record of its files and sizes, from flags to checkpoint and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rwkv_speech import tiny
+from rwkv_speech.config import ModelConfig
+from rwkv_speech.errors import UserError
+from rwkv_speech.files import sha256_file
+
+# The published setting's.
+WAVLM_LARGE = "microsoft/wavlm-large"
+STACK, ADAPTER_HIDDEN, SEPARATOR = 5, 2048, "#"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the frozen parts come from and how the trained ones are shaped; what is empty is derived.
+
+    "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
+    World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read.
+    """
+
+    load_model: str = ""
+    encoder: str = ""
+    vocab_file: str = ""
+    stack: int | None = None
+    adapter_hidden: int | None = None
+    separator: str = ""
+    n_layer: int | None = None
+    n_embd: int | None = None
+    base_sha256: str = ""
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Parts":
+        """The parts that the flags name."""
+        names = {field.name for field in dataclasses.fields(config)}
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name in names})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Parts":
+        """From a checkpoint's metadata; names of other versions are left out."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    def filled(self) -> "Parts":
+        """Every part that was left empty takes what belongs to the base model; paths become absolute."""
+        embedded = self.load_model in ("", tiny.NAME)
+        return replace(
+            self,
+            load_model=_absolute(self.load_model) or tiny.NAME,
+            encoder=_absolute(self.encoder) or (tiny.NAME if embedded else WAVLM_LARGE),
+            vocab_file=_absolute(self.vocab_file) or (tiny.NAME if embedded else ""),
+            stack=self.stack or (tiny.STACK if embedded else STACK),
+            adapter_hidden=self.adapter_hidden or (tiny.ADAPTER_HIDDEN if embedded else ADAPTER_HIDDEN),
+            separator=self.separator or SEPARATOR,
+        )
+
+    def recorded_in(self, path: Path, given: "Parts") -> "Parts":
+        """These parts of the checkpoint `path`, with the files that the caller gave, else found again.
+
+        A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256. Raises
+        UserError naming the flag that says where it is.
+        """
+        return replace(
+            self,
+            load_model=given.load_model or self._find_base(path),
+            encoder=given.encoder or _find("encoder", self.encoder, path),
+            vocab_file=given.vocab_file or _find("vocab_file", self.vocab_file, path),
+            n_layer=given.n_layer or self.n_layer,
+            n_embd=given.n_embd or self.n_embd,
+        )
+
+    def base_file(self) -> Path:
+        """The base model's file."""
+        return tiny.BASE_MODEL if self.load_model == tiny.NAME else Path(self.load_model)
+
+    def encoder_name(self) -> str | Path:
+        """The encoder's folder or hub id."""
+        return tiny.ENCODER if self.encoder == tiny.NAME else self.encoder
+
+    def vocabulary(self) -> str | Path | None:
+        """The vocabulary's file, None for the World vocabulary."""
+        return tiny.VOCAB_FILE if self.vocab_file == tiny.NAME else self.vocab_file or None
+
+    def check_base(self, wanted: str, checkpoint: Path) -> None:
+        """Raises UserError unless the base model is the one of SHA-256 `wanted` that `checkpoint` was trained on."""
+        if self.base_sha256 != wanted:
+            raise UserError(
+                f"{checkpoint}: trained on a base model with SHA-256 {wanted[:12]}..., found "
+                f"{self.base_sha256[:12]}... in {self.load_model}; give the same file with --load_model"
+            )
+
+    def _find_base(self, checkpoint: Path) -> str:
+        if self.load_model == tiny.NAME or Path(self.load_model).is_file():
+            return self.load_model
+        beside = _beside(self.load_model, checkpoint)
+        if beside.is_file() and sha256_file(beside) == self.base_sha256:
+            return str(beside)
+        raise UserError(
+            f"{checkpoint}: its base model {self.load_model} is neither there nor in {beside.parent}; expected a file "
+            f"of SHA-256 {self.base_sha256[:12]}...: give its path with --load_model"
+        )
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The recordings that weights were trained on: their number, hours in all, seconds of the longest."""
+
+    utterances: int
+    hours: float
+    longest_seconds: float
+
+
+def _absolute(name: str) -> str:
+    """A path that is there as an absolute one; any other name (a hub id, "tiny") as it is."""
+    return str(Path(name).resolve()) if name and name != tiny.NAME and Path(name).exists() else name
+
+
+def _beside(name: str, checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent / Path(name).name
+
+
+def _find(flag: str, name: str, checkpoint: Path) -> str:
+    """A file or folder of a checkpoint, where it was or beside the checkpoint; a name that is no path as it is."""
+    if not Path(name).is_absolute() or Path(name).exists():
+        return name
+    beside = _beside(name, checkpoint)
+    if beside.exists():
+        return str(beside)
+    raise UserError(f"{checkpoint}: its {name} is not there, nor in {beside.parent}; give its path with --{flag}")

@@ -1,0 +1,28 @@
+"""Tasks: each has a learned initial state of its name, a prompt, and a measure."""
+
+import re
+from dataclasses import dataclass
+
+from rwkv_speech.config import TASK_FORM
+from rwkv_speech.errors import UserError
+
+DEFAULT = "asr"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`prompt` is text between audio and separator; `measure` is one of scoring.metrics."""
+
+    name: str
+    prompt: str = ""
+    measure: str = "wer"
+
+
+KNOWN = {task.name: task for task in (Task("asr"),)}
+
+
+def task_named(name: str) -> Task:
+    """The known task of that name, else a new one like speech recognition; raises UserError for what is no name."""
+    if not re.fullmatch(TASK_FORM[0], name):
+        raise UserError(f"task {name!r}: expected {TASK_FORM[1]}; known are {', '.join(KNOWN)}")
+    return KNOWN.get(name) or Task(name)
