@@ -27,7 +27,8 @@ import pathlib
 import sys
 
 run = pathlib.Path(sys.argv[1])
-untrained, trained = (json.loads((run / f"{name}-test.json").read_text())["wer"] for name in ("untrained", "eval"))
+newest = lambda name: max(run.glob(f"eval-{name}-test-*.json"), key=lambda path: path.stat().st_mtime)
+untrained, trained = (json.loads(newest(name).read_text())["wer"] for name in ("untrained", "best"))
 print(f"== WER on unseen speakers: {100 * untrained:.2f} % untrained, {100 * trained:.2f} % trained")
 PYTHON_END
 

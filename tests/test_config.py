@@ -130,12 +130,6 @@ def test_stage_3_takes_nothing_that_ranks_do_each_in_its_own_time(name: str):
         TrainConfig(strategy="deepspeed_stage_3", **{name: "x"}).check_strategy()
 
 
-def test_check_sizes_names_flag_given_and_found():
-    ModelConfig(n_layer=24).check_sizes(24, 2048)
-    with pytest.raises(UserError, match="--n_embd: given 2560, but .* 2048"):
-        ModelConfig(n_layer=24, n_embd=2560).check_sizes(24, 2048)
-
-
 def test_exit_code(capsys: pytest.CaptureFixture[str]):
     def fail() -> None:
         raise UserError("--x: mend it")

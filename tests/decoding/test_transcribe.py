@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError
 from rwkv_speech.batch import BadSample, Sample
-from rwkv_speech.data.dataset import collate
+from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.results import Row, Transcript, write_rows
 from rwkv_speech.decoding.transcribe import SpeechLM, decode_batch, length_note, transcribe, transcribe_batch
 from rwkv_speech.errors import UserError

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_speech.batch import Batch, Sample
-from rwkv_speech.data.dataset import collate
+from rwkv_speech.data.loader import collate
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import export_published, load_trained
 from rwkv_speech.models.parts import Parts

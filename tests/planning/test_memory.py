@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import large_shaped, make_model
+from tiny_encoders import large_shaped
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -12,12 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 from rwkv_speech.models.base import RWKV6Sizes
-from rwkv_speech.models.checkpoint import Origin
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import Packing
-from rwkv_speech.ops import native
 from rwkv_speech.planning.memory import GIB, Memory, Part, largest_micro_bsz, layer_bytes, memory, out_of_memory_advice
 from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, EncoderSizes, MicroBatch, ModelSizes, Setup
 
@@ -106,59 +103,6 @@ def test_recomputation_keeps_the_layers_inputs_alone(bf16: bool):
     kept = saved_bytes(three, BATCH.positions(model), bf16, True) - saved_bytes(two, BATCH.positions(model), bf16, True)
     found = part(memory(model, BATCH, Setup(bf16=bf16, grad_cp=True)), "language model's inputs of layers")
     assert found.bytes == pytest.approx(3 * kept, rel=0.05)
-
-
-class OneToken:
-    """All that a SpeechLM needs of a tokenizer to be put together."""
-
-    vocab_size, eos_id = 260, 0
-
-    def encode(self, text: str) -> list[int]:
-        return [35]
-
-
-def speech_lm(lm_sizes: RWKV6Sizes, grad_cp: bool) -> tuple[SpeechLM, ModelSizes]:
-    lm = RWKV6(lm_sizes).requires_grad_(False)
-    lm.grad_cp = grad_cp
-    encoder = SpeechEncoder(make_model("wavlm", "layer", "seven"), "tiny")
-    origin = Origin("", "", "", "", lm_sizes.n_layer, lm_sizes.C, 2, 64, "#")
-    model = SpeechLM(encoder, lm, OneToken(), origin)  # type: ignore[arg-type]
-    return model, ModelSizes(lm_sizes, EncoderSizes.of(encoder.model), 2, 64)
-
-
-@pytest.fixture(params=["torch", "auto"])
-def form(request: pytest.FixtureRequest):
-    before = native.chosen()
-    native.choose(request.param)
-    if request.param == "auto" and native.kernels_for(torch.empty(1, 1, 1, 64)) is None:
-        pytest.skip("no compiler")
-    yield request.param
-    native.choose(before)
-
-
-@pytest.mark.parametrize("grad_cp", [False, True])
-@pytest.mark.parametrize(
-    ("n_layer", "C", "vocab", "batch"),
-    [
-        (3, 256, 400, MicroBatch(4, 2.0, 20)),  # one layer counts for much
-        (6, 128, 400, MicroBatch(4, 1.0, 100)),  # activations
-        (2, 128, 20_000, MicroBatch(4, 2.0, 40)),  # logits
-        (6, 256, 400, MicroBatch(16, 0.6, 10)),  # states
-    ],
-    ids=["layer", "activations", "logits", "states"],
-)
-def test_peak_of_a_training_step_is_as_estimated(
-    n_layer: int, C: int, vocab: int, batch: MicroBatch, grad_cp: bool, form: str
-):
-    model, found = speech_lm(sizes(n_layer, C, vocab), grad_cp)
-    waveforms = torch.randn(batch.utterances, round(16_000 * batch.seconds))
-    num_samples = torch.full((batch.utterances,), waveforms.shape[1])
-    ids = torch.randint(1, 200, (batch.utterances * batch.text_tokens,))
-    lengths = torch.full((batch.utterances,), batch.text_tokens)
-    measured = peak_bytes(lambda: model.loss_sum(waveforms, num_samples, ids, lengths)[0].backward())
-    estimate = memory(found, batch, Setup(bf16=False, grad_cp=grad_cp, native_wkv=form != "torch"))
-    gradients = 4 * found.trained_parameters()
-    assert estimate.passing + gradients == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.batch import BadSample, Batch, Sample
-from rwkv_speech.data.dataset import collate
+from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import greedy
 from rwkv_speech.decoding.results import Row, Transcript
 from rwkv_speech.models import speech_lm

@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Sample
 from rwkv_speech.config import TrainConfig
-from rwkv_speech.data.dataset import collate
+from rwkv_speech.data.loader import collate
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
