@@ -66,9 +66,9 @@ def test_a_run_without_a_record_has_none(tmp_path: Path):
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize(("text", "found"), [("[1]", "found list"), ("{", "not JSON")])
-def test_a_damaged_record_is_an_error_that_names_it(tmp_path: Path, text: str, found: str):
-    (tmp_path / "run.json").write_text(text)
+@pytest.mark.parametrize(("content", "found"), [(b"[1]", "found list"), (b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON")])
+def test_a_damaged_record_is_an_error_that_names_it(tmp_path: Path, content: bytes, found: str):
+    (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"run.json: {found}"):
         read_run(tmp_path)
 

@@ -106,7 +106,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN
     if not path.is_file():
         return {}
-    record = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}), expected an object; delete it or train again") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: found {type(record).__name__}, expected a JSON object; delete it or train again")
     return record
