@@ -1,19 +1,28 @@
 """What a finished run left in its folder, for the tests of several ranks."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.models.checkpoint import named_tensors
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.reports.record import VALIDATION
 
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.
 LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
+
+
+def write_texts(folder: Path, texts: Iterable[tuple[str, str, str]]) -> None:
+    """A validation's (id, reference, hypothesis)."""
+    rows = [Row(name, i, ref, hyp, None, "asr", 1.0, False) for i, (name, ref, hyp) in enumerate(texts)]
+    write_rows(folder / VALIDATION, rows)
 
 
 def column(run: Path, name: str) -> list[float]:

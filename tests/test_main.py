@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import write_texts
 
 from rwkv_speech.__main__ import main
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.reports.record import write_validation
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ def test_export_writes_the_published_layout(checkpoints: list[Path], tmp_path: P
 
 
 def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    write_validation(tmp_path, [("a", "one", "two")])
+    write_texts(tmp_path, [("a", "one", "two")])
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"written to {tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.html").exists()
@@ -71,7 +71,7 @@ def test_wrong_words_end_with_two_and_one_line(
 def test_report_names_the_package_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    write_validation(tmp_path, [("a", "one", "two")])
+    write_texts(tmp_path, [("a", "one", "two")])
     monkeypatch.delitem(sys.modules, "rwkv_speech.reports.charts", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(tmp_path)]) == 2

@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 
 import jiwer
 import pytest
+from run_files import write_texts
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.reports.page import write_report
-from rwkv_speech.reports.record import LogRow, add_metrics, start_metrics, write_run, write_validation
+from rwkv_speech.reports.record import LogRow, add_metrics, start_metrics, write_run
 from rwkv_speech.text import normalise_score
 
 TEXTS = [
@@ -69,7 +70,7 @@ def training(steps: int = 300) -> list[dict[str, Any]]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     write_metrics(tmp_path, training())
-    write_validation(tmp_path, TEXTS)
+    write_texts(tmp_path, TEXTS)
     write_run(tmp_path, {"seed": 1, "train_data": SCRIPT}, "1 x cpu")
     return tmp_path
 
@@ -139,7 +140,7 @@ def test_alignment_shows_reference_above_and_hypothesis_below(run: Path):
 
 
 def test_long_hypotheses_are_cut(run: Path):
-    write_validation(run, [("loop", "yes", "yes " + "no " * 500)])
+    write_texts(run, [("loop", "yes", "yes " + "no " * 500)])
     path = write_report(run)
     assert len(words_of(path, "loop")) == 80
     assert "and 421 more" in path.read_text()
@@ -154,7 +155,7 @@ def test_most_frequent_errors_are_counted(run: Path):
 
 
 def test_long_words_are_cut(run: Path):
-    write_validation(run, [("endless", "ab" * 5000, "c" * 5000)])
+    write_texts(run, [("endless", "ab" * 5000, "c" * 5000)])
     assert words_of(write_report(run), "endless") == [("sub", "ab" * 60 + "…", "c" * 120 + "…")]
 
 
@@ -182,7 +183,7 @@ def test_nothing_from_the_run_becomes_markup(tmp_path: Path):
     folder = tmp_path / "<b>run&amp;"
     folder.mkdir()
     nasty = f"{SCRIPT}\"' &lt; \x00\x0b\x1f"
-    write_validation(folder, [(nasty + "\ud800", f"{nasty} one two", f"x</span>{nasty}")])
+    write_texts(folder, [(nasty + "\ud800", f"{nasty} one two", f"x</span>{nasty}")])
     (folder / "run.json").write_text(json.dumps({"flags": {nasty: nasty}, "versions": {nasty: nasty}, "commit": nasty}))
     path = write_report(folder)
     text = path.read_text(encoding="utf-8")

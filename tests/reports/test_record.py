@@ -1,12 +1,10 @@
 import csv
-import json
 import math
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import pytest
 import torch
 
@@ -18,17 +16,9 @@ from rwkv_speech.reports.record import (
     add_metrics,
     read_metrics,
     read_run,
-    read_texts,
     start_metrics,
     write_run,
-    write_validation,
 )
-
-TEXTS = [
-    ("a", "The weather is good.", "the weather is god"),
-    ("b", "天气 很好", "天气 很好"),
-    ("c\udcff", "", "hello you"),
-]
 
 
 def test_run_comes_back_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -62,37 +52,16 @@ def test_commit_is_empty_without_git(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_run_without_a_record_has_none(tmp_path: Path):
     assert read_run(tmp_path) == {}
-    assert read_texts(tmp_path / "validation.jsonl") == []
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize(("content", "found"), [(b"[1]", "found list"), (b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON")])
+@pytest.mark.parametrize(
+    ("content", "found"), [(b"[1]", "found list"), (b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON")]
+)
 def test_a_damaged_record_is_an_error_that_names_it(tmp_path: Path, content: bytes, found: str):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"run.json: {found}"):
         read_run(tmp_path)
-
-
-def test_validation_holds_each_utterances_own_wer(tmp_path: Path):
-    rows = read_texts(write_validation(tmp_path, TEXTS))
-    assert [(row["id"], row["ref"], row["hyp"]) for row in rows] == TEXTS
-    assert rows[0]["wer"] == jiwer.wer("the weather is good", "the weather is god") == 0.25
-    assert rows[1]["wer"] == 0.0
-    assert rows[2]["wer"] == 2.0  # two words where none was said
-
-
-@pytest.mark.parametrize("line", ['{"id": "a", "ref": "b"}', '{"id": 1, "ref": "b", "hyp": "c"}', "[]", "{"])
-def test_a_bad_line_of_texts_is_named(tmp_path: Path, line: str):
-    path = write_validation(tmp_path, TEXTS[:1])
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"validation.jsonl, line 2: "):
-        read_texts(path)
-
-
-def test_texts_of_an_evaluation_can_be_read(tmp_path: Path):
-    path = tmp_path / "eval-test.jsonl"
-    path.write_text(json.dumps({"id": "a", "ref": "b", "hyp": "c", "cut": False}) + "\n")
-    assert read_texts(path)[0]["cut"] is False
 
 
 ROWS = [

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 
 
@@ -38,3 +39,24 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     # Readable letters; half a surrogate pair, which a file's name may hold, stays JSON's escape.
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in ordered)
     write_text_atomically(path, lines.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that `write_rows` wrote; none without the file.
+
+    Raises UserError naming file and line for anything but such a row.
+    """
+    names, rows = {field.name for field in fields(Row)}, list[Row]()
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        texts = [found.get(name) for name in ("id", "ref", "hyp")] if isinstance(found, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or not names <= found.keys():
+            raise UserError(
+                f"{path}, line {number}: found {line[:80].decode(errors='replace')!r}, expected a JSON object with "
+                f"{', '.join(field.name for field in fields(Row))}; delete the line or the file"
+            )
+        rows.append(Row(**{name: found[name] for name in names}))
+    return rows

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_speech.decoding.results import read_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
-from rwkv_speech.reports.record import VALIDATION, LogRow, read_metrics, read_run, read_texts
+from rwkv_speech.reports.record import VALIDATION, LogRow, read_metrics, read_run
 from rwkv_speech.scoring.errors import Utterance, align, most_frequent
-from rwkv_speech.scoring.metrics import score
-from rwkv_speech.text import normalise_score
+from rwkv_speech.scoring.metrics import score_rows
 
 REPORT = "report.html"
 _WORST = 25
@@ -38,17 +38,16 @@ def write_report(folder: Path) -> Path:
 
     Raises UserError naming the folder if it holds nothing to report, and naming a file of it that cannot be read.
     """
-    metrics, texts, run = read_metrics(folder), read_texts(folder / VALIDATION), read_run(folder)
+    metrics, texts, run = read_metrics(folder), read_rows(folder / VALIDATION), read_run(folder)
     if not (metrics or texts):
         raise UserError(
             f"{folder}: found neither metrics nor {VALIDATION}, expected the --proj_dir of a run; train there first"
         )
-    refs, hyps = ([normalise_score(row[key]) for row in texts] for key in ("ref", "hyp"))
-    utterances = align([row["id"] for row in texts], refs, hyps) if texts else []
+    utterances = align(texts)
     content = {
         "name": folder.resolve().name,
         "wers": [row.wer for row in metrics if row.wer is not None],
-        "scores": score(refs, hyps) if texts else None,
+        "scores": score_rows(texts) if texts else None,
         "charts": list(_charts(metrics)),
         "worst": sorted((u for u in utterances if u.edits), key=lambda u: (-u.wer, -u.edits, u.name))[:_WORST],
         "most_words": _MOST_WORDS,

@@ -1,7 +1,7 @@
 """What a run leaves in its folder beside the weights, written and read.
 
 run.json              flags, the command, versions, commit, machine, start
-validation.jsonl      a line for each utterance of the last validation: id, ref, hyp, wer (a fraction)
+validation.jsonl      the rows of the last validation, as decoding/results.py writes and reads them
 logs/csv/metrics.csv  a line for each `LogRow`
 """
 
@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,6 @@ from typing import Any
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
-from rwkv_speech.scoring.metrics import score
-from rwkv_speech.text import normalise_score
 
 RUN, VALIDATION, METRICS = "run.json", "validation.jsonl", "logs/csv/metrics.csv"
 _PACKAGES = ("rwkv-speech", "torch", "pytorch-lightning", "deepspeed", "transformers", "numpy")
@@ -90,17 +88,6 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def write_validation(folder: Path, texts: Iterable[tuple[str, str, str]]) -> Path:
-    """Write validation.jsonl from (id, reference, hypothesis) of each utterance; each line gets its own WER."""
-    rows = []
-    for name, ref, hyp in texts:
-        wer = score([normalise_score(ref)], [normalise_score(hyp)]).wer
-        rows.append({"id": name, "ref": ref, "hyp": hyp, "wer": round(wer, 6)})
-    lines = "".join(_json(row) + "\n" for row in rows)
-    write_text_atomically(folder / VALIDATION, lines)
-    return folder / VALIDATION
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """The content of run.json, empty without one; raises UserError naming the file for anything but an object."""
     path = folder / RUN
@@ -113,33 +100,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{path}: found {type(record).__name__}, expected a JSON object; delete it or train again")
     return record
-
-
-def read_texts(path: Path) -> list[dict[str, Any]]:
-    """The rows of validation.jsonl, or of an evaluation's; none without the file.
-
-    Raises UserError naming file and line for a row without the strings id, ref and hyp.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            row = _parse(line, f"{path}, line {number}")
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "ref", "hyp")):
-                raise UserError(
-                    f"{path}, line {number}: found {line[:80]!r}, expected an object with the strings id, ref and hyp; "
-                    "delete the line or the file"
-                )
-            rows.append(row)
-    return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}), found {text[:80]!r}; delete it or write it again") from error
 
 
 def start_metrics(folder: Path, steps_done: int = 0) -> None:

@@ -7,6 +7,9 @@ from itertools import zip_longest
 
 import jiwer
 
+from rwkv_speech.decoding.results import Row
+from rwkv_speech.text import normalise_score
+
 _KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del"}
 
 
@@ -28,11 +31,13 @@ class Utterance:
         return self.edits / max(1, sum(kind != "ins" for kind, _, _ in self.words))
 
 
-def align(names: Sequence[str], refs: Sequence[str], hyps: Sequence[str]) -> list[Utterance]:
-    """The aligned words of utterances, whose texts the caller has normalised; white space separates words."""
-    found = jiwer.process_words(list(refs), list(hyps))
-    aligned = zip(names, found.references, found.hypotheses, found.alignments, strict=True)
-    return [Utterance(name, _words(ref, hyp, chunks)) for name, ref, hyp, chunks in aligned]
+def align(rows: Sequence[Row]) -> list[Utterance]:
+    """The aligned words of result rows, whose texts are normalised for it as for scores."""
+    if not rows:
+        return []
+    found = jiwer.process_words([normalise_score(row.ref) for row in rows], [normalise_score(row.hyp) for row in rows])
+    aligned = zip(rows, found.references, found.hypotheses, found.alignments, strict=True)
+    return [Utterance(row.id, _words(ref, hyp, chunks)) for row, ref, hyp, chunks in aligned]
 
 
 def _words(ref: list[str], hyp: list[str], chunks: list[jiwer.AlignmentChunk]) -> tuple[tuple[str, str, str], ...]:

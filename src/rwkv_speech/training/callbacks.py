@@ -11,8 +11,9 @@ import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 from rwkv_speech.batch import Batch
+from rwkv_speech.decoding.results import write_rows
 from rwkv_speech.models.checkpoint import BEST, LAST
-from rwkv_speech.reports.record import COLUMNS, LogRow, add_metrics, start_metrics, write_validation
+from rwkv_speech.reports.record import COLUMNS, VALIDATION, LogRow, add_metrics, start_metrics
 from rwkv_speech.training.module import SpeechModule
 from rwkv_speech.training.selection import BestK, EarlyStop
 
@@ -54,7 +55,7 @@ class TrainedWeights(Callback):
             names.append(f"epoch-{epoch}.safetensors")
         if pl_module.scores is not None:
             metrics["wer"] = pl_module.scores.wer
-            write_validation(self.folder, ((row.id, row.ref, row.hyp) for row in pl_module.validated))
+            write_rows(self.folder / VALIDATION, pl_module.validated)
             verdict = self.best_few.offer(pl_module.scores.wer, self.folder / f"best-epoch-{epoch}.safetensors")
             names += [f"best-epoch-{epoch}.safetensors"] if verdict.keep else []
             dropped += verdict.drop
