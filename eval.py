@@ -31,6 +31,8 @@ def score_all(config: EvalConfig) -> None:
         model = SpeechLM.build(parts, compute, [task]).eval()
     else:
         model = SpeechLM.from_pretrained(weights, parts, compute, task)
+    known = "".join(f", {name} {value:.4g}" for name, value in model.metrics.items() if isinstance(value, (int, float)))
+    print(f"weights: {weights}{known}")
     folder = Path(config.proj_dir)
     for spec, source in zip(specs, sources, strict=True):
         bad_files = BadFileLog(folder / "bad_files.jsonl", config.max_bad)

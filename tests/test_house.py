@@ -113,3 +113,43 @@ def test_top_level_is_the_agreed_one():
         "pyproject.toml", "LICENSE", "CHANGELOG.md", "tests", "benchmarks", ".ci", ".gitignore",
     }  # fmt: skip
     assert {name.split("/")[0] for name in tracked if name} <= agreed
+
+
+def _records(path: Path) -> dict[str, list[str]]:
+    """The fields of a file's dataclasses and named tuples."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            marks = {ast.unparse(x).split("(")[0] for x in (*node.decorator_list, *node.bases)}
+            if marks & {"dataclass", "dataclasses.dataclass", "NamedTuple"}:
+                fields = [
+                    x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+                ]
+                found[node.name] = fields
+    return found
+
+
+def test_every_field_is_read():
+    """A field that is filled and never read is a promise that nobody keeps."""
+    code = [*MODULES, *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    read = {
+        node.attr
+        for path in code
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # Whole records that are written as they are.
+    read |= {
+        field
+        for path in MODULES
+        for name in ("Scores", "LogRow", "Parts", "State")
+        for field in _records(path).get(name, [])
+    }
+    unread = {
+        f"{name_of(path)}.{name}.{field}"
+        for path in MODULES
+        for name, fields in _records(path).items()
+        for field in fields
+        if field not in read
+    }
+    assert unread == set()

@@ -1,4 +1,4 @@
-"""Tasks: each has a learned initial state of its name, a prompt, and a measure."""
+"""Tasks: each has a learned initial state of its name, and may have a prompt."""
 
 import re
 from dataclasses import dataclass
@@ -11,11 +11,10 @@ DEFAULT = "asr"
 
 @dataclass(frozen=True)
 class Task:
-    """`prompt` is text between audio and separator; `measure` is one of scoring.metrics."""
+    """`name` is that of the learned state; `prompt` is text between audio and separator."""
 
     name: str
     prompt: str = ""
-    measure: str = "wer"
 
 
 KNOWN = {task.name: task for task in (Task("asr"),)}

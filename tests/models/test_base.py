@@ -15,7 +15,7 @@ from tiny_models import random_rwkv6_tensors
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.base import RWKV6Sizes, read_tensors
+from rwkv_speech.models.base import RWKV6Sizes, open_base, read_tensors
 from rwkv_speech.models.rwkv6 import RWKV6
 
 SUFFIXES = [".pth", ".safetensors"]
@@ -47,6 +47,18 @@ def test_sizes_come_from_the_tensors(tmp_path: Path):
     found = RWKV6Sizes.of(random_rwkv6_tensors(**sizes), "base.pth")
     assert found == RWKV6Sizes(**sizes, H=3)
     assert found.N == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "family"), [("r_k", "x070"), ("time_maa_w1", "x060"), ("time_faaaa", "x052"), ("time_first", "x04")]
+)
+def test_open_base_says_the_family(key: str, family: str, tmp_path: Path):
+    tensors = random_rwkv6_tensors() if family == "x060" else {f"blocks.0.att.{key}": torch.zeros(2)}
+    path = write(tensors, tmp_path / "base.pth")
+    assert open_base(path).family == family
+    if family != "x060":
+        with pytest.raises(UserError, match=rf"base\.pth: found an {family} model, expected RWKV-6 \(x060\)"):
+            RWKV6.from_pretrained(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -82,7 +94,7 @@ def test_a_file_with_a_layer_left_out_is_refused(tmp_path: Path):
     "tensors", [{}, {"emb.weight": torch.zeros(5, 64)}, {"model.layers.0.weight": torch.zeros(3)}], ids=len
 )
 def test_another_model_is_refused(tensors: dict[str, Tensor], tmp_path: Path):
-    with pytest.raises(UserError, match=r"base\.pth: not an RWKV-6 \(x060\) model.*RWKV-x060-World"):
+    with pytest.raises(UserError, match=r"base\.pth: not an RWKV(-6 \(x060\))? model.*RWKV-x060-World"):
         RWKV6.from_pretrained(write(tensors, tmp_path / "base.pth"))
 
 

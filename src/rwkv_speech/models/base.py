@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -33,7 +34,6 @@ class RWKV6Sizes:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], path: str | Path) -> "RWKV6Sizes":
         """Derive the sizes from a base model's tensors; raises UserError if the file is not an x060 model."""
-        layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
         needed = ("emb.weight", "blocks.0.att.time_faaaa", "blocks.0.att.time_maa_w1", "blocks.0.att.time_decay_w1",
                   "blocks.0.ffn.key.weight")  # fmt: skip
         missing = [key for key in needed if key not in tensors]
@@ -42,6 +42,7 @@ class RWKV6Sizes:
                 f"{path}: not an RWKV-6 (x060) model: no tensor {missing[0]!r} among {len(tensors)} tensors; "
                 "take a file named RWKV-x060-World-*.pth"
             )
+        layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
         vocab, channels = tensors["emb.weight"].shape
         return cls(
             vocab=vocab,
@@ -52,6 +53,34 @@ class RWKV6Sizes:
             mix_rank=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
             decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
         )
+
+
+class Base(NamedTuple):
+    """A base model's file: its family, such as "x060", and its tensors."""
+
+    family: str
+    tensors: dict[str, Tensor]
+
+
+# A tensor that each family has and the ones after it in this list have not.
+_FAMILIES = (
+    ("x070", "blocks.0.att.r_k"),
+    ("x060", "blocks.0.att.time_maa_w1"),
+    ("x052", "blocks.0.att.time_faaaa"),
+    ("x04", "blocks.0.att.time_first"),
+)
+
+
+def open_base(path: str | Path) -> Base:
+    """Say which family a base model's file is of, and map its tensors; raises UserError for none that is known."""
+    tensors = read_tensors(path)
+    family = next((name for name, key in _FAMILIES if key in tensors), None)
+    if family is None:
+        raise UserError(
+            f"{path}: not an RWKV model: none of its {len(tensors)} tensors tells a family; take a file named "
+            "RWKV-x060-World-*.pth"
+        )
+    return Base(family, tensors)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_speech.models.base import RWKV6Sizes, check_tensors, read_tensors
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.base import RWKV6Sizes, check_tensors, open_base
 from rwkv_speech.models.losses import head_loss_sum
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_step
 
+FAMILY = "x060"
 _GROUP_NORM_EPS = 64e-5
 
 
@@ -200,7 +202,12 @@ class RWKV6(nn.Module):
         Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
         A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size.
         """
-        tensors = read_tensors(path)
+        base = open_base(path)
+        tensors = base.tensors
+        if base.family != FAMILY:
+            raise UserError(
+                f"{path}: found an {base.family} model, expected RWKV-6 ({FAMILY}); give one with --load_model"
+            )
         sizes = RWKV6Sizes.of(tensors, path)
         with torch.device("meta"):
             model = cls(sizes, form, fuse)

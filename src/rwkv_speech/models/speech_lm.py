@@ -50,6 +50,7 @@ class SpeechLM(nn.Module):
         )
         self.separator_id = _one_token(tokenizer, parts.separator)
         self.trained_on: TrainedOn | None = None
+        self.metrics: dict[str, Any] = {}  # of the training, as the checkpoint says
 
     @classmethod
     def build(cls, parts: Parts, compute: Compute | None = None, task_names: Sequence[str] = (tasks.DEFAULT,)) -> Self:
@@ -113,7 +114,7 @@ class SpeechLM(nn.Module):
         with torch.no_grad():
             for name, x in wanted.items():
                 x.copy_(found[name])
-        self.trained_on = trained.trained_on
+        self.trained_on, self.metrics = trained.trained_on, trained.metrics
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""

@@ -15,9 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -139,27 +139,29 @@ def _key(target: Target) -> str:
 
 
 def _compile(target: Target, folder: Path) -> Path:
-    """Run the steps in `folder`, all but the last at once; the result has a name of its own until it is complete.
+    """Run the steps in `folder` with ninja; the result has a name of its own until it is complete.
 
-    No shell and no build file reads the paths, and compilers get them relative to `folder`: any folder name will do.
+    Paths are relative to `folder`, so that ninja's file and the shell behind it read no odd names but the compiler's.
     """
-    cuda = Path(os.path.relpath(SOURCES, folder.resolve()))
+    import ninja
+
+    cuda = os.path.relpath(SOURCES, folder.resolve())
     pending = f"{target.steps[-1].output}.pending"
-
-    def run(step: Step, output: str) -> subprocess.CompletedProcess[str]:
-        inputs = [name if name.endswith(".o") else str(cuda / name) for name in step.sources]
-        command = [*step.command, *inputs, "-o", output]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-
-    with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda step: run(step, step.output), target.steps[:-1]))
-    if not any(step.returncode for step in done):
-        done.append(run(target.steps[-1], pending))
-    words = [shlex.join(step.args) + "\n" + step.stdout + step.stderr for step in done]
-    (folder / "log.txt").write_text("".join(words), encoding="utf-8", errors="replace")
-    failed = [text for text, step in zip(words, done, strict=True) if step.returncode]
-    if failed:
-        tail = "\n".join(failed[0].splitlines()[-20:])
+    with (folder / "build.ninja").open("w", encoding="utf-8") as file:
+        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
+        for number, step in enumerate(target.steps):
+            # Of a command ninja reads the dollars, the shell the rest; of a path the writer escapes all.
+            command = shlex.join(step.command).replace("$", "$$")
+            writer.rule(f"step{number}", f"{command} $in -o $out")
+            inputs = [name if name.endswith(".o") else os.path.join(cuda, name) for name in step.sources]
+            writer.build(pending if step is target.steps[-1] else step.output, f"step{number}", inputs)
+    program = Path(ninja.BIN_DIR) / "ninja"
+    done = subprocess.run(
+        [program, "--quiet"], cwd=folder, capture_output=True, text=True, errors="replace", check=False
+    )
+    (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8", errors="replace")
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise UserError(
             f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
             f"{_REMEDY}\n{tail}"
