@@ -32,7 +32,11 @@ def test_average_writes_a_checkpoint_and_says_so(
     assert capsys.readouterr().out == f"written to {output}\n"
 
 
-def test_export_writes_the_published_layout(checkpoints: list[Path], tmp_path: Path):
+def test_export_writes_the_published_layout_and_no_other(
+    checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["export", str(checkpoints[0]), str(tmp_path / "adapter.bin")]) == 2
+    assert "adapter.bin: found .bin, expected the name of a .pth file" in capsys.readouterr().err
     assert main(["export", str(checkpoints[0]), str(tmp_path / "adapter.pth")]) == 0
     tensors = torch.load(tmp_path / "adapter.pth", weights_only=True)
     assert {"speech_encoder.adapter.0.weight", "language_model.blocks.0.att.time_state"} <= set(tensors)

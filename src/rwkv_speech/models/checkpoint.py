@@ -180,8 +180,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def export_published(trained: Trained, path: Path, task: str = "") -> None:
     """Write the published layout: a `.pth` dictionary of the adapter and one task's state.
 
-    Raises UserError unless there is but one state, or `task` names one.
+    Raises UserError for another kind of file, and unless there is but one state, or `task` names one.
     """
+    if path.suffix != ".pth":
+        raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
     task = one_task(trained.path, trained.initial_states, task)
     tensors = {_PUBLISHED_ADAPTER + name: x for name, x in trained.adapter.items()}
     tensors |= {_published_name(i): layer for i, layer in enumerate(trained.initial_states[task])}
