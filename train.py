@@ -26,6 +26,13 @@ def with_own_folder(config: TrainConfig) -> TrainConfig:
 def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
     # Imported here: wrong flags and --help are answered before torch is there.
+    from rwkv_speech.planning.memory import memory_advice
+    from rwkv_speech.planning.run import is_from_sizes, plan_from_sizes, plan_run
+
+    if config.plan and is_from_sizes(config):
+        print(plan_from_sizes(config).report())
+        return
+
     import pytorch_lightning as pl
     import torch
 
@@ -34,7 +41,6 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
-    from rwkv_speech.planning.run import memory_advice, plan_run
     from rwkv_speech.training.data import make_datasets, open_train_and_valid
     from rwkv_speech.training.run import fit
 

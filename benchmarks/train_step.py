@@ -42,8 +42,9 @@ from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.splice import IGNORE
-from rwkv_speech.planning.compute import H200, Operations, operations
-from rwkv_speech.planning.sizes import BASE_MODELS, EncoderSizes, MicroBatch, ModelSizes
+from rwkv_speech.planning.measure import encoding, learning
+from rwkv_speech.planning.sizes import BASE_MODELS, EncoderSizes, MicroBatch, Sizes
+from rwkv_speech.planning.time import H200
 from rwkv_speech.tokenizer import WorldTokenizer
 
 SIDES = ("plain", "ours")
@@ -71,14 +72,17 @@ class Case:
         text = torch.linspace(*self.text_tokens, self.utterances).round().long()
         return tuple(x[torch.randperm(len(x), generator=generator)] for x in (samples, text))  # type: ignore[return-value]
 
-    def operations(self, sizes: EncoderSizes, grad_cp: bool) -> Operations:
-        """What the true lengths need, padding left out: the sum over the utterances."""
-        model = ModelSizes(self.lm, sizes, STACK)
-        each = [
-            asdict(operations(model, MicroBatch(1, samples / SAMPLE_RATE, text), grad_cp))
+    def operations(self, encoder: EncoderSizes) -> dict[str, float]:
+        """What the true lengths need of encoder and language model, each utterance by itself, without padding."""
+        sizes = Sizes(self.lm, encoder, STACK)
+        batches = [
+            MicroBatch(1, samples / SAMPLE_RATE, text)
             for samples, text in zip(*(x.tolist() for x in self.lengths()), strict=True)
         ]
-        return Operations(**{name: sum(work[name] for work in each) for name in each[0]})
+        return {
+            "encoder": sum(encoding(encoder, batch, self.bf16).operations for batch in batches),
+            "lm": sum(learning(sizes, batch, self.bf16, grad_cp=False).operations for batch in batches),
+        }
 
 
 _LARGE = (24, 1024, 16, 512)
@@ -132,7 +136,7 @@ class Bench:
         torch.manual_seed(0)
         self.case, self.device = case, device
         theirs = random_encoder(*case.encoder).to(device)
-        self.encoder_sizes = EncoderSizes.of(theirs)
+        self.encoder_sizes = EncoderSizes.of(theirs.config)
         # Our encoder changes its modules in place, under bfloat16 its tensors, too; the plain side casts as it goes.
         shared = {} if case.bf16 else {id(p): p for p in theirs.parameters()}
         self.plain_encoder: Any = copy.deepcopy(theirs, shared)
@@ -269,7 +273,7 @@ def measure_cpu(name: str, rounds: int, threads: int) -> Row:
     bench = Bench(case, "cpu")
     same = bench.compare()
     times = interleaved({side: functools.partial(bench.step, side) for side in SIDES}, rounds)
-    work = case.operations(bench.encoder_sizes, False)
+    work = case.operations(bench.encoder_sizes)
     # What the threads computed: of a busy machine it says more than the clock. The first two steps warmed up.
     cpu = {side: statistics.median(bench.cpu_seconds[side][2:]) for side in SIDES}
     row: Row = {
@@ -282,13 +286,13 @@ def measure_cpu(name: str, rounds: int, threads: int) -> Row:
         "peak_bytes_with_weights": {side: peaks[side][1] for side in SIDES},
         "memory": peaks["ours"][0] / peaks["plain"][0],
         "our_seconds": bench.split(),
-        "operations": asdict(work),
+        "operations": work,
         **same,
     }
     row["goals_met"] = {"speed": row["speed"] >= GOALS["speed"], "memory": row["memory"] <= GOALS["memory"]}
     print(
         f"loss {same['loss']:.6f} on both sides within {same['loss_error']:.1e}, gradients within "
-        f"{same['gradient_error']:.1e}; encoder {100 * work.encoder / (work.encoder + work.lm):.0f} % of operations"
+        f"{same['gradient_error']:.1e}; encoder {100 * work['encoder'] / sum(work.values()):.0f} % of operations"
     )
     print(f"{name:6} {'seconds':>9} {'of CPU':>9} {'peak MB':>9} {'with weights':>13}")
     for side in SIDES:
@@ -329,17 +333,17 @@ def gpu_row(bench: Bench, side: str, rounds: int) -> Row:
     peak, with_weights = gpu_peak(functools.partial(bench.step, side))
     bench.marks.clear()
     taken = interleaved({side: functools.partial(bench.step, side)}, rounds)[side]
-    work = bench.case.operations(bench.encoder_sizes, False)
+    work = bench.case.operations(bench.encoder_sizes)
     row: Row = {
         "seconds": taken,
         "peak_bytes": peak,
         "peak_bytes_with_weights": with_weights,
-        "mfu": (work.encoder + work.lm) / taken / H200.bf16,
+        "mfu": sum(work.values()) / taken / H200.bf16,
         "lm_mfu": None,
     }
     if side == "ours":
         row["our_seconds"] = bench.split()
-        row["lm_mfu"] = work.lm / (taken - row["our_seconds"]["encoder"]) / H200.bf16
+        row["lm_mfu"] = work["lm"] / (taken - row["our_seconds"]["encoder"]) / H200.bf16
     return row
 
 

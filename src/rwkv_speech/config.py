@@ -236,6 +236,9 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
     )
     wandb: str = flag("", "project of Weights & Biases to log to; empty: none", resume=True)
     plan: int = flag(0, "1: print what the run will need, its memory, steps and time, and end", OFF_ON, resume=True)
+    plan_hours: float | None = flag(
+        None, "hours of audio in an epoch, for a plan without data", above=0, at_most=1e6, needs="plan", resume=True
+    )
     score_first: int = flag(
         0, "1: score the validation data before training, too", OFF_ON, resume=True, needs="valid_data"
     )

@@ -1,8 +1,13 @@
 """From flags to devices and number types: where a run computes, and in what precision."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from rwkv_speech.config import ModelConfig
 from rwkv_speech.errors import UserError
@@ -56,3 +61,30 @@ def torch_device(config: ModelConfig) -> torch.device:
 def uses_bf16(config: ModelConfig) -> bool:
     """Whether the language model computes in bfloat16."""
     return config.precision == "bf16" or (config.precision == "auto" and accelerator(config)[0] == "gpu")
+
+
+class _MetaAutocast(TorchFunctionMode):
+    """Autocast's casts on a GPU, as far as the models here meet them: products in bfloat16, norms in float32."""
+
+    _DTYPES = dict.fromkeys(
+        (F.linear, F.conv1d, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm), torch.bfloat16
+    ) | dict.fromkeys((F.layer_norm, F.group_norm), torch.float32)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if dtype := self._DTYPES.get(func):
+            args, kwargs = tree_map(
+                lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def autocast(device_type: str, enabled: bool) -> AbstractContextManager[Any]:
+    """torch.autocast to bfloat16, also on the "meta" device, which PyTorch's own does not know.
+
+    On "meta", `enabled=False` does not suspend one that is around it.
+    """
+    if device_type == "meta":
+        return _MetaAutocast() if enabled else nullcontext()
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)

@@ -1,77 +1,65 @@
-import dataclasses
-
 import pytest
 import torch
 from tiny_encoders import make_model
 from transformers import WavLMConfig, WavLMModel
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.adapter import Adapter
 from rwkv_speech.models.base import RWKV6Sizes
-from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, EncoderSizes, MicroBatch, ModelSizes, Setup
-
-SMALL = RWKV6Sizes(vocab=300, n_layer=3, C=128, H=2, ffn=192, mix_rank=8, decay_rank=16)
-
-
-def parameters(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, EncoderSizes, MicroBatch, Sizes, world_sizes
 
 
-@pytest.mark.parametrize("sizes", [SMALL, *BASE_MODELS.values()], ids=["small", *BASE_MODELS])
-def test_lm_parameters_are_the_modules(sizes: RWKV6Sizes):
-    with torch.device("meta"):
-        assert ModelSizes(sizes, WAVLM_LARGE).lm_parameters() == parameters(RWKV6(sizes))
+def test_base_models_have_the_published_sizes():
+    assert BASE_MODELS["1.6B"] == RWKV6Sizes(65536, 24, 2048, 32, 7168, 32, 64)
+    assert BASE_MODELS["3B"] == RWKV6Sizes(65536, 32, 2560, 40, 8960, 32, 64)
+    assert BASE_MODELS["7B"] == RWKV6Sizes(65536, 32, 4096, 64, 14336, 64, 128)
+    assert BASE_MODELS["14B"] == RWKV6Sizes(65536, 61, 4096, 64, 14336, 64, 128)
 
 
-def test_base_models_are_of_the_published_sizes():
-    billions = {name: ModelSizes(sizes, WAVLM_LARGE).lm_parameters() / 1e9 for name, sizes in BASE_MODELS.items()}
+def test_base_models_have_the_published_numbers_of_parameters():
+    billions = {name: Sizes(lm, WAVLM_LARGE).parameters["lm"] / 1e9 for name, lm in BASE_MODELS.items()}
     assert billions == pytest.approx({"1.6B": 1.6, "3B": 3.1, "7B": 7.63, "14B": 14.07}, rel=0.01)
 
 
-def test_trained_parameters_of_the_published_setting():
-    model = ModelSizes(BASE_MODELS["3B"], WAVLM_LARGE)
-    assert model.adapter_parameters() == parameters(Adapter(1024, 2560, 5, 2048))
-    assert model.state_parameters() == 32 * 40 * 64 * 64  # 5.2 M, as the README says
-    assert model.trained_parameters() == model.adapter_parameters() + model.state_parameters()
+def test_channels_that_no_head_divides_are_named():
+    with pytest.raises(UserError, match="--n_embd: found 2500, expected a multiple of 64"):
+        world_sizes(32, 2500)
+
+
+def test_parameters_of_the_published_setting():
+    count = Sizes(BASE_MODELS["3B"], WAVLM_LARGE).parameters
+    assert count["encoder"] == 315_453_120
+    assert count["adapter"] == (5120 + 1) * 2048 + (2048 + 1) * 2560
+    assert count["initial_states"] == 32 * 40 * 64 * 64  # 5.2 M, as the README says
+
+
+def test_parameters_are_those_of_the_model_from_its_files():
+    model = SpeechLM.build(Parts("tiny"))
+    sizes = Sizes(model.lm.sizes, EncoderSizes.of(model.encoder.model.config), 3, 512)
+    for name in ("lm", "encoder", "adapter"):
+        assert sizes.parameters[name] == sum(p.numel() for p in getattr(model, name).parameters())
+    assert sizes.trained == sum(p.numel() for p in model.trained_parameters())
 
 
 def test_wavlm_large_is_transformers_own():
-    config = WavLMConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
+    config = WavLMConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                         feat_extract_norm="layer", do_stable_layer_norm=True)  # fmt: skip
     with torch.device("meta"):
-        assert EncoderSizes.of(WavLMModel(config)) == WAVLM_LARGE
+        theirs = WavLMModel(config)
+    assert {n: x.shape for n, x in WAVLM_LARGE.build().model.named_parameters() if "attention" not in n} == {
+        n: x.shape for n, x in theirs.named_parameters() if "attention" not in n
+    }
 
 
 @pytest.mark.parametrize("family", ["wavlm", "hubert", "wav2vec2"])
-def test_encoder_sizes_are_the_models(family: str):
-    model = make_model(family, "layer", "seven")
-    sizes = EncoderSizes.of(model)
-    assert sizes.parameters == parameters(model)
-    assert sizes.bias_heads == (2 if family == "wavlm" else 1)
-    weights = [layer.conv.weight for layer in model.feature_extractor.conv_layers]
-    assert sizes.conv_parameters() == [weight.numel() for weight in weights]
-    assert sizes.frames(2.0) == model._get_feat_extract_output_lengths(torch.tensor(32_000))
+def test_an_encoder_is_built_again_from_its_configuration(family: str):
+    model = make_model(family, "layer", "three")
+    found = EncoderSizes.of(model.config).build()
+    assert sorted(x.numel() for x in found.model.parameters()) == sorted(x.numel() for x in model.parameters())
+    assert EncoderSizes.of(model.config).cut(1).config.num_hidden_layers == 1
 
 
-def test_positions_and_targets_of_a_micro_batch():
-    model, batch = ModelSizes(SMALL, WAVLM_LARGE), MicroBatch(4, 10.0, 30)
-    # 10 s are 499 frames, 99 audio tokens of five; a separator, and the end of text among the targets.
-    assert batch.positions(model) == 4 * (99 + 1 + 30)
-    assert batch.targets() == 4 * 31
-
-
-def test_setup_knows_its_zero_stage():
-    stages = [Setup(strategy=name).zero_stage() for name in ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_3")]
-    assert stages == [0, 0, 1, 3]
-
-
-def test_setup_names_a_strategy_that_is_not_known():
-    with pytest.raises(UserError, match="--strategy: found 'fsdp', expected one of auto, ddp, deepspeed_stage_1"):
-        dataclasses.replace(Setup(), strategy="fsdp")
+def test_positions_of_a_micro_batch():
+    # 10 s are 499 frames, 99 audio tokens of five; and a separator.
+    assert MicroBatch(4, 10.0, 30).positions(Sizes(BASE_MODELS["3B"], WAVLM_LARGE)) == 4 * (99 + 1 + 30)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rwkv_speech.audio import SAMPLE_RATE, num_frames, receptive_field
+from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder_attention import fuse_attention
 
@@ -128,13 +129,13 @@ class SpeechEncoder(nn.Module):
         x = normalise(waveforms, num_samples) if self.do_normalize and not normalised else waveforms.float()
         model: Any = self.model
         # Whatever a trainer's autocast says, the waveform and the convolutions stay in float32.
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast(x.device.type, enabled=False):
             rows = self._rows_at_once(x.shape[1], x.device)
             hidden = model.feature_projection(self._convolve(x, num_samples, rows))
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         # One frame at least is attended, so that no row of the attention is empty.
         mask = length_mask(lengths.clamp_min(1), hidden.shape[1], hidden.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with autocast(x.device.type, enabled=self.dtype == torch.bfloat16):
             frames = model.encoder(hidden, attention_mask=mask).last_hidden_state
         return frames.float(), lengths
 

@@ -18,6 +18,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models import splice
 from rwkv_speech.models.adapter import Adapter
+from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import Parts, TrainedOn
@@ -58,7 +59,7 @@ class SpeechLM(nn.Module):
         parts, compute = parts.filled(), compute or Compute()
         base = parts.base_file()
         lm = RWKV6.from_pretrained(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
-        _check_sizes(parts, lm)
+        check_sizes(parts, lm.sizes)
         encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype)
         tokenizer = WorldTokenizer(parts.vocabulary())
         if tokenizer.vocab_size > lm.sizes.vocab:
@@ -184,8 +185,9 @@ class SpeechLM(nn.Module):
         return spliced, hidden[0], state
 
 
-def _check_sizes(parts: Parts, lm: RWKV6) -> None:
-    for name, said, found in (("n_layer", parts.n_layer, lm.sizes.n_layer), ("n_embd", parts.n_embd, lm.sizes.C)):
+def check_sizes(parts: Parts, sizes: RWKV6Sizes) -> None:
+    """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
+    for name, said, found in (("n_layer", parts.n_layer, sizes.n_layer), ("n_embd", parts.n_embd, sizes.C)):
         if said not in (None, found):
             raise UserError(
                 f"--{name}: given {said}, but {parts.load_model} has {found}; leave it empty, or give the right file "

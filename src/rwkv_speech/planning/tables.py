@@ -1,160 +1,63 @@
 """What a run will cost, before it starts: parameters, memory of each GPU, data, time. `train.py --plan 1` prints it."""
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-import numpy as np
+from rwkv_speech.planning.memory import GIB, Memory, Setup, largest_micro_bsz, memory
+from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, Sizes
+from rwkv_speech.planning.time import H200, DataPlan, Gpu, all_reduce_bytes, idle_share, step_time
 
-from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
-from rwkv_speech.data.source import Part
-from rwkv_speech.errors import UserError
-from rwkv_speech.planning.compute import H200, Gpu, all_reduce_bytes, idle_share, step_time
-from rwkv_speech.planning.memory import GIB, Memory, largest_micro_bsz, memory
-from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, MicroBatch, ModelSizes, Setup
-
-# Read speech of LibriSpeech's pace in World tokens.
-TEXT_TOKENS_PER_SECOND = 4.0
-# Taken where no duration is known.
-_UNKNOWN_SECONDS = 12.0
 _RANKS = (1, 8, 64)
 _HOURS = (100, 1_000, 10_000, 100_000)
 _GROWTH_RANKS = 8
 _UNITS = (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86400))
-_WARM_UP = 2
-_FEWEST_MEASURED = 3
 # What a GPU sold with 24 GB has.
 _SMALL_GPU = 23.5 * GIB
-_PUBLISHED = {name: ModelSizes(sizes, WAVLM_LARGE) for name, sizes in BASE_MODELS.items()}
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    """The data of a run as its flags cut it up.
-
-    `durations` (N,) seconds, NaN where unknown; `parts` say how often an epoch hears each run of them, by default all
-    once. Raises UserError for no utterances at all.
-    """
-
-    durations: Floats
-    micro_bsz: int
-    batch_seconds: float | None
-    ctx_len: int
-    epochs: int
-    epoch_steps: int | None = None
-    parts: Sequence[Part] | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.durations):
-            raise UserError("--train_data: found no utterance, expected one at least to plan a run: check the data")
-
-    @cached_property
-    def micro_batches(self) -> int:
-        """Of a whole epoch, on all GPUs together."""
-        return EpochPlan(self.durations, Cut(self.micro_bsz, self.batch_seconds), self.parts).steps
-
-    @cached_property
-    def utterances(self) -> float:
-        """Of a whole epoch."""
-        return float(self._weights().sum())
-
-    @cached_property
-    def mean_seconds(self) -> float:
-        """Of the utterances whose duration is known; 12 where none is."""
-        known = ~np.isnan(self.durations)
-        weights = self._weights()[known]
-        return float(np.average(self.durations[known], weights=weights)) if weights.sum() else _UNKNOWN_SECONDS
-
-    @property
-    def hours(self) -> float:
-        """Audio of a whole epoch."""
-        return self.utterances * self.mean_seconds / 3600
-
-    def _weights(self) -> Floats:
-        parts = [Part(len(self.durations))] if self.parts is None else self.parts
-        return np.repeat(np.array([part.weight for part in parts], np.float32), [part.size for part in parts])
-
-    def unknown(self) -> int:
-        """How many utterances have no known duration."""
-        return int(np.isnan(self.durations).sum())
-
-    def steps(self, setup: Setup) -> int:
-        """Optimizer steps of an epoch."""
-        steps = -(-self.micro_batches // (setup.ranks * setup.accumulate))
-        return min(steps, self.epoch_steps or steps)
-
-    def largest(self, model: ModelSizes) -> MicroBatch:
-        """The micro batch that needs most memory: the longest utterances, as far as the context reaches."""
-        bound = (self.ctx_len - 1) / (model.audio_tokens(100.0) / 100 + TEXT_TOKENS_PER_SECOND)
-        longest = bound if self.unknown() else min(bound, float(self.durations.max()))
-        return _micro_batch(
-            max(1, int(self.batch_seconds // longest)) if self.batch_seconds else self.micro_bsz, longest
-        )
-
-    def average(self) -> MicroBatch:
-        """The micro batch that takes the average time."""
-        return _micro_batch(max(1, round(self.utterances / self.micro_batches)), self.mean_seconds)
-
-
-def _micro_batch(utterances: int, seconds: float) -> MicroBatch:
-    return MicroBatch(utterances, seconds, round(seconds * TEXT_TOKENS_PER_SECOND))
-
-
-def measure(step: Callable[[], None], seconds: float) -> float:
-    """The median time of `step` in seconds, called for about so many seconds after two calls that do not count.
-
-    On a GPU, `step` must wait for the device. Three calls are counted at least.
-    """
-    for _ in range(_WARM_UP):
-        step()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < _FEWEST_MEASURED:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run on paper. `measured` is the seconds of one optimizer step, where one was measured."""
+    """A run on paper.
 
-    model: ModelSizes
+    `measured` is the seconds of one optimizer step, where one was measured; `notes` say what was assumed.
+    """
+
+    sizes: Sizes
     setup: Setup
     data: DataPlan
     gpu: Gpu = H200
     measured: float | None = None
+    notes: tuple[str, ...] = ()
 
     def report(self) -> str:
         """All tables, for a terminal."""
-        sections = (self._parameters(), self._memory(), self._epochs(), self._paper(), self._growth())
+        notes = [[f"note: {note}" for note in self.notes]] if self.notes else []
+        sections = (*notes, self._parameters(), self._memory(), self._epochs(), self._paper(), self._growth())
         return "\n\n".join("\n".join(section) for section in sections)
 
     def _parameters(self) -> list[str]:
+        count = self.sizes.parameters
         kinds = {True: ("bf16", 2), False: ("fp32", 4)}
         rows = [
-            ("language model", self.model.lm_parameters(), *kinds[self.setup.bf16], "frozen"),
-            ("encoder", self.model.encoder.parameters, *kinds[self.setup.encoder_bf16], "frozen"),
-            ("adapter", self.model.adapter_parameters(), "fp32", 4, "trained"),
-            ("initial state", self.model.state_parameters(), "fp32", 4, "trained"),
+            ("language model", count["lm"], *kinds[self.setup.bf16], "frozen"),
+            ("encoder", count["encoder"], *kinds[self.setup.encoder_bf16], "frozen"),
+            ("adapter", count["adapter"], "fp32", 4, "trained"),
+            ("initial state", count["initial_states"], "fp32", 4, "trained"),
         ]
         head = ("part", "parameters", "type", "GiB", "")
         body = [(name, f"{n:,}", kind, f"{n * width / GIB:.2f}", what) for name, n, kind, width, what in rows]
         return ["Parameters", *table(head, body)]
 
     def _memory(self) -> list[str]:
-        batch, setup, gpu = self.data.largest(self.model), self.setup, self.gpu
-        fits = largest_micro_bsz(self.model, batch, setup, gpu.memory)
-        small = [
-            largest_micro_bsz(_PUBLISHED["1.6B"], batch, replace(setup, grad_cp=cp), _SMALL_GPU) for cp in (False, True)
-        ]
+        batch, setup, gpu = self.data.largest(self.sizes), self.setup, self.gpu
+        fits = largest_micro_bsz(self.sizes, batch, setup, gpu.memory)
+        published = Sizes(BASE_MODELS["1.6B"], WAVLM_LARGE)
+        small = [largest_micro_bsz(published, batch, replace(setup, grad_cp=cp), _SMALL_GPU) for cp in (False, True)]
         return [
             f"Memory of each GPU at its worst moment ({setup.ranks} x {setup.strategy}, grad_cp {int(setup.grad_cp)})",
             f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, "
             "the longest of the data",
-            *_memory_table(memory(self.model, batch, setup)),
+            *_memory_table(memory(self.sizes, batch, setup)),
             f"  of such utterances, {fits} fit a {gpu.name} of {gpu.memory / GIB:.0f} GiB; with the 1.6B model, "
             f"{small[0]} fit a GPU of 24 GB, {small[1]} with --grad_cp 1",
         ]
@@ -178,7 +81,7 @@ class RunPlan:
                 f"{duration(epoch * data.epochs)} in all, {heard / epoch:,.0f} times real time"
             )
         else:
-            lines.append(f"  not measured: this machine does not have {setup.ranks} GPU(s)")
+            lines.append(f"  a step was not measured: that takes the model, the data and {setup.ranks} GPU(s)")
         return lines
 
     def _paper(self) -> list[str]:
@@ -191,7 +94,7 @@ class RunPlan:
 
     def _paper_row(self, setup: Setup) -> tuple[str, ...]:
         data = self.data
-        step = step_time(self.model, data.average(), setup, self.gpu)
+        step = step_time(self.sizes, data.average(), setup, self.gpu)
         idle = idle_share(data.durations, data.micro_bsz, data.batch_seconds, setup)
         steps, seconds = data.steps(setup), step.total / (1 - idle)
         return (
@@ -200,7 +103,7 @@ class RunPlan:
             f"{1e3 * step.encoder:.1f}",
             f"{1e3 * step.lm:.1f}",
             f"{1e3 * step.launches:.1f}",
-            f"{all_reduce_bytes(self.model, setup) / 1e6:,.0f}",
+            f"{all_reduce_bytes(self.sizes, setup) / 1e6:,.0f}",
             f"{1e3 * step.all_reduce:.1f}",
             f"{100 * idle:.1f}",
             f"{seconds:.3f}",
@@ -211,13 +114,14 @@ class RunPlan:
     def _growth(self) -> list[str]:
         """Time of an epoch on 8 GPUs, by base model and hours of audio; memory of the largest micro batch."""
         setup = replace(self.setup, ranks=_GROWTH_RANKS, bf16=True)
-        batch, largest = self.data.average(), self.data.largest(self.model)
+        batch, largest = self.data.average(), self.data.largest(self.sizes)
         audio = setup.ranks * setup.accumulate * batch.utterances * batch.seconds
         rows = []
-        for name, model in _PUBLISHED.items():
-            seconds = step_time(model, batch, setup, self.gpu).total
+        for name, lm in BASE_MODELS.items():
+            sizes = Sizes(lm, WAVLM_LARGE)
+            seconds = step_time(sizes, batch, setup, self.gpu).total
             times = (duration(hours * 3600 / audio * seconds) for hours in _HOURS)
-            rows.append((name, f"{memory(model, largest, setup).needed / GIB:.1f}", *times))
+            rows.append((name, f"{memory(sizes, largest, setup).needed / GIB:.1f}", *times))
         title = f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs in bfloat16, with WavLM-Large"
         return [title, *table(("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS)), rows)]
 
