@@ -21,21 +21,21 @@ def part(found: Memory, name: str) -> Part:
 @pytest.mark.parametrize(
     ("name", "batch", "setup", "grad_cp", "gib"),
     [
-        ("3B", MicroBatch(4, 16.0, 64), FOUR_GPUS, True, 8.1),
-        ("3B", MicroBatch(4, 35.0, 140), FOUR_GPUS, True, 8.6),
+        ("3B", MicroBatch(4, 16.0, 64), FOUR_GPUS, True, 7.95),
+        ("3B", MicroBatch(4, 35.0, 140), FOUR_GPUS, True, 8.5),
         ("3B", MicroBatch(4, 16.0, 64), FOUR_GPUS, False, 10.9),
         ("3B", MicroBatch(4, 35.0, 140), FOUR_GPUS, False, 14.9),
-        ("3B", MicroBatch(16, 15.0, 50), Setup(encoder_bf16=True), True, 9.2),
-        ("3B", MicroBatch(16, 15.0, 50), Setup(encoder_bf16=True), False, 19.5),
-        ("1.6B", MicroBatch(8, 35.0, 140), Setup(encoder_bf16=True), False, 13.6),
-        ("1.6B", MicroBatch(8, 35.0, 140), Setup(encoder_bf16=True), True, 6.2),
+        ("3B", MicroBatch(16, 15.0, 50), Setup(encoder_bf16=True), True, 9.1),
+        ("3B", MicroBatch(16, 15.0, 50), Setup(encoder_bf16=True), False, 19.3),
+        ("1.6B", MicroBatch(8, 35.0, 140), Setup(encoder_bf16=True), False, 13.5),
+        ("1.6B", MicroBatch(8, 35.0, 140), Setup(encoder_bf16=True), True, 6.0),
     ],
 )
 def test_published_settings_need_what_the_readme_says(
     name: str, batch: MicroBatch, setup: Setup, grad_cp: bool, gib: float
 ):
     found = memory(Sizes(BASE_MODELS[name], WAVLM_LARGE), batch, replace(setup, grad_cp=grad_cp))
-    assert found.needed / GIB == pytest.approx(gib, rel=0.02)
+    assert found.needed / GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_parts_are_what_was_measured():

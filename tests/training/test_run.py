@@ -85,7 +85,7 @@ def test_plan_prints_what_a_run_needs_and_trains_nothing(
 def test_plan_for_gpus_that_are_not_here(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert train_script.main(arguments(corpus, tmp_path / "run", device="64", plan=1)) == 0
     shown = capsys.readouterr().out
-    assert "not measured: this machine does not have 64 GPU(s)" in shown and "64 x auto" in shown
+    assert "not measured: that takes the model, the data and 64 GPU(s)" in shown and "64 x auto" in shown
     assert "bfloat16" in shown  # what GPUs compute in, unless told otherwise
 
 

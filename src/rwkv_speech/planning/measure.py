@@ -146,7 +146,10 @@ def _data(encoder: SpeechEncoder, batch: MicroBatch) -> Batch:
     num_samples = torch.full((U,), samples)
     frame_lengths = encoder.frame_lengths(num_samples)
     return Batch(
+        indices=[0] * U,
         ids=[""] * U,
+        tasks=["asr"] * U,
+        langs=[None] * U,
         waveforms=torch.empty(U, samples, device="meta"),
         num_samples=num_samples,
         text_ids=torch.ones(U * batch.text_tokens, dtype=torch.int64),

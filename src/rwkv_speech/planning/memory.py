@@ -162,7 +162,7 @@ def memory_advice(config: TrainConfig) -> str:
     steps.append(f"--ctx_len {max(1, config.ctx_len // 2)}: leaves out the longest utterances, and lists them")
     if not uses_bf16(config):
         steps.append("--precision bf16: half the memory of the frozen language model and of most activations")
-    if ranks > 1 and not config.shards_frozen_weights():
+    if ranks > 1 and config.strategy != "deepspeed_stage_3":
         steps.append(f"--strategy deepspeed_stage_3: shares the frozen weights, too, among the {ranks} GPUs")
     lines = [f"  {number}. {step}" for number, step in enumerate(steps, start=1)]
     last = "or a smaller base model with --load_model; `--plan 1` shows what each of these would take"
