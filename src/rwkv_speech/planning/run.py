@@ -58,6 +58,8 @@ def plan_from_sizes(config: TrainConfig) -> RunPlan:
     encoder = _encoder_sizes(parts.encoder_name(), notes)
     assert parts.stack is not None and parts.adapter_hidden is not None
     sizes = Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
+    if config.plan_hours is None and not config.train_data:
+        raise UserError("--train_data: found nothing, expected data, or --plan_hours for a plan without")
     if config.plan_hours is None:
         source = open_sources(config.train_data, audio_column=config.audio_column, text_column=config.text_column)
         data = _data_plan(config, source.durations(), parts_of(source))
@@ -96,7 +98,10 @@ def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPl
     here = kind == "cpu" or devices <= torch.cuda.device_count()
     return RunPlan(
         Sizes(
-            model.lm.sizes, EncoderSizes.of(model.encoder.model.config), model.parts.stack or 5, model.parts.adapter_hidden or 2048
+            model.lm.sizes,
+            EncoderSizes.of(model.encoder.model.config),
+            model.parts.stack or 5,
+            model.parts.adapter_hidden or 2048,
         ),
         _setup(config),
         _data_plan(config, data.durations(), data.parts()),
