@@ -1,8 +1,8 @@
 """Print what is said in audio files."""
 
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rwkv_speech.config import PredictConfig, parse
 from rwkv_speech.errors import UserError, exit_code
@@ -23,7 +23,7 @@ def predict(config: PredictConfig) -> None:
     from rwkv_speech.models.speech_lm import SpeechLM
 
     given = config.file_path
-    files = [given] if Path(given).is_file() else [name for name in given.split(",") if name]
+    files = [given] if os.path.isfile(given) else [name for name in given.split(",") if name]
     if not files:
         raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
     parts, compute = Parts.of(config), compute_of(config)

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,6 @@ import torch
 
 from rwkv_speech import audio
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio, num_audio_tokens, num_frames
-from rwkv_speech.errors import UserError
 
 
 def tone(rate: int, seconds: float, hertz: float = 440.0) -> np.ndarray:
@@ -69,7 +70,7 @@ def test_load_audio_segment_equals_slice_of_the_whole(tmp_path: Path, name: str)
     whole = load_audio(str(file))
     assert torch.allclose(load_audio(file, offset=1.0, duration=0.5), whole[16_000:24_000], atol=1e-6)
     assert torch.allclose(load_audio(file, offset=2.5), whole[40_000:], atol=1e-6)
-    assert torch.equal(load_audio(file, offset=2.5, duration=60.0), load_audio(file, offset=2.5))
+    assert torch.equal(load_audio(file, offset=2.5, duration=0.6), load_audio(file, offset=2.5))
 
 
 def test_load_audio_takes_bytes():
@@ -78,40 +79,9 @@ def test_load_audio_takes_bytes():
     assert load_audio(buffer.getvalue()).shape == (8_000,)
 
 
-def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), 16_000)
-    soundfile.write(folder / "nan.wav", np.array([0.0, np.nan], np.float32), 16_000, subtype="FLOAT")
-    soundfile.write(folder / "inf.wav", np.array([0.0, np.inf], np.float32), 16_000, subtype="FLOAT")
-    soundfile.write(folder / "odd_rate.wav", np.zeros(100, np.float32), 15_999)
-    (folder / "text.wav").write_text("not audio")
-    (folder / "zero.flac").write_bytes(b"")
-    soundfile.write(folder / "whole.flac", np.random.default_rng(0).uniform(-1, 1, 32_000), 16_000)
-    whole = (folder / "whole.flac").read_bytes()
-    (folder / "cut.flac").write_bytes(whole[: len(whole) // 2])
-    reasons = {
-        "empty.wav": "no audio",
-        "nan.wav": "NaN",
-        "inf.wav": "NaN or infinite",
-        "odd_rate.wav": "15999 Hz",
-        "text.wav": "cannot be decoded",
-        "zero.flac": "cannot be decoded",
-        "cut.flac": "cannot be decoded|cut off",
-        "missing.wav": "no such audio file",
-        ".": "no such audio file",
-    }
-    return {name: (folder / name, reason) for name, reason in reasons.items()}
-
-
-def test_load_audio_names_file_and_reason(tmp_path: Path):
-    for path, reason in broken_files(tmp_path).values():
-        with pytest.raises(AudioError, match=reason) as caught:
-            load_audio(path)
-        assert str(path) in str(caught.value) and isinstance(caught.value, UserError)
-
-
 def test_load_audio_rejects_segments_outside_the_file(tmp_path: Path):
     soundfile.write(tmp_path / "a.wav", tone(16_000, 1.0), 16_000)
-    with pytest.raises(AudioError, match="past its end"):
+    with pytest.raises(AudioError, match="holds no sample"):
         load_audio(tmp_path / "a.wav", offset=1.0)
     for offset, duration in ((-1.0, None), (float("nan"), None), (0.0, 0.0), (0.0, float("inf"))):
         with pytest.raises(AudioError, match="offset of 0 or more"):
@@ -120,15 +90,34 @@ def test_load_audio_rejects_segments_outside_the_file(tmp_path: Path):
         load_audio(tmp_path / "a.wav", 0.5, 1e-9)
 
 
-def test_load_audio_finds_a_file_that_is_cut_off(tmp_path: Path):
-    soundfile.write(tmp_path / "a.mp3", tone(16_000, 3.0), 16_000)
-    content = (tmp_path / "a.mp3").read_bytes()
-    with pytest.raises(AudioError, match="sent.mp3: is cut off"):
-        load_audio(content[: len(content) // 2], name="sent.mp3")
+def test_load_audio_refuses_a_duration_above_what_was_decoded_by_more_than_rounding(tmp_path: Path):
+    file = tmp_path / "a.wav"
+    soundfile.write(file, tone(16_000, 3.0), 16_000)
+    for offset, duration in ((0.0, 3.5), (0.0, 3.001), (2.0, 1.5), (2.5, 1.0)):
+        assert len(load_audio(file, offset, duration)) == round(16_000 * (3.0 - offset))
+    for offset, duration, found in ((0.0, 4.0, 3.0), (1.0, 3.0, 2.0), (2.5, 60.0, 0.5)):
+        with pytest.raises(AudioError, match=rf"a\.wav.*: lasts {found:.3f} s, expected the {duration:.3f} s"):
+            load_audio(file, offset, duration)
 
 
-def test_audio_seconds_names_the_file(tmp_path: Path):
-    (tmp_path / "text.wav").write_text("not audio")
-    for name in ("text.wav", "missing.wav"):
-        with pytest.raises(AudioError, match=name):
-            audio_seconds(tmp_path / name)
+def test_channels_that_cancel_each_other_out_give_the_loudest_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    file, x = tmp_path / "inverted.wav", tone(16_000, 1.0)
+    for others in ([-x], [-0.9 * x], [-x, x, -x], [0.2 - x]):
+        soundfile.write(file, np.stack([x, *others], axis=1), 16_000, subtype="FLOAT")
+        caplog.clear()
+        loaded = load_audio(file)
+        assert any(np.allclose(loaded, channel, atol=1e-6) for channel in (x, *others))
+        assert f"note: {file}: its channels cancel each other out" in caplog.text
+    caplog.clear()
+    noise = np.random.default_rng(0).normal(size=(2, 16_000)).astype(np.float32) / 9
+    for channels in ([x, x], [x, 0 * x], [x] + 7 * [0 * x], [x, -0.4 * x], list(noise), [0 * x, 0 * x]):
+        soundfile.write(file, np.stack(channels, axis=1), 16_000, subtype="FLOAT")
+        assert np.allclose(load_audio(file), np.mean(channels, axis=0), atol=1e-6)
+    assert not caplog.text
+
+
+def test_import_takes_neither_pyav_nor_torchaudio():
+    code = "import sys, rwkv_speech.audio; sys.exit(bool({'av', 'torchaudio'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

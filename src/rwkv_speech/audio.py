@@ -1,20 +1,23 @@
 """Audio files -> 16 kHz mono samples -> frames (50 Hz) -> audio tokens.
 
-S samples · F frames · A audio tokens
+S samples · C channels · F frames · A audio tokens
 """
 
-import io
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import soundfile
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import AudioError as AudioError
+from rwkv_speech.media import Decoded, check_size, decode, measure, opened
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
 CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -30,16 +33,14 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 
 MIN_SAMPLES = receptive_field(CONV_KERNELS, CONV_STRIDES)  # 400
 
-# Lossy containers count their frames to within a codec block or two; a larger gap is a cut-off file.
-_HEADER_SLACK_SECONDS = 0.1
+# People round the durations of manifests, some to whole seconds.
+_ROUNDING_SECONDS, _ROUNDING = 0.5, 1.01
 # torchaudio builds a dense filter of rate x rate / gcd^2 taps: 0.1 M for 44.1 kHz, 256 M for 15,999 Hz.
 _MAX_RESAMPLE_TAPS = 20_000_000
+# The mean of unrelated channels has the power of all of them by C^2; far below that, they cancel each other out.
+_CANCELLED = 0.1
 
 Lengths = TypeVar("Lengths", int, Tensor)
-
-
-class AudioError(UserError):
-    """One recording that cannot be used; the message names the file and the reason."""
 
 
 def num_frames(
@@ -63,12 +64,12 @@ def load_audio(
 ) -> Tensor:
     """Decode a recording to float32 (S,), mono, 16 kHz; `offset` and `duration` (s) choose a segment.
 
-    `source` is a path or the bytes of a file; `name` stands for it in messages. Channels are averaged. A
-    `duration` past the end reads to the end, for manifests round it. A segment of an MP3 costs the decoding
-    of all that lies before it.
+    `source` is a path or the bytes of a file; `name` stands for it in messages. Channels are averaged; where they
+    cancel each other out, the loudest is taken, with a note. A segment costs the decoding of all that lies before it,
+    except in WAV and FLAC.
 
-    Raises AudioError for a file that is missing, undecodable, cut off, empty or not finite, and for a segment
-    outside it.
+    Raises AudioError for a file that is missing, undecodable, cut off, empty or not finite, for a segment outside it,
+    and for a `duration` that is above what there is by more than rounding.
     """
     label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
     if not (0 <= offset < math.inf) or (duration is not None and not (0 < duration < math.inf)):
@@ -76,84 +77,85 @@ def load_audio(
             f"{label}: segment offset {offset!r} s, duration {duration!r} s; expected an offset of 0 or "
             "more and a duration above 0, both finite"
         )
-    samples, rate = _decode(source, label, offset, duration)
-    mono = torch.from_numpy(samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32))
+    with opened(source, label) as file:
+        decoded = decode(file, label, offset, duration)
+        _check_segment(decoded, label, offset, duration)
+        parts = [_resample(_mono(samples, label), rate, label) for samples, rate in decoded.pieces]
+        waveform = parts[0] if len(parts) == 1 else torch.cat(parts)
     # A finite sum has finite terms only, and takes a twentieth of the time.
-    if not (mono.sum().isfinite() or mono.isfinite().all()):
+    if not (waveform.sum().isfinite() or waveform.isfinite().all()):
         raise AudioError(f"{label}: holds NaN or infinite samples; expected finite audio: export it again")
-    return _resample(mono, rate, label)
+    return waveform
 
 
-def audio_seconds(path: str | Path) -> float:
-    """Read a file's length in seconds from its header; raises AudioError when it cannot be read."""
-    _require_file(path, str(path))
-    try:
-        info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise _undecodable(str(path), error) from error
-    return float(info.frames / info.samplerate)
+def audio_seconds(source: str | Path | bytes, *, name: str | None = None) -> float:
+    """Measure a recording's length in seconds; `name` stands for it in messages, AudioError says why it cannot be read.
+
+    The header tells it for a plain WAV, the frames' headers for a FLAC; anything else is decoded.
+    """
+    label = name or str(source)
+    with opened(source, label) as file:
+        return measure(file, label)
 
 
-def _decode(source: str | Path | bytes, label: str, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
-    """Read the segment as (samples, channels) float32 at the file's own rate."""
-    if not isinstance(source, bytes):
-        _require_file(source, label)
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
-            rate, total = file.samplerate, file.frames
-            start = round(offset * rate)
-            if total == 0:
-                raise AudioError(f"{label}: holds no audio; expected at least one sample: remove it or record it again")
-            if start >= total:
-                raise AudioError(
-                    f"{label}: offset {offset} s is past its end; it is {total / rate:.3f} s long: mend the offset"
-                )
-            wanted = total - start if duration is None else min(round(duration * rate), total - start)
-            samples = _read_segment(file, start, wanted)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise _undecodable(label, error) from error
-    if wanted - len(samples) > _HEADER_SLACK_SECONDS * rate:
+def check_duration(seconds: float, claimed: float | None, label: str) -> None:
+    """Raise AudioError if the `claimed` duration is above the decoded `seconds` by more than rounding."""
+    if claimed is not None and claimed > _ROUNDING * seconds + _ROUNDING_SECONDS:
         raise AudioError(
-            f"{label}: is cut off: {len(samples) / rate:.3f} s could be decoded, its header promises "
-            f"{wanted / rate:.3f} s: copy it again"
+            f"{label}: lasts {seconds:.3f} s, expected the {claimed:.3f} s that its duration says: mend it, or copy "
+            "the audio again"
         )
-    if len(samples) == 0:
-        raise AudioError(f"{label}: the segment at {offset} s of {duration} s holds no sample: lengthen it")
-    return samples, rate
 
 
-def _read_segment(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
-    if file.format == "MP3":
-        # A seek in an MP3 loses the bits that its frames borrow from earlier ones: the segment then begins
-        # with silence (3,000 samples were measured). soundfile seeks after every read, so only one read
-        # from the start is exact.
-        return np.asarray(file.read(start + frames, dtype="float32", always_2d=True)[start:])
-    file.seek(start)
-    return np.asarray(file.read(frames, dtype="float32", always_2d=True))
+def _check_segment(decoded: Decoded, label: str, offset: float, duration: float | None) -> None:
+    end = decoded.end
+    if end == 0:
+        raise AudioError(f"{label}: holds no audio; expected at least one sample: remove it or record it again")
+    if not decoded.pieces:
+        length = "" if duration is None else f" of {duration} s"
+        raise AudioError(
+            f"{label}: its segment at {offset} s{length} holds no sample; it was read to {end:.3f} s: mend it"
+        )
+    check_duration(end - offset, duration, f"{label} from {offset:g} s on" if offset else label)
+
+
+def _mono(samples: NDArray[np.float32], label: str) -> Tensor:
+    """(S, C) -> (S,): the mean of the channels, or the loudest where they cancel each other out."""
+    channels = samples.shape[1]
+    if channels == 1:
+        return torch.from_numpy(samples[:, 0])
+    mean = samples.mean(axis=1, dtype=np.float32)
+    powers = samples.var(axis=0, dtype=np.float64)
+    if mean.var(dtype=np.float64) < _CANCELLED * powers.sum() / channels**2:
+        loudest = int(powers.argmax())
+        logger.warning(
+            "note: %s: its channels cancel each other out, as when one is inverted; only channel %d of %d is used",
+            label, loudest + 1, channels,
+        )  # fmt: skip
+        return torch.from_numpy(samples[:, loudest].copy())
+    return torch.from_numpy(mean)
 
 
 def _resample(mono: Tensor, rate: int, label: str) -> Tensor:
+    """(S,) at `rate` -> (S,) at 16 kHz."""
     if rate == SAMPLE_RATE:
         return mono
+    check_size(len(mono) * SAMPLE_RATE / rate, label)
     common = math.gcd(rate, SAMPLE_RATE)
     if (rate // common) * (SAMPLE_RATE // common) > _MAX_RESAMPLE_TAPS:
-        raise AudioError(
-            f"{label}: its sampling rate of {rate} Hz has no useful ratio to {SAMPLE_RATE} Hz; expected a "
-            "customary rate such as 8000, 44100 or 48000: check the header or convert the file"
-        )
-    # Imported here: it takes a second, and audio already at 16 kHz never needs it.
+        return _resample_any(mono, rate)
     from torchaudio.functional import resample
 
     resampled: Tensor = resample(mono, rate, SAMPLE_RATE)
     return resampled
 
 
-def _require_file(path: str | Path, label: str) -> None:
-    if not Path(path).is_file():
-        raise AudioError(f"{label}: no such audio file; expected a readable file: check the path")
+def _resample_any(mono: Tensor, rate: int) -> Tensor:
+    """FFmpeg's interpolated filter, for rates with no useful ratio to 16 kHz."""
+    import av
 
-
-def _undecodable(label: str, error: Exception) -> AudioError:
-    return AudioError(
-        f"{label}: cannot be decoded ({error}); expected WAV, FLAC, OGG, MP3 or another libsndfile format"
-    )
+    frame = av.AudioFrame.from_ndarray(mono.numpy()[None], format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+    blocks = [block.to_ndarray()[0] for part in (frame, None) for block in resampler.resample(part)]
+    return torch.from_numpy(np.concatenate(blocks))

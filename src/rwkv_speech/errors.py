@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class AudioError(UserError):
+    """One recording that cannot be used; the message names the file and the reason."""
+
+
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command: 0 if it ended well, 2 and the message if the user can mend what stopped it."""
     try:

@@ -88,7 +88,7 @@ def test_json_members_long_names_folders_and_other_kinds(tmp_path: Path):
     first, second, third = (source.utterance(i) for i in range(3))
     assert (first.id, first.text, first.duration, first.lang, first.task) == ("ID", "this wins", 9.5, "de", "st")
     assert (second.id, second.text, second.duration) == (f"x.tar/{deep}", "deep", 0.1) and second.lang is None
-    assert (third.id, third.text, third.duration) == ("x.tar/b", "", 0.5)
+    assert (third.id, third.text) == ("x.tar/b", "") and third.duration == pytest.approx(0.5, abs=0.03)
     assert torch.equal(source.load(0), load_audio(members["a.wav"]))
 
 
@@ -167,7 +167,7 @@ def test_identity_changes_with_shard_and_place(shards: Path):
         ([("a.flac", b""), ("a.json", b"{")], "a.json: Expecting property name"),
         ([("a.flac", b""), ("a.json", b'{"text": 3}')], "a.json: 'text' is 3, expected a string"),
         ([("a.flac", b""), ("a.json", b'{"duration": -1}')], "a.json: 'duration' is -1"),
-        ([("a.m4a", b""), ("a.txt", b"")], "a: has a text but no audio"),
+        ([("a.xyz", b""), ("a.txt", b"")], "a: has a text but no audio"),
         ([("a.flac", b""), ("b.flac", b""), ("b.txt", b"")], "1 keys have no text.*\n  a$"),
         ([("a.png", b"")], "holds no utterance"),
     ],

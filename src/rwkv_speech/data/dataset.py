@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
+from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError, check_duration
 from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.epoch import Cut
@@ -124,6 +124,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             if self._cache:
                 return self._cached_sample(self._cache, sample)
             waveform = self.source.load(index)
+            check_duration(len(waveform) / SAMPLE_RATE, found.duration, found.id)
         except AudioError as error:
             return BadSample(index, found.id, str(error))
         # Outside the handler: noise that cannot be decoded is no fault of this utterance.

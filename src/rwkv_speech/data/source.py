@@ -15,25 +15,10 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 
-# What libsndfile decodes and people record in; headerless RAW is not among them, for its rate is unknown.
+# What people record in; headerless .raw is not among them, for its rate is unknown.
 AUDIO_SUFFIXES = frozenset(
-    [
-        ".wav",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".mp3",
-        ".aiff",
-        ".aif",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-        ".w64",
-        ".rf64",
-        ".sph",
-    ]
+    ".wav .flac .ogg .oga .opus .spx .mp3 .mp2 .m4a .m4b .mp4 .aac .webm .weba .mka .wma .amr .3gp .ac3 .wv .ape .tta "
+    ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split()
 )
 _MOST = 1000
 _WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)

@@ -1,7 +1,7 @@
 """Tar shards in WebDataset's layout as a source: KEY.flac (or .wav ...) beside KEY.txt or KEY.json.
 
-A shard's members are listed once, from their headers, in an index file; afterwards any utterance is one read at its
-place in the shard. Only the index's line ends and the durations stay in memory, 12 bytes an utterance.
+A shard's members are listed and measured once, in an index file; afterwards any utterance is one read at its place in
+the shard. Only the index's line ends and the durations stay in memory, 12 bytes an utterance.
 """
 
 import glob
@@ -13,16 +13,16 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rwkv_speech.audio import AudioError, load_audio
+from rwkv_speech.audio import AudioError, audio_seconds, load_audio
 from rwkv_speech.data.manifest import row_faults, summary
 from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance
 from rwkv_speech.errors import UserError
@@ -30,13 +30,11 @@ from rwkv_speech.files import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512
 # Behind its end mark an archive is filled up to a record, of 10 KB customarily.
 _MAX_PADDING = 1 << 20
-# More is what a header says that was written before the end was known.
-_MAX_SECONDS = 1e6
 
 
 @dataclass(frozen=True)
@@ -291,35 +289,10 @@ def _row(key: str, entry: _Entry, file: BinaryIO) -> dict[str, Any]:
     assert member is not None
     row = {"key": key, "member": member.name, "offset": member.offset_data, "size": member.size, **entry.fields}
     if "duration" not in row:
-        try:
-            info = soundfile.info(_Window(file, member.offset_data, member.size))
-        except (soundfile.SoundFileError, OSError):
-            return row  # listed as broken when it is to be heard
-        if 0 < info.frames / info.samplerate < _MAX_SECONDS:
-            row["duration"] = info.frames / info.samplerate
+        # Broken audio is listed when it is used.
+        with suppress(AudioError):
+            row["duration"] = audio_seconds(_read_at(file, member.offset_data, member.size), name=member.name)
     return row
-
-
-class _Window:
-    """A stretch of a file as a file, for reading a header without the rest of a recording."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move, as in a file."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """The position in the stretch."""
-        return self._at
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes."""
-        content = _read_at(self._file, self._start + self._at, min(size, self._size - self._at))
-        self._at += len(content)
-        return content
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
