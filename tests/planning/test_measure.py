@@ -154,7 +154,8 @@ def test_encoders_of_every_family_are_measured(family: str, norm: str):
 def test_a_deep_model_is_measured_from_a_shallow_one(batch: MicroBatch, bf16: bool, grad_cp: bool):
     sizes = small(9, 256, 400)
     found, whole = learning(sizes, batch, bf16, grad_cp), measure._learning(sizes, batch, bf16, grad_cp)
-    assert found.peak == pytest.approx(whole.peak, rel=0.05)  # in "states", two moments after the layers are alike
+    # Within a phase the worst moment may change with the depth, where a layer takes next to nothing.
+    assert found.peak == pytest.approx(whole.peak, rel=0.05)
     names = ("kept", "forward", "backward", "launches")
     assert [getattr(found, name) for name in names] == [getattr(whole, name) for name in names]
 

@@ -25,8 +25,8 @@ from rwkv_speech.planning.sizes import EncoderSizes, MicroBatch, Sizes
 
 # Layers are alike from the second on: a deeper model costs what so many do, and the difference to one more for each.
 _FEW_LAYERS = 2
-# So are utterances, once the encoder's convolutions take them in several pieces, of so much audio, and the loss, too.
-_MANY_CHUNKS, _CHUNK_SECONDS = 16, 30.0
+# So are utterances, once the encoder's convolutions take them in pieces, of so many seconds, and the loss, too.
+_MANY_CHUNKS, _CHUNK_SECONDS = 4, 30.0
 # Tokens between two states that the GPU's backward kernel keeps.
 _KERNEL_TILE = 16
 # They copy an input that is not contiguous.
@@ -37,17 +37,15 @@ _COPYING = (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution)
 class Measured:
     """Of one pass over a micro batch; weights, their gradients and the optimizer's tensors are left out.
 
-    early     bytes of all tensors at the worst moment of the encoder's convolutions, or up to the end of the backward
-              pass of the last layer
-    late      the same from there on, since the two grow differently with layers and utterances
+    peaks     bytes of all tensors at the worst moment of each phase, since these grow differently: convolutions,
+              transformer; or forward pass, backward pass of the last layer, of the others, of what is before them
     kept      bytes kept for the backward pass
     forward   floating-point operations
     backward  those of the backward pass, with what it computes again
     launches  operations that a GPU is handed
     """
 
-    early: float
-    late: float
+    peaks: tuple[float, ...]
     kept: float
     forward: float
     backward: float
@@ -56,7 +54,7 @@ class Measured:
     @property
     def peak(self) -> float:
         """Bytes of all tensors at the worst moment."""
-        return max(self.early, self.late)
+        return max(self.peaks)
 
     @property
     def operations(self) -> float:
@@ -97,8 +95,13 @@ def _line(measure: Callable[[int], Measured], first: int, second: int, wanted: i
     """Measured at `wanted`, or where that lies beyond, on the straight line through two others."""
     if wanted <= second:
         return measure(wanted)
-    a, b = vars(measure(first)), vars(measure(second))
-    return Measured(**{name: a[name] + (b[name] - a[name]) * (wanted - first) / (second - first) for name in a})
+    a, b = measure(first), measure(second)
+
+    def at(x: float, y: float) -> float:
+        return x + (y - x) * (wanted - first) / (second - first)
+
+    names = ("kept", "forward", "backward", "launches")
+    return Measured(tuple(map(at, a.peaks, b.peaks)), *(at(getattr(a, name), getattr(b, name)) for name in names))
 
 
 @functools.cache
@@ -110,7 +113,8 @@ def _encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Measured:
         transformer: Any = model.model
         transformer.encoder.register_forward_pre_hook(meter.lap)
         model(data.waveforms, data.num_samples)
-    return Measured(meter.early, meter.peak, 0, meter.operations, 0, meter.launches)
+        meter.lap()
+    return Measured(tuple(meter.laps), 0, meter.operations, 0, meter.launches)
 
 
 @functools.cache
@@ -130,14 +134,16 @@ def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Mea
     with _Meter([*model.parameters(), *gradients]) as meter:
         for x in (data.waveforms, data.frames):
             meter.hold(x)
-        hook = model.lm.blocks[-1].register_forward_pre_hook(lap_behind)
+        hooks = [model.lm.blocks[layer].register_forward_pre_hook(lap_behind) for layer in (0, -1)]
         with torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda x: x):
             loss = model(data)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+        meter.lap()
         kept, forward = meter.kept(), meter.operations
         loss.backward()
-    backward = meter.operations - forward
-    return Measured(meter.early, meter.peak, kept, forward, backward, meter.launches)
+        meter.lap()
+    return Measured(tuple(meter.laps), kept, forward, meter.operations - forward, meter.launches)
 
 
 def _data(encoder: SpeechEncoder, batch: MicroBatch) -> Batch:
@@ -182,7 +188,8 @@ class _Meter(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self._held, self._living, self._kept = {_key(x) for x in held}, dict[int, int](), set[int]()
-        self.now = self.early = self.peak = self.operations = self.launches = 0
+        self.laps: list[int] = []
+        self.now = self.peak = self.operations = self.launches = 0
 
     def hold(self, x: Tensor | None) -> bool:
         """Count a tensor's storage until it is freed; False if it is counted already, or not to be."""
@@ -209,8 +216,9 @@ class _Meter(TorchDispatchMode):
         return sum(self._living.get(key, 0) for key in self._kept)
 
     def lap(self, *_: Any) -> None:
-        """As a hook: `early` becomes the peak so far, and a new one begins."""
-        self.early, self.peak = self.peak, self.now
+        """As a hook: the end of a phase."""
+        self.laps.append(self.peak)
+        self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

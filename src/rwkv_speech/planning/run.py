@@ -25,7 +25,7 @@ from rwkv_speech.planning.sizes import WAVLM_LARGE, EncoderSizes, Sizes, world_s
 from rwkv_speech.planning.tables import RunPlan
 from rwkv_speech.planning.time import DataPlan
 
-_MEASURED_SECONDS = 5.0
+_MEASURED_SECONDS = 3.0
 _BATCHES = 4
 # LibriSpeech's utterances.
 _MEAN_SECONDS, _LONGEST_SECONDS, _SHORTEST_SECONDS = 12.3, 35.0, 1.3
