@@ -14,6 +14,7 @@ def score_all(config: EvalConfig) -> None:
     import torch
     from tqdm import tqdm
 
+    from rwkv_speech.checks import before_evaluation
     from rwkv_speech.data.bad_files import BadFileLog
     from rwkv_speech.data.sources import open_source
     from rwkv_speech.devices import compute_of
@@ -22,6 +23,7 @@ def score_all(config: EvalConfig) -> None:
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.scoring.evaluate import evaluate, result_stem
 
+    before_evaluation(config)
     weights = "untrained" if config.untrained else find_checkpoint(config.checkpoint or config.proj_dir)
     specs = [spec for spec in config.eval_data.split(",") if spec]
     sources = [open_source(spec, audio_column=config.audio_column, text_column=config.text_column) for spec in specs]

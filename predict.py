@@ -1,6 +1,5 @@
 """Print what is said in audio files."""
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -17,31 +16,33 @@ def predict(config: PredictConfig) -> None:
     from tqdm import tqdm
 
     from rwkv_speech.batch import BadSample
+    from rwkv_speech.checks import audio_files, before_prediction
     from rwkv_speech.decoding.transcribe import length_note, transcribe
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
 
-    given = config.file_path
-    files = [given] if os.path.isfile(given) else [name for name in given.split(",") if name]
-    if not files:
-        raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
+    before_prediction(config)
+    files = audio_files(config)
     parts, compute = Parts.of(config), compute_of(config)
     model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
-    broken = []
+    num_broken = 0
     results = transcribe(model, files, config.micro_bsz, config.max_new_tokens, config.task)
     for number, result in tqdm(results, total=len(files), unit="file", disable=None if len(files) > 1 else True):
         name = files[number]
         if isinstance(result, BadSample):
-            broken.append(result.reason)
+            num_broken += 1
+            tqdm.write(f"error: {result.reason}", file=sys.stderr)
             continue
         tqdm.write(result.text if len(files) == 1 else f"{name}\t{result.text}")
         if result.cut:
             tqdm.write(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
         if note := length_note(model, [result.seconds]):
             tqdm.write(f"warning: {name}: {note}", file=sys.stderr)
-    if broken:
-        raise UserError("\n".join(broken))
+    if num_broken:
+        raise UserError(
+            f"--file_path: {num_broken} of {len(files)} files could not be read; the others' texts are above"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,8 @@ def with_own_folder(config: TrainConfig) -> TrainConfig:
 
 def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
-    # Imported here: wrong flags and --help are answered before torch is there.
+    # Imported here: wrong flags are answered before torch is there, other mistakes before Lightning is.
+    from rwkv_speech.checks import before_training
     from rwkv_speech.planning.memory import memory_advice
     from rwkv_speech.planning.run import is_from_sizes, plan_from_sizes, plan_run
 
@@ -33,6 +34,7 @@ def train(config: TrainConfig) -> None:
         print(plan_from_sizes(config).report())
         return
 
+    before_training(config)
     import pytorch_lightning as pl
     import torch
 
@@ -44,7 +46,6 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.training.data import make_datasets, open_train_and_valid
     from rwkv_speech.training.run import fit
 
-    config.check_strategy()
     config = with_own_folder(config)
     compute = compute_of(config, "cpu")
     sources = open_train_and_valid(config)

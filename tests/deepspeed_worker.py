@@ -16,6 +16,8 @@ import train
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
+from rwkv_speech import checks
+from rwkv_speech.devices import accelerator
 from rwkv_speech.training import run, strategies
 from rwkv_speech.training.resume import ResumePoints
 
@@ -78,6 +80,7 @@ class DyingPoints(ResumePoints):
 if __name__ == "__main__":
     # Shared memory between CPUs, which it would compile: gloo does.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    checks.check_devices = accelerator  # type: ignore[assignment]  # which does not refuse a CPU
     strategies.DeepSpeedStrategy = OnCPU  # type: ignore[misc]
     run.ResumePoints = DyingPoints  # type: ignore[misc]
     for given in json.loads(sys.argv[1]):

@@ -17,7 +17,7 @@ RANKS = [
     "devices tasks ops",
     "batch",
     "models data",
-    "decoding planning synthetic",
+    "decoding planning synthetic checks",
     "scoring",
     "reports serving",
     "training",

@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -36,11 +36,29 @@ DATA_FORMS = {
     "hf-stream:NAME:SPLIT": "read as it arrives: the whole of --train_data, with --epoch_steps",
 }
 ACCEPTED_FORMS = ", ".join(DATA_FORMS)
-TASK_FORM = ("[a-z][a-z0-9_]*", "a name of lower-case letters, digits and _, such as asr")
+TASK_FORM = (re.compile("[a-z][a-z0-9_]*").fullmatch, "a name of lower-case letters, digits and _, such as asr")
 GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "run")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
 _LARGEST_WHOLE_NUMBER = 2**31 - 1
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The comma-separated numbers of a flag; raises ValueError for anything else."""
+    return tuple(float(part) for part in text.split(",")) if text.strip() else ()
+
+
+def _are_factors(text: str) -> bool:
+    # Whole percents keep the filter that changes the speed small.
+    return all(0.5 <= x <= 2.0 and abs(100 * x - round(100 * x)) < 1e-6 for x in numbers(text))
+
+
+def _are_limits(text: str) -> bool:
+    found = numbers(text)
+    return len(found) == 2 and -100 <= found[0] <= found[1] <= 100
+
+
+_LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
 
 
 def flag(
@@ -52,12 +70,12 @@ def flag(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    form: tuple[str, str] | None = None,
+    form: tuple[Callable[[Any], object], str] | None = None,
     needs: str = "",
     resume: bool = False,
 ) -> Any:
     """One flag: its default, its help, what it may be (one of `choices`, in the range, or of a
-    `form`: a pattern and how it is said), the flag without which it has no effect, and whether a resumed
+    `form`: its test and how it is said), the flag without which it has no effect, and whether a resumed
     run may be given another value.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
@@ -95,7 +113,7 @@ class _DeviceFlags:
         "auto",
         "auto, cpu, cpu:N (processes), cuda, or the number of GPUs",
         form=(
-            "auto|cuda|cpu(:[1-9][0-9]{0,3})?|[1-9][0-9]{0,3}",
+            re.compile("auto|cuda|cpu(:[1-9][0-9]{0,3})?|[1-9][0-9]{0,3}").fullmatch,
             "auto, cpu, cpu:N (processes), cuda or a number of GPUs",
         ),
         resume=True,
@@ -124,6 +142,9 @@ class ModelConfig(_ModelFlags, _DeviceFlags):
             value = getattr(self, field.name)
             if value is not None and value != field.default and not _allowed(field, value):
                 raise UserError(_unexpected(field, value))
+
+    def check(self) -> None:
+        """Raises UserError for flags that contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +186,14 @@ class _TrainDataFlags(_ColumnFlags):
 @dataclass(frozen=True)
 class _AudioFlags:
     group: ClassVar[str] = "changes of the training audio"
-    speed: str = flag("", "factors of speed, one of which is drawn for each utterance and epoch, as in 0.9,1,1.1")
-    volume_db: str = flag("", "lowest and highest gain in dB, as in -10,6")
+    speed: str = flag(
+        "",
+        "factors of speed, one of which is drawn for each utterance and epoch, as in 0.9,1,1.1",
+        form=(_are_factors, "factors from 0.5 to 2 with two decimals at most, as in 0.9,1,1.1"),
+    )
+    volume_db: str = flag("", "lowest and highest gain in dB, as in -10,6", form=_LIMITS)
     noise_dir: str = flag("", "folder of audio files that are added as noise")
-    noise_snr_db: str = flag("5,30", "lowest and highest ratio of speech to noise in dB", needs="noise_dir")
+    noise_snr_db: str = flag("5,30", "lowest and highest signal-to-noise ratio in dB", form=_LIMITS, needs="noise_dir")
     time_masks: int = flag(0, "spans of each utterance that are silenced", at_least=0, at_most=100)
     time_mask_seconds: float = flag(0.2, "longest such span", above=0, below=60, needs="time_masks")
     freq_masks: int = flag(0, "bands of each utterance that are taken out", at_least=0, at_most=100)
@@ -244,7 +269,7 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
     )
     log_every: int = flag(10, "steps between two lines of the log", at_least=1, resume=True)
 
-    def check_strategy(self) -> None:
+    def check(self) -> None:
         """Raises UserError for what ranks would do each in its own time while the layers are shared out."""
         for name in ("valid_data", "feature_cache"):
             if self.strategy == "deepspeed_stage_3" and getattr(self, name):
@@ -268,6 +293,12 @@ class EvalConfig(_ColumnFlags, ModelConfig):
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
     seed: int = flag(1, "seed of the untrained weights", needs="untrained", at_least=0, at_most=2**32 - 1)
 
+    def check(self) -> None:
+        """Raises UserError for flags that contradict each other, or have no effect on one device."""
+        _check_one_device(self)
+        if self.untrained and self.checkpoint:
+            raise UserError("--checkpoint: has no effect with --untrained 1; leave one of them out")
+
 
 @dataclass(frozen=True)
 class PredictConfig(ModelConfig):
@@ -279,6 +310,18 @@ class PredictConfig(ModelConfig):
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
     max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
 
+    def check(self) -> None:
+        """Raises UserError for flags that have no effect on one device."""
+        _check_one_device(self)
+
+
+def _check_one_device(config: ModelConfig) -> None:
+    if config.device not in ("auto", "cpu", "cuda", "1"):
+        raise UserError(
+            f"--device: found {config.device!r}, expected auto, cpu or cuda: scores and texts are computed "
+            "on one device; leave it out for auto"
+        )
+
 
 def _kind(field: dataclasses.Field[Any]) -> type:
     """The type of a flag's value where it has one: int, float or str."""
@@ -287,20 +330,24 @@ def _kind(field: dataclasses.Field[Any]) -> type:
 
 
 def _allowed(field: dataclasses.Field[Any], value: Any) -> bool:
-    bounds = field.metadata["bounds"]
-    if field.metadata["choices"] is not None:
-        return value in field.metadata["choices"]
-    if field.metadata["form"] and not re.fullmatch(field.metadata["form"][0], value):
-        return False
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if isinstance(value, int) and bounds["at most"] is None and value > _LARGEST_WHOLE_NUMBER:
-        return False
+    facts = field.metadata
+    if facts["choices"] is not None:
+        return value in facts["choices"]
+    if facts["form"] is not None:
+        try:
+            return bool(facts["form"][0](value))
+        except ValueError:
+            return False
+    if isinstance(value, str):
+        return True
+    low, above, high, below = facts["bounds"].values()
+    most = _LARGEST_WHOLE_NUMBER if high is None and isinstance(value, int) else high
     return (
-        (bounds["at least"] is None or value >= bounds["at least"])
-        and (bounds["above"] is None or value > bounds["above"])
-        and (bounds["at most"] is None or value <= bounds["at most"])
-        and (bounds["below"] is None or value < bounds["below"])
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
     )
 
 
@@ -324,7 +371,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are the user's to mend, raised instead of printed."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument ").replace("expected one", "found no value, expected one"))
 
 
 Config = TypeVar("Config", bound=ModelConfig)
@@ -336,11 +383,16 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
 
     An empty value means the default, so that a script may leave a variable empty.
     """
-    found, rest = _parser(cls, description).parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
+    words = _joined(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        if "\0" in word or any("\ud800" <= character <= "\udfff" for character in word):
+            raise UserError(f"{word!r}: found bytes that are no text, expected UTF-8; rename the file or folder")
+    found, rest = _parser(cls, description).parse_known_args(words)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if rest:
         raise UserError(_unknown(rest[0], list(fields)))
     config = cls(**{name: _value(fields[name], text) for name, text in vars(found).items() if text})
+    config.check()
     for name in (name for name, text in vars(found).items() if text):
         needed = fields[name].metadata["needs"]
         if needed and not getattr(config, needed):

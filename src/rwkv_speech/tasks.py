@@ -1,6 +1,5 @@
 """Tasks: each has a learned initial state of its name, and may have a prompt."""
 
-import re
 from dataclasses import dataclass
 
 from rwkv_speech.config import TASK_FORM
@@ -22,6 +21,6 @@ KNOWN = {task.name: task for task in (Task("asr"),)}
 
 def task_named(name: str) -> Task:
     """The known task of that name, else a new one like speech recognition; raises UserError for what is no name."""
-    if not re.fullmatch(TASK_FORM[0], name):
+    if not TASK_FORM[0](name):
         raise UserError(f"task {name!r}: expected {TASK_FORM[1]}; known are {', '.join(KNOWN)}")
     return KNOWN.get(name) or Task(name)

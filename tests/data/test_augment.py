@@ -14,7 +14,6 @@ from rwkv_speech.data.augment import (
     add_noise,
     change_speed,
     change_volume,
-    numbers,
     silence,
     take_out_bands,
 )
@@ -164,30 +163,3 @@ def test_broken_noise_is_named(noise_dir: Path, tmp_path: Path):
     soundfile.write(noise_dir / "c.wav", np.zeros(10), 16_000)
     with pytest.raises(UserError, match=r"--noise_dir: .*c\.wav lasts 0\.001 s"):
         Augmenter(Augment(noise_dir=str(noise_dir)), 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"speed": (3.0,)}, "--speed: found 3,"),
-        ({"speed": (0.915,)}, "--speed: found 0.915,"),
-        ({"speed": (math.nan,)}, "--speed: found nan,"),
-        ({"volume_db": (1.0,)}, "--volume_db: found '1', expected two numbers"),
-        ({"volume_db": (6.0, -6.0)}, "--volume_db: found '6,-6'"),
-        ({"noise_snr_db": (math.nan, 1.0)}, "--noise_snr_db: found 'nan,1'"),
-        ({"time_masks": -1}, "--time_masks: found -1"),
-        ({"freq_masks": 1_000}, "--freq_masks: found 1000"),
-        ({"time_mask_seconds": 0.0}, "--time_mask_seconds: found 0"),
-        ({"freq_mask_hz": 9_000.0}, "--freq_mask_hz: found 9000"),
-    ],
-)
-def test_bad_settings_name_the_flag(settings: dict, message: str):
-    with pytest.raises(UserError, match=message):
-        Augment(**settings)
-
-
-def test_numbers_reads_a_flag():
-    assert numbers("0.9, 1,1.1", "--speed") == (0.9, 1.0, 1.1)
-    assert numbers(" ", "--speed") == ()
-    with pytest.raises(UserError, match="--speed: found '0.9;1'"):
-        numbers("0.9;1", "--speed")

@@ -208,7 +208,7 @@ def test_train_reports_a_bad_manifest_before_it_starts(
         ({"n_layer": 32}, "--n_layer: given 32"),
         ({"train_data": ""}, "--train_data: found nothing"),
         ({"separator": "ab"}, "--separator: 'ab' is 2 tokens"),
-        ({"load_model": "gone.pth"}, "gone.pth: no such file"),
+        ({"load_model": "gone.pth"}, "--load_model: no such file 'gone.pth'"),
         ({"init_from": "gone"}, "gone: found no trained weights there"),
     ],
 )

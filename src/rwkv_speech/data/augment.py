@@ -25,17 +25,9 @@ _TAPS, _BLOCK = 513, 4096
 _MIN_NOISE_SECONDS = 0.1
 
 
-def numbers(text: str, flag: str) -> tuple[float, ...]:
-    """Read a flag's comma-separated numbers, none if it is empty; raises UserError naming the flag."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError as error:
-        raise UserError(f"{flag}: found {text!r}, expected numbers separated by commas") from error
-
-
 @dataclass(frozen=True)
 class Augment:
-    """Which changes are made; all are off by default. Raises UserError naming the flag of a bad value.
+    """Which changes are made; all are off by default; config.py says what their numbers may be.
 
     speed             factors, one of which is drawn; 1.1 is faster, and higher in pitch
     volume_db         lowest and highest gain; what then exceeds full scale is clipped, as in a recording
@@ -54,38 +46,11 @@ class Augment:
     freq_masks: int = 0
     freq_mask_hz: float = 500.0
 
-    def __post_init__(self) -> None:
-        for factor in self.speed:
-            # Whole percents keep the resampling filter small.
-            if not 0.5 <= factor <= 2.0 or abs(100 * factor - round(100 * factor)) > 1e-6:
-                raise UserError(
-                    f"--speed: found {factor:g}, expected factors from 0.5 to 2 with two decimals at most, such as "
-                    "0.9,1,1.1"
-                )
-        if self.volume_db:
-            _check_range("--volume_db", self.volume_db)
-        _check_range("--noise_snr_db", self.noise_snr_db)
-        for flag, count in (("--time_masks", self.time_masks), ("--freq_masks", self.freq_masks)):
-            if not 0 <= count <= 100:
-                raise UserError(f"{flag}: found {count}, expected a number of masks from 0 to 100")
-        if not 0 < self.time_mask_seconds < 60:
-            raise UserError(f"--time_mask_seconds: found {self.time_mask_seconds:g}, expected above 0 and below 60")
-        if not 0 < self.freq_mask_hz <= SAMPLE_RATE / 2:
-            raise UserError(f"--freq_mask_hz: found {self.freq_mask_hz:g}, expected above 0 and at most 8000")
-
     @property
     def flags_on(self) -> list[str]:
         """The flags of the changes that are made."""
         names = ("speed", "volume_db", "noise_dir", "time_masks", "freq_masks")
         return [f"--{name}" for name in names if getattr(self, name)]
-
-
-def _check_range(flag: str, limits: tuple[float, ...]) -> None:
-    if len(limits) != 2 or not -100 <= limits[0] <= limits[1] <= 100:
-        raise UserError(
-            f"{flag}: found {','.join(f'{x:g}' for x in limits)!r}, expected two numbers, lowest and highest, "
-            "from -100 to 100 dB"
-        )
 
 
 class Augmenter:

@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from rwkv_speech.config import TrainConfig
-from rwkv_speech.data.augment import Augment, Augmenter, numbers
+from rwkv_speech.config import TrainConfig, numbers
+from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.source import Source
@@ -42,10 +42,10 @@ def _open(config: TrainConfig, spec: str) -> Source:
 def make_augmenter(config: TrainConfig) -> Augmenter | None:
     """The changes of the training audio that the flags ask for, None for none."""
     settings = Augment(
-        speed=numbers(config.speed, "--speed"),
-        volume_db=numbers(config.volume_db, "--volume_db"),
+        speed=numbers(config.speed),
+        volume_db=numbers(config.volume_db),
         noise_dir=config.noise_dir,
-        noise_snr_db=numbers(config.noise_snr_db, "--noise_snr_db"),
+        noise_snr_db=numbers(config.noise_snr_db),
         time_masks=config.time_masks,
         time_mask_seconds=config.time_mask_seconds,
         freq_masks=config.freq_masks,

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_speech.errors import UserError
-
 
 class Verdict(NamedTuple):
     """Whether to `keep` (write) the offered file, and which earlier ones to `drop` (delete) once it is written."""
@@ -18,12 +16,10 @@ class Verdict(NamedTuple):
 class BestK:
     """The k checkpoints of lowest WER; the earlier of two that are equal.
 
-    It only ever drops what it has kept, so nobody else's files are lost. Raises UserError for a k below 0.
+    It only ever drops what it has kept, so nobody else's files are lost.
     """
 
     def __init__(self, k: int) -> None:
-        if k < 0:
-            raise UserError(f"--keep_best: found {k}, expected 0 or more checkpoints to keep")
         self.k = k
         self._kept: list[tuple[float, Path]] = []  # in the order of the offers
 
@@ -52,16 +48,9 @@ class BestK:
 
 
 class EarlyStop:
-    """Says when the WER has not fallen by more than `min_delta` for `patience` validations; a patience of 0: never.
-
-    Raises UserError for values below 0.
-    """
+    """Says when the WER has not fallen by more than `min_delta` for `patience` validations; a patience of 0: never."""
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        if patience < 0:
-            raise UserError(f"--patience: found {patience}, expected a number of validations, or 0 to never stop early")
-        if not min_delta >= 0:
-            raise UserError(f"--min_delta: found {min_delta}, expected a difference in WER of 0 or more, such as 0.001")
         self.patience, self.min_delta = patience, min_delta
         self._best = math.inf
         self._waited = 0

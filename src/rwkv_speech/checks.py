@@ -1,0 +1,148 @@
+"""What can be known to be wrong with the flags before any data set or model is opened."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from rwkv_speech import tiny
+from rwkv_speech.config import ACCEPTED_FORMS, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.data.source import split_weight
+from rwkv_speech.devices import accelerator
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
+
+_NOT_ON_DISK = ("hf", "hf-stream", "librispeech", "tar")
+
+
+def before_training(config: TrainConfig) -> None:
+    """Raises UserError for devices, packages, files or folders that the run would miss later."""
+    check_devices(config)
+    for flag, given, package in (
+        ("strategy", config.strategy.startswith("deepspeed"), "deepspeed"),
+        ("wandb", bool(config.wandb), "wandb"),
+    ):
+        if given and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--{flag}: found {getattr(config, flag)!r} without the package {package}, expected it to be "
+                f"installed; leave the flag out, or run: pip install {package}"
+            )
+    _check_model_files(config)
+    if config.init_from:
+        find_checkpoint(config.init_from)
+    if not config.train_data and not config.plan:
+        raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
+    _check_data("train_data", config.train_data)
+    _check_data("valid_data", config.valid_data)
+    _check_columns(config, _items("train_data", config.train_data) + _items("valid_data", config.valid_data))
+    if config.noise_dir and not Path(config.noise_dir).is_dir():
+        raise UserError(f"--noise_dir: no such folder {config.noise_dir!r}; expected a folder of audio files")
+    for flag in ("proj_dir", "feature_cache") if not config.plan else ():
+        _check_folder(flag, getattr(config, flag))
+
+
+def before_evaluation(config: EvalConfig) -> None:
+    """Raises UserError for a device, files or folders that evaluation would miss later, and flags without effect."""
+    check_devices(config)
+    if not config.untrained:
+        _check_checkpoint(config, config.checkpoint)
+    _check_model_files(config)
+    _check_data("eval_data", config.eval_data)
+    _check_columns(config, _items("eval_data", config.eval_data))
+    _check_folder("proj_dir", config.proj_dir)
+
+
+def before_prediction(config: PredictConfig) -> None:
+    """Raises UserError for a device or files that prediction would miss later, and flags without effect."""
+    check_devices(config)
+    names = audio_files(config)
+    _check_checkpoint(config, config.checkpoint)
+    _check_model_files(config)
+    if not any(map(os.path.exists, names)):
+        raise UserError(f"--file_path: no such file {names[0]!r}; expected audio files separated by commas")
+
+
+def audio_files(config: PredictConfig) -> list[str]:
+    """The names in --file_path, which may itself be one with a comma; raises UserError if there are none."""
+    if not config.file_path:
+        raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
+    return [config.file_path] if os.path.isfile(config.file_path) else _items("file_path", config.file_path)
+
+
+def check_devices(config: ModelConfig) -> None:
+    """Raises UserError if the devices are not here, or the flags ask for what they cannot do."""
+    if accelerator(config)[0] == "gpu":
+        return
+    for flag, found in (("strategy", getattr(config, "strategy", "auto")), ("wkv6", config.wkv6)):
+        if found.startswith("deepspeed") or found in ("steps", "tiles"):
+            raise UserError(
+                f"--{flag}: found {found!r} on a CPU, expected a GPU; leave it out, or name GPUs with --device"
+            )
+
+
+def _check_model_files(config: ModelConfig) -> None:
+    for flag in ("load_model", "vocab_file"):
+        given = getattr(config, flag)
+        if given and given != tiny.NAME and not Path(given).is_file():
+            raise UserError(f"--{flag}: no such file {given!r}; put it there, or give the right path")
+    looks_like_a_path = config.encoder.startswith((".", "/", "~")) or config.encoder.count("/") > 1
+    if (looks_like_a_path or Path(config.encoder).is_file()) and not Path(config.encoder).is_dir():
+        raise UserError(
+            f"--encoder: no such folder {config.encoder!r}; give a folder, or an id such as microsoft/wavlm-large"
+        )
+
+
+def _check_checkpoint(config: EvalConfig | PredictConfig, checkpoint: str) -> None:
+    """A checkpoint that is not there; flags that an own one, which states its sizes, makes useless."""
+    if checkpoint and not Path(checkpoint).exists():
+        raise UserError(f"--checkpoint: no such file or folder {checkpoint!r}; give trained weights or a run's folder")
+    path = find_checkpoint(checkpoint or config.proj_dir)
+    for flag, given in (("stack", config.stack), ("adapter_hidden", config.adapter_hidden),
+                        ("separator", config.separator != ModelConfig.separator)):  # fmt: skip
+        if given and load_trained(path).parts is not None:
+            raise UserError(
+                f"--{flag}: has no effect, for {path} states what it was trained with; leave it out (only published "
+                ".pth files need it)"
+            )
+
+
+def _items(flag: str, text: str) -> list[str]:
+    found = [item.strip() for item in text.split(",")] if text else []
+    if not all(found):
+        raise UserError(f"--{flag}: found an empty name in {text!r}, expected names separated by single commas")
+    return found
+
+
+def _check_data(flag: str, text: str) -> None:
+    """Names that are no form of data, and files and folders that are not there."""
+    for item in _items(flag, text):
+        spec = split_weight(item)[0] if flag == "train_data" else item
+        start, colon, _ = spec.rpartition(":")
+        if (colon and spec.split(":")[0] in _NOT_ON_DISK) or Path(spec).exists() or (colon and Path(start).exists()):
+            continue
+        raise UserError(f"--{flag}: no such file or folder {spec!r}; expected one of: {ACCEPTED_FORMS}")
+
+
+def _check_columns(config: TrainConfig | EvalConfig, specs: list[str]) -> None:
+    """Columns are those of Hugging Face datasets: on the hub, or folders."""
+    if specs and all(Path(spec).is_file() or spec.startswith("tar:") for spec in specs):
+        for flag in ("audio_column", "text_column"):
+            if getattr(config, flag) != getattr(EvalConfig, flag):
+                raise UserError(
+                    f"--{flag}: has no effect on {specs[0]}, which is no Hugging Face dataset; leave it out"
+                )
+
+
+def _check_folder(flag: str, folder: str) -> None:
+    """Write to a folder, or to the one in which it will be made."""
+    if not folder:
+        return
+    path = Path(folder).absolute()
+    try:
+        there = next(found for found in (path, *path.parents) if found.exists())
+        with tempfile.NamedTemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(
+            f"--{flag}: {folder!r} cannot be written to ({error.strerror}), expected a folder, new or not; give another"
+        ) from error

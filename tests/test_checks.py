@@ -1,0 +1,51 @@
+"""What the checks let pass; tests/journeys/test_mistakes.py holds what they refuse."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_speech.checks import audio_files, before_training, check_devices
+from rwkv_speech.config import ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.errors import UserError
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").touch()
+    return tmp_path / "a.jsonl"
+
+
+def test_before_training_leaves_nothing_behind(manifest: Path, tmp_path: Path):
+    folder = tmp_path / "new" / "run"
+    before_training(TrainConfig(device="cpu", train_data=f"{manifest}@2,{manifest}", proj_dir=str(folder)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["hf:a/b:train", "hf:a/b:c:train[:1%]", "librispeech:test-clean", "tar:a-{000..009}.tar", "hf-stream:a:train", "."],
+)
+def test_before_training_opens_no_data(spec: str, tmp_path: Path):
+    before_training(TrainConfig(device="cpu", train_data=spec, proj_dir=str(tmp_path)))
+
+
+def test_a_plan_needs_no_folder(manifest: Path):
+    before_training(TrainConfig(device="cpu", train_data=str(manifest), proj_dir=f"{manifest}/run", plan=1))
+    with pytest.raises(UserError, match="--proj_dir: .* cannot be written to"):
+        before_training(TrainConfig(device="cpu", train_data=str(manifest), proj_dir=f"{manifest}/run"))
+
+
+def test_what_runs_on_a_gpu_is_refused_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for wanted in ({"wkv6": "tiles"}, {"strategy": "deepspeed_stage_2"}):
+        check_devices(TrainConfig(device="auto", **wanted))
+        with pytest.raises(UserError, match="on a CPU, expected a GPU"):
+            check_devices(TrainConfig(device="cpu", **wanted))
+    check_devices(ModelConfig(device="cpu", wkv6="torch"))
+
+
+def test_audio_files_may_hold_a_comma(tmp_path: Path):
+    (tmp_path / "a,b.wav").touch()
+    assert audio_files(PredictConfig(file_path=str(tmp_path / "a,b.wav"))) == [str(tmp_path / "a,b.wav")]
+    assert audio_files(PredictConfig(file_path="a.wav, b.wav")) == ["a.wav", "b.wav"]
