@@ -64,6 +64,10 @@ stray => 'stray': found a word that belongs to no flag
 --n_layer 24 => --n_layer: given 24, but tiny has 3
 --grad_cp 2 => --grad_cp: found 2, expected one of 0, 1
 --plan yes => --plan: found 'yes', expected one of 0, 1
+--plan 1 --plan_hours 0 => --plan_hours: found 0.0
+--plan_hours 5 => --plan_hours: found without --plan
+--plan 1 --ctx_len 5 => --ctx_len
+--plan 1 --train_data= => --train_data
 --resume maybe => --resume: found 'maybe', expected one of yes, no
 --precision fp16 => --precision: found 'fp16'
 --lr_schedule linear => --lr_schedule: found 'linear', expected one of cosine, constant
