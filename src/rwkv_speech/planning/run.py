@@ -135,12 +135,19 @@ def _data_plan(config: TrainConfig, durations: Any, parts: Any) -> DataPlan:
 
 
 def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> float:
-    """Seconds of one micro batch, forward and backward, on the first device."""
+    """Seconds of one micro batch, forward and backward, on the first device; raises UserError if none can be used."""
     device = torch_device(config)
     model.to(device)
     model.lm.grad_cp = bool(config.grad_cp)
     loader = data.loader(Cut(config.micro_bsz, config.batch_seconds, config.seed))
-    batches = itertools.cycle([batch.to(device) for (batch,) in itertools.islice(loader, _BATCHES) if len(batch)])
+    first = [batch for (batch,) in itertools.islice(loader, _BATCHES)]
+    if not any(map(len, first)):
+        reasons = [f"{sample.id}: {sample.reason}" for batch in first for sample in batch.bad]
+        raise UserError(
+            f"--train_data: none of the first {len(reasons)} utterances can be used ({reasons[0]}); mend them, or "
+            f"give a larger --ctx_len than {config.ctx_len}"
+        )
+    batches = itertools.cycle([batch.to(device) for batch in first if len(batch)])
 
     def step() -> None:
         with autocast(device.type, compute_of(config).lm_dtype == torch.bfloat16):
