@@ -28,10 +28,10 @@ def train(config: TrainConfig) -> None:
     # Imported here: wrong flags are answered before torch is there, other mistakes before Lightning is.
     from rwkv_speech.checks import before_training
     from rwkv_speech.planning.memory import memory_advice
-    from rwkv_speech.planning.run import is_from_sizes, plan_from_sizes, plan_run
+    from rwkv_speech.planning.run import is_from_sizes, plan_run
 
     if config.plan and is_from_sizes(config):
-        print(plan_from_sizes(config).report())
+        print(plan_run(config).report())
         return
 
     before_training(config)

@@ -16,7 +16,7 @@ from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
 from rwkv_speech.planning import measure
-from rwkv_speech.planning.measure import encoding, learning
+from rwkv_speech.planning.measure import Measured, encoding, learning
 from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, EncoderSizes, MicroBatch, Sizes
 
 TINY_ENCODER = EncoderSizes.of(make_model("wavlm", "layer", "seven").config)
@@ -148,25 +148,28 @@ def test_encoders_of_every_family_are_measured(family: str, norm: str):
     assert found.peak > 3 * 4 * 32_000 and found.forward > 2 * 3 * 99 * sum(p.numel() for p in model.parameters())
 
 
+def whole_of(numbers: measure.Numbers) -> Measured:
+    return Measured._make([*numbers[:4], max(numbers[4:])])
+
+
 @pytest.mark.parametrize("grad_cp", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("batch", [MicroBatch(3, 4.0, 20), MicroBatch(2, 1.0, 2)], ids=["activations", "states"])
 def test_a_deep_model_is_measured_from_a_shallow_one(batch: MicroBatch, bf16: bool, grad_cp: bool):
     sizes = small(9, 256, 400)
-    found, whole = learning(sizes, batch, bf16, grad_cp), measure._learning(sizes, batch, bf16, grad_cp)
+    found, whole = learning(sizes, batch, bf16, grad_cp), whole_of(measure._learning(sizes, batch, bf16, grad_cp))
     # Within a phase the worst moment may change with the depth, where a layer takes next to nothing.
     assert found.peak == pytest.approx(whole.peak, rel=0.05)
-    names = ("kept", "forward", "backward", "launches")
-    assert [getattr(found, name) for name in names] == [getattr(whole, name) for name in names]
+    assert found[:4] == whole[:4]
 
 
 def test_a_large_batch_is_measured_from_small_ones():
     sizes, batch = small(2, 128, 400), MicroBatch(50, 20.0, 30)
-    found, whole = learning(sizes, batch, True, False), measure._learning(sizes, batch, True, False)
+    found, whole = learning(sizes, batch, True, False), whole_of(measure._learning(sizes, batch, True, False))
     assert (found.kept, found.peak) == pytest.approx((whole.kept, whole.peak), rel=0.001)
     assert found.operations == pytest.approx(whole.operations, rel=0.001)
     encoder = EncoderSizes.of(make_model("wavlm", "layer", "seven").config)
-    frozen, all_of_it = encoding(encoder, batch, True), measure._encoding(encoder, batch, True)
+    frozen, all_of_it = encoding(encoder, batch, True), whole_of(measure._encoding(encoder, batch, True))
     assert (frozen.peak, frozen.forward) == pytest.approx((all_of_it.peak, all_of_it.forward), rel=0.001)
 
 

@@ -62,7 +62,8 @@ def test_strategies_share_out_what_they_share():
         for name, ranks in (("auto", 1), ("ddp", 8), *((f"deepspeed_stage_{stage}", 8) for stage in (1, 2, 3)))
     )
     trained = PUBLISHED.trained
-    assert part(ddp, "gradients").bytes == 2 * part(alone, "gradients").bytes == 8 * trained
+    assert part(ddp, "gradients").bytes == part(alone, "gradients").bytes == 4 * trained
+    assert [part(x, "gradient buckets").bytes for x in (alone, ddp, one)] == [0, 4 * trained, 1e8]
     assert part(one, "AdamW moments").bytes == pytest.approx(12 / 8 * trained)
     assert part(one, "gradients").bytes == 8 * part(two, "gradients").bytes == 4 * trained
     assert part(three, "trained weights").bytes == pytest.approx(part(two, "trained weights").bytes / 8)

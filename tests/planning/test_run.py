@@ -51,10 +51,13 @@ def test_a_plan_without_the_model_takes_the_data_s_durations(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([*SIZES, "--plan_hours", "9", "--train_data", "x.jsonl"], "--plan_hours: found with --train_data"),
+        (
+            [*SIZES, "--plan_hours", "9", "--train_data", "x.jsonl"],
+            "found 9.0 with --train_data 'x.jsonl', expected one",
+        ),
         (["--plan", "1", "--n_layer", "2", "--n_embd", "100", "--plan_hours", "9"], "--n_embd: found 100"),
         (["--plan", "1", "--load_model", "missing.pth", "--plan_hours", "9"], "missing.pth: no such file"),
-        (SIZES, "--train_data: found nothing, expected data, or --plan_hours"),
+        (SIZES, "--plan_hours: found None with --train_data '', expected one of the two"),
         (["--plan", "1", "--load_model", "tiny", "--n_layer", "9", "--plan_hours", "9"], "--n_layer: given 9"),
         (["--plan_hours", "9"], "--plan_hours"),
         (["--plan", "1", "--plan_hours", "0"], "--plan_hours: found 0.0"),

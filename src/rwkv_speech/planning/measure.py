@@ -5,10 +5,12 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
@@ -26,35 +28,21 @@ from rwkv_speech.planning.sizes import EncoderSizes, MicroBatch, Sizes
 # Layers are alike from the second on: a deeper model costs what so many do, and the difference to one more for each.
 _FEW_LAYERS = 2
 # So are utterances, once the encoder's convolutions take them in pieces, of so many seconds, and the loss, too.
-_MANY_CHUNKS, _CHUNK_SECONDS = 4, 30.0
+_SOME_CHUNKS, _CHUNK_SECONDS = 4, 30.0
 # Tokens between two states that the GPU's backward kernel keeps.
 _KERNEL_TILE = 16
 # They copy an input that is not contiguous.
 _COPYING = (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of one pass over a micro batch; weights, their gradients and the optimizer's tensors are left out.
+class Measured(NamedTuple):
+    """Of one pass over a micro batch; weights, their gradients and the optimizer's tensors are left out."""
 
-    peaks     bytes of all tensors at the worst moment of each phase, since these grow differently: convolutions,
-              transformer; or forward pass, backward pass of the last layer, of the others, of what is before them
-    kept      bytes kept for the backward pass
-    forward   floating-point operations
-    backward  those of the backward pass, with what it computes again
-    launches  operations that a GPU is handed
-    """
-
-    peaks: tuple[float, ...]
-    kept: float
-    forward: float
-    backward: float
-    launches: float
-
-    @property
-    def peak(self) -> float:
-        """Bytes of all tensors at the worst moment."""
-        return max(self.peaks)
+    kept: float  # bytes kept for the backward pass
+    forward: float  # floating-point operations
+    backward: float  # the same, with what is computed again
+    launches: float  # operations that a GPU is handed
+    peak: float  # bytes of all tensors at the worst moment
 
     @property
     def operations(self) -> float:
@@ -62,50 +50,51 @@ class Measured:
         return self.forward + self.backward
 
 
+# The first four of Measured, and the peak of each phase, since these grow differently with layers and utterances: of
+# convolutions, transformer; or of the forward pass, the backward pass of the last layer, the others, the adapter.
+Numbers = NDArray[np.float64]
+
+
 def encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Measured:
     """The frozen encoder on a GPU, from waveforms to frames."""
-    return _of_any_size(
-        lambda layers, utterances: _encoding(encoder.cut(layers), replace(batch, utterances=utterances), bf16),
-        encoder.config.num_hidden_layers,
-        batch,
-    )
+
+    def measure(layers: int, utterances: int) -> Numbers:
+        return _encoding(encoder.cut(layers), replace(batch, utterances=utterances), bf16)
+
+    return _of_any_size(measure, encoder.config.num_hidden_layers, batch)
 
 
 def learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Measured:
     """Adapter and language model on a GPU, forwards and backwards, from the encoder's frames on."""
 
-    def measure(layers: int, utterances: int) -> Measured:
+    def measure(layers: int, utterances: int) -> Numbers:
         cut = replace(sizes, lm=replace(sizes.lm, n_layer=layers), encoder=sizes.encoder.cut(1))
         return _learning(cut, replace(batch, utterances=utterances), bf16, grad_cp)
 
     return _of_any_size(measure, sizes.lm.n_layer, batch)
 
 
-def _of_any_size(measure: Callable[[int, int], Measured], layers: int, batch: MicroBatch) -> Measured:
+def _of_any_size(measure: Callable[[int, int], Numbers], layers: int, batch: MicroBatch) -> Measured:
     """What `measure` finds, from a small model and a small batch where both are large."""
-    many = _MANY_CHUNKS * max(1, int(_CHUNK_SECONDS / batch.seconds))
+    some = _SOME_CHUNKS * max(1, int(_CHUNK_SECONDS / batch.seconds))
 
-    def of_layers(utterances: int) -> Measured:
+    def of_layers(utterances: int) -> Numbers:
         return _line(lambda n: measure(n, utterances), _FEW_LAYERS, _FEW_LAYERS + 1, layers)
 
-    return _line(of_layers, many, 2 * many, batch.utterances)
+    numbers = _line(of_layers, some, 2 * some, batch.utterances).tolist()
+    return Measured._make([*numbers[:4], max(numbers[4:])])
 
 
-def _line(measure: Callable[[int], Measured], first: int, second: int, wanted: int) -> Measured:
+def _line(measure: Callable[[int], Numbers], first: int, second: int, wanted: int) -> Numbers:
     """Measured at `wanted`, or where that lies beyond, on the straight line through two others."""
     if wanted <= second:
         return measure(wanted)
     a, b = measure(first), measure(second)
-
-    def at(x: float, y: float) -> float:
-        return x + (y - x) * (wanted - first) / (second - first)
-
-    names = ("kept", "forward", "backward", "launches")
-    return Measured(tuple(map(at, a.peaks, b.peaks)), *(at(getattr(a, name), getattr(b, name)) for name in names))
+    return a + (b - a) * (wanted - first) / (second - first)
 
 
 @functools.cache
-def _encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Measured:
+def _encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Numbers:
     model = encoder.build(bf16)
     data = _data(model, batch)
     with _Meter(model.parameters()) as meter, _EncoderOnGpu():
@@ -114,11 +103,11 @@ def _encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Measured:
         transformer.encoder.register_forward_pre_hook(meter.lap)
         model(data.waveforms, data.num_samples)
         meter.lap()
-    return Measured(tuple(meter.laps), 0, meter.operations, 0, meter.launches)
+    return np.array([0, meter.operations, 0, meter.launches, *meter.laps])
 
 
 @functools.cache
-def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Measured:
+def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Numbers:
     model = sizes.build(bf16)
     model.lm.grad_cp = grad_cp
     for part in (model.adapter, *model.lm.blocks, model.lm.ln_out, model.lm.head) if bf16 else ():
@@ -132,8 +121,8 @@ def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Mea
         inputs[0].register_hook(meter.lap)
 
     with _Meter([*model.parameters(), *gradients]) as meter:
-        for x in (data.waveforms, data.frames):
-            meter.hold(x)
+        meter.hold(data.waveforms)
+        meter.hold(data.frames)
         hooks = [model.lm.blocks[layer].register_forward_pre_hook(lap_behind) for layer in (0, -1)]
         with torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda x: x):
             loss = model(data)
@@ -143,7 +132,7 @@ def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Mea
         kept, forward = meter.kept(), meter.operations
         loss.backward()
         meter.lap()
-    return Measured(tuple(meter.laps), kept, forward, meter.operations - forward, meter.launches)
+    return np.array([kept, forward, meter.operations - forward, meter.launches, *meter.laps])
 
 
 def _data(encoder: SpeechEncoder, batch: MicroBatch) -> Batch:

@@ -96,10 +96,7 @@ def _frozen(sizes: Sizes, setup: Setup) -> tuple[Part, ...]:
     note = f"1/{sharded} of them: stage 3 shards the frozen weights, too" if sharded > 1 else ""
     lm = sizes.parameters["lm"] * _width(setup.bf16)
     encoder = sizes.parameters["encoder"] * _width(setup.encoder_bf16)
-    parts = [
-        Part("language model, frozen", lm / sharded, note),
-        Part("encoder, frozen", encoder / sharded, note),
-    ]
+    parts = [Part("language model, frozen", lm / sharded, note), Part("encoder, frozen", encoder / sharded, note)]
     if sharded > 1:
         gathered = min(_GATHERED, sizes.parameters["lm"] + sizes.parameters["encoder"]) * _width(setup.bf16)
         parts.append(Part("gathered weights", gathered, "what stage 3 fetches ahead, at most 1e9 parameters"))
@@ -107,21 +104,15 @@ def _frozen(sizes: Sizes, setup: Setup) -> tuple[Part, ...]:
 
 
 def _trained(sizes: Sizes, setup: Setup) -> tuple[Part, ...]:
-    trained, stage, ranks = sizes.trained, setup.zero_stage(), setup.ranks
-    if not stage:
-        # Between several ranks, gradients are gathered in buckets of the same size.
-        gradients = 8 if ranks > 1 else 4
-        return (
-            Part("trained weights", 4 * trained, "adapter and initial state in float32"),
-            Part("gradients", gradients * trained, "with their buckets" if ranks > 1 else ""),
-            Part("AdamW moments", 8 * trained, "two in float32"),
-        )
-    # DeepSpeed works on a copy of the weights.
+    trained, stage, ranks = 4 * sizes.trained, setup.zero_stage(), setup.ranks
+    moments = f"1/{ranks} of two in float32 and a copy of the weights" if stage else "two in float32"
+    # Between several ranks, gradients are gathered in buckets: of the same size, or of DeepSpeed's.
+    buckets = 4 * REDUCE_BUCKET if stage else trained * (ranks > 1)
     return (
-        Part("trained weights", 4 * trained / (ranks if stage == 3 else 1), "adapter and initial state in float32"),
-        Part("gradients", 4 * trained / (ranks if stage >= 2 else 1)),
-        Part("AdamW moments", 12 * trained / ranks, f"and a copy of the weights, 1/{ranks} of them"),
-        Part("gradient bucket", 4 * REDUCE_BUCKET, "DeepSpeed's, float32"),
+        Part("trained weights", trained / (ranks if stage == 3 else 1), "adapter and initial state in float32"),
+        Part("gradients", trained / (ranks if stage >= 2 else 1)),
+        Part("gradient buckets", buckets),
+        Part("AdamW moments", (3 / ranks if stage else 2) * trained, moments),
     )
 
 

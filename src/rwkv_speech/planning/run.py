@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from torch.utils.benchmark import Timer
 from rwkv_speech import tiny
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
-from rwkv_speech.data.epoch import Cut
-from rwkv_speech.data.source import parts_of
+from rwkv_speech.data.epoch import Cut, Floats
+from rwkv_speech.data.source import Part, parts_of
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.devices import accelerator, autocast, compute_of, torch_device
 from rwkv_speech.errors import UserError
@@ -37,41 +36,49 @@ def is_from_sizes(config: TrainConfig) -> bool:
 
 
 def _has_model(config: TrainConfig) -> bool:
-    if config.n_layer is None or config.n_embd is None or config.load_model == tiny.NAME:
-        return True
-    return Path(config.load_model).is_file()
+    sizes_are_given = config.n_layer is not None and config.n_embd is not None and config.load_model != tiny.NAME
+    return not sizes_are_given or Path(config.load_model).is_file()
 
 
-def plan_from_sizes(config: TrainConfig) -> RunPlan:
-    """As `plan_run`, from sizes instead of the model, and from --plan_hours where it is given instead of data."""
+def plan_run(config: TrainConfig, model: SpeechLM | None = None, data: SpeechDataset | None = None) -> RunPlan:
+    """Parameters, memory, steps and time of this run; with model and data a few micro batches are computed, if it is
+    this machine's. Without them the flags say what they would be. Raises UserError where these do not.
+    """
     notes: list[str] = []
+    compute, (kind, devices) = compute_of(config, "meta"), accelerator(config)
+    here = kind == "cpu" or devices <= torch.cuda.device_count()
+    setup = Setup(
+        bf16=compute.lm_dtype == torch.bfloat16,
+        encoder_bf16=compute.encoder_dtype == torch.bfloat16,
+        cached_frames=bool(config.feature_cache),
+        grad_cp=bool(config.grad_cp),
+        strategy=config.strategy,
+        ranks=devices * config.num_nodes,
+        accumulate=config.accumulate,
+    )
+    sizes = _sizes(config, model, notes)
+    durations, weights = (data.durations(), data.parts()) if data else _durations(config, notes)
+    cut = (config.micro_bsz, config.batch_seconds, config.ctx_len, config.epoch_count, config.epoch_steps)
+    measured = config.accumulate * _measured(config, model, data) if model and data and here else None
+    return RunPlan(sizes, setup, DataPlan(durations, *cut, weights), measured=measured, notes=tuple(notes))
+
+
+def _sizes(config: TrainConfig, model: SpeechLM | None, notes: list[str]) -> Sizes:
     parts = Parts.of(config)
-    if _has_model(config):
-        parts = parts.filled()
-        lm = RWKV6Sizes.of(open_base(parts.base_file()).tensors, parts.base_file())
-        check_sizes(parts, lm)
+    if model:
+        parts, lm, encoder = model.parts.filled(), model.lm.sizes, EncoderSizes.of(model.encoder.model.config)
     else:
-        assert config.n_layer is not None and config.n_embd is not None
-        lm = world_sizes(config.n_layer, config.n_embd)
-        parts = replace(parts, load_model=parts.load_model or "the base model").filled()
-        notes.append(f"{parts.load_model} is not here: planned from --n_layer {lm.n_layer} and --n_embd {lm.C}")
-    encoder = _encoder_sizes(parts.encoder_name(), notes)
+        if _has_model(config):
+            parts = parts.filled()
+            lm = RWKV6Sizes.of(open_base(parts.base_file()).tensors, parts.base_file())
+            check_sizes(parts, lm)
+        else:
+            lm = world_sizes(config.n_layer or 0, config.n_embd or 0)
+            parts = replace(parts, load_model=parts.load_model or "the base model").filled()
+            notes.append(f"{parts.load_model} is not here: planned from --n_layer {lm.n_layer} and --n_embd {lm.C}")
+        encoder = _encoder_sizes(parts.encoder_name(), notes)
     assert parts.stack is not None and parts.adapter_hidden is not None
-    sizes = Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
-    if config.plan_hours is None and not config.train_data:
-        raise UserError("--train_data: found nothing, expected data, or --plan_hours for a plan without")
-    if config.plan_hours is None:
-        source = open_sources(config.train_data, audio_column=config.audio_column, text_column=config.text_column)
-        data = _data_plan(config, source.durations(), parts_of(source))
-    elif config.train_data:
-        raise UserError("--plan_hours: found with --train_data, expected one of the two; leave one out")
-    else:
-        data = _data_plan(config, _read_speech(config.plan_hours), None)
-        notes.append(
-            f"{config.plan_hours:g} h of audio are assumed, in utterances of {_MEAN_SECONDS} s on average and "
-            f"{_LONGEST_SECONDS:g} s at most, as in LibriSpeech"
-        )
-    return RunPlan(sizes, _setup(config), data, notes=tuple(notes))
+    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
 
 
 def _encoder_sizes(name: str | Path, notes: list[str]) -> EncoderSizes:
@@ -84,54 +91,23 @@ def _encoder_sizes(name: str | Path, notes: list[str]) -> EncoderSizes:
         return WAVLM_LARGE
 
 
-def _read_speech(hours: float) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Durations from the shortest up, evenly spread, and the longest once."""
-    count = max(1, round(3600 * hours / _MEAN_SECONDS))
+def _durations(config: TrainConfig, notes: list[str]) -> tuple[Floats, list[Part]]:
+    """Those of --train_data; or --plan_hours of them from the shortest up, evenly spread, and the longest once."""
+    if (config.plan_hours is None) == (not config.train_data):
+        raise UserError(
+            f"--plan_hours: found {config.plan_hours} with --train_data {config.train_data!r}, expected one of the two"
+        )
+    if config.plan_hours is None:
+        source = open_sources(config.train_data, audio_column=config.audio_column, text_column=config.text_column)
+        return source.durations(), parts_of(source)
+    count = max(1, round(3600 * config.plan_hours / _MEAN_SECONDS))
     durations = np.linspace(_SHORTEST_SECONDS, 2 * _MEAN_SECONDS - _SHORTEST_SECONDS, count, dtype=np.float32)
     durations[-1] = _LONGEST_SECONDS
-    return durations
-
-
-def plan_run(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> RunPlan:
-    """Parameters, memory, steps and time of this run; a few micro batches are computed, if it is this machine's."""
-    kind, devices = accelerator(config)
-    here = kind == "cpu" or devices <= torch.cuda.device_count()
-    return RunPlan(
-        Sizes(
-            model.lm.sizes,
-            EncoderSizes.of(model.encoder.model.config),
-            model.parts.stack or 5,
-            model.parts.adapter_hidden or 2048,
-        ),
-        _setup(config),
-        _data_plan(config, data.durations(), data.parts()),
-        measured=config.accumulate * _measured(config, model, data) if here else None,
+    notes.append(
+        f"{config.plan_hours:g} h of audio are assumed, in utterances of {_MEAN_SECONDS} s on average and "
+        f"{_LONGEST_SECONDS:g} s at most, as in LibriSpeech"
     )
-
-
-def _setup(config: TrainConfig) -> Setup:
-    compute = compute_of(config, "meta")
-    return Setup(
-        bf16=compute.lm_dtype == torch.bfloat16,
-        encoder_bf16=compute.encoder_dtype == torch.bfloat16,
-        cached_frames=bool(config.feature_cache),
-        grad_cp=bool(config.grad_cp),
-        strategy=config.strategy,
-        ranks=accelerator(config)[1] * config.num_nodes,
-        accumulate=config.accumulate,
-    )
-
-
-def _data_plan(config: TrainConfig, durations: Any, parts: Any) -> DataPlan:
-    return DataPlan(
-        durations,
-        config.micro_bsz,
-        config.batch_seconds,
-        config.ctx_len,
-        config.epoch_count,
-        config.epoch_steps,
-        parts,
-    )
+    return durations, [Part(count)]
 
 
 def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> float:
