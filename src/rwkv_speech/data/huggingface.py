@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub.utils import logging as hub_logging
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from rwkv_speech.config import ACCEPTED_FORMS
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
+
+hub_logging.set_verbosity_error()  # of a hub that does not answer, one error says enough
 
 LIBRISPEECH = ("openslr/librispeech_asr", "all")
 LIBRISPEECH_SPLITS = {

@@ -88,11 +88,13 @@ class SpeechEncoder(nn.Module):
         Waveforms are normalised unless the model's preprocessor_config.json says otherwise; a model without
         that file has them normalised.
         """
+        from huggingface_hub.utils import logging as hub_logging
         from transformers import AutoConfig
         from transformers.utils import logging
 
         name = str(name_or_path)
         logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()  # of a hub that does not answer, one error says enough
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
