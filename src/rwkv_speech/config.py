@@ -86,6 +86,35 @@ def flag(
 
 
 @dataclass(frozen=True)
+class Flags:
+    """A command's flags. Raises UserError for a value outside its flag's choices or range."""
+
+    group: ClassVar[str] = "run"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value != field.default and not _allowed(field, value):
+                raise UserError(_unexpected(field, value))
+
+    def check(self) -> None:
+        """Raises UserError for flags that contradict each other."""
+
+
+@dataclass(frozen=True)
+class OutFlags(Flags):
+    """What a command that fills a folder needs to know."""
+
+    out: str = flag("", "folder to write")
+    seed: int = flag(1, "seed of all that is drawn", at_least=0, at_most=2**32 - 1)
+
+    def check(self) -> None:
+        """Raises UserError without a folder."""
+        if not self.out:
+            raise UserError("--out: found nothing, expected a folder to write")
+
+
+@dataclass(frozen=True)
 class _ModelFlags:
     group: ClassVar[str] = "model"
     load_model: str = flag(
@@ -130,21 +159,12 @@ class _DeviceFlags:
 
 
 @dataclass(frozen=True)
-class ModelConfig(_ModelFlags, _DeviceFlags):
-    """What every command needs to know. Raises UserError for a value outside its flag's choices or range."""
+class ModelConfig(_ModelFlags, _DeviceFlags, Flags):
+    """What training, evaluation and prediction need to know."""
 
     group: ClassVar[str] = "run"
     proj_dir: str = flag("output", "folder of the run: checkpoints, logs, results", resume=True)
     micro_bsz: int = flag(4, "utterances per device and step", at_least=1, resume=True)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value != field.default and not _allowed(field, value):
-                raise UserError(_unexpected(field, value))
-
-    def check(self) -> None:
-        """Raises UserError for flags that contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -374,7 +394,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").replace("expected one", "found no value, expected one"))
 
 
-Config = TypeVar("Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=Flags)
 
 
 def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
@@ -402,7 +422,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
     return config
 
 
-def _parser(cls: type[ModelConfig], description: str) -> Parser:
+def _parser(cls: type[Flags], description: str) -> Parser:
     forms = "forms of data:\n" + "\n".join(f"  {form:<27}  {text}" for form, text in DATA_FORMS.items())
     parser = Parser(
         prog=cls.__doc__,

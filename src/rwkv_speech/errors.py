@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 # What disks and folders refuse, which the user can mend.
 _STORAGE = frozenset(
-    [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-     errno.ENAMETOOLONG, errno.EMFILE, errno.EIO]
+    [errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+     errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.EIO]
 )  # fmt: skip
 _MOST_LINES = 3
 

@@ -174,9 +174,30 @@ PREDICT = """
 --device cpu:2 --file_path {here}/a.wav => --device: found 'cpu:2'
 --vocab_file {here}/gone --file_path {here}/a.wav => --vocab_file: no such file
 """
+OTHERS = {
+    "rwkv_speech.synthetic.make_corpus": """
+--train 5 => --out: found nothing
+--out {here}/corpus --trian 5 => did you mean --train
+--out {here}/corpus --test 0 => --test: found 0
+--out {here}/good.jsonl/x --train 2 => {here}/good.jsonl/x
+""",
+    "rwkv_speech.synthetic.pretrain_lm": """
+--out {here}/lm --steps 0 => --steps: found 0
+""",
+    "rwkv_speech.synthetic.pretrain_encoder": """
+--out {here}/encoder --hours -1 => --hours: found -1.0
+""",
+    "rwkv_speech.__main__": """
+exprt => exprt
+export {here}/gone {here}/x.pth => {here}/gone: found no trained weights there
+average --checkpoints {here}/run => --output
+average --checkpoints {here}/gone,{here}/run --output {here}/mean.safetensors => {here}/gone
+report {here}/nothing => {here}/nothing
+""",
+}
 CASES = [
     (script, *line.split(" => "))
-    for script, lines in (("train", TRAIN), ("eval", EVAL), ("predict", PREDICT))
+    for script, lines in {"train": TRAIN, "eval": EVAL, "predict": PREDICT, **OTHERS}.items()
     for line in lines.strip().splitlines()
 ]
 
@@ -207,6 +228,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(script: str, words: str, things: Path, tmp_path: Path) -> list[str]:
     given = [word.format(here=things, long=LONG_NUMBER) for word in words.split(" ")]
+    if script in OTHERS:
+        return given
     flags = {
         "train": {"proj_dir": tmp_path / "run", "train_data": things / "good.jsonl", "workers": 0},
         "eval": {"proj_dir": things / "run", "eval_data": things / "good.jsonl"},

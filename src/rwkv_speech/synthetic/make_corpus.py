@@ -1,15 +1,17 @@
 """`python -m rwkv_speech.synthetic.make_corpus --out FOLDER`: the corpus of the quickstart, spoken by eSpeak NG."""
 
-import argparse
 import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
 
 from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.config import OutFlags, flag, parse
+from rwkv_speech.errors import exit_code
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
@@ -40,19 +42,26 @@ def make_corpus(out: Path, sizes: dict[str, int], seed: int) -> dict[str, set[st
     return words
 
 
+@dataclass(frozen=True)
+class Flags(OutFlags):
+    """python -m rwkv_speech.synthetic.make_corpus"""
+
+    train: int = flag(1200, "training utterances", at_least=1)
+    valid: int = flag(60, "utterances scored during training, by training voices", at_least=1)
+    test: int = flag(240, "test utterances, by voices that nothing else uses", at_least=1)
+    seed: int = flag(7, "seed of texts and voices", at_least=0, at_most=2**32 - 1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=1200, help="training utterances")
-    parser.add_argument("--valid", type=int, default=60, help="utterances scored during training, by training voices")
-    parser.add_argument("--test", type=int, default=240, help="test utterances, by voices that are heard nowhere else")
-    parser.add_argument("--seed", type=int, default=7)
-    args = parser.parse_args(argv)
-    words = make_corpus(args.out, {"train": args.train, "valid": args.valid, "test": args.test}, args.seed)
+    return exit_code(lambda: _write(parse(Flags, argv, __doc__ or "")))
+
+
+def _write(config: Flags) -> None:
+    sizes = {"train": config.train, "valid": config.valid, "test": config.test}
+    words = make_corpus(Path(config.out), sizes, config.seed)
     vocabulary = set().union(*words.values())
-    print(f"{args.train} + {args.valid} + {args.test} utterances over {len(vocabulary)} words in {args.out}")
-    return 0
+    print(f"{config.train} + {config.valid} + {config.test} utterances over {len(vocabulary)} words in {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone heard at every frame."""
 
-import argparse
 import copy
 import math
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.config import OutFlags, flag, parse
+from rwkv_speech.errors import exit_code
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool
 from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
@@ -156,19 +160,24 @@ def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: flo
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Flags(OutFlags):
+    """python -m rwkv_speech.synthetic.pretrain_encoder"""
+
+    hours: float = flag(6.0, "hours of synthetic speech", above=0)
+    epochs: int = flag(4, "epochs", at_least=1)
+    batch_seconds: float = flag(10.0, "seconds of audio a step", above=0)
+    lr: float = flag(1.5e-3, "learning rate", at_least=0)
+
+
+def _pretrain(config: Flags) -> None:
+    print(pretrain(Path(config.out), config.hours, config.epochs, config.seed, config.batch_seconds, config.lr))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the encoder's half of demo/pretrain-tiny.sh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--hours", type=float, default=6.0)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch_seconds", type=float, default=10.0)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    args = parser.parse_args(argv)
-    print(pretrain(args.out, args.hours, args.epochs, args.seed, args.batch_seconds, args.lr))
-    return 0
+    return exit_code(lambda: _pretrain(parse(Flags, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,9 +1,11 @@
 """Pretrains the tiny RWKV-6: noisy phone transcripts, "#", and then the words they stand for."""
 
-import argparse
 import math
 import random
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rwkv_speech.config import OutFlags, flag, parse
+from rwkv_speech.errors import exit_code
 from rwkv_speech.models import splice
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.losses import token_loss_sum
@@ -146,18 +150,23 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
     return {"steps": steps, "minutes": (time.time() - started) / 60, "tokens_right": sum(recent) / len(recent)}
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Flags(OutFlags):
+    """python -m rwkv_speech.synthetic.pretrain_lm"""
+
+    steps: int = flag(4000, "optimizer steps", at_least=1)
+    utterances: int = flag(32, "prompts a step", at_least=1)
+    lr: float = flag(2e-3, "learning rate", at_least=0)
+
+
+def _pretrain(config: Flags) -> None:
+    print(pretrain(Path(config.out), config.steps, config.utterances, config.lr, config.seed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the language model's half of demo/pretrain-tiny.sh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--utterances", type=int, default=32, help="prompts a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
-    print(pretrain(args.out, args.steps, args.utterances, args.lr, args.seed))
-    return 0
+    return exit_code(lambda: _pretrain(parse(Flags, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
