@@ -94,7 +94,8 @@ def measure_opening(folder: Path, durations: Floats) -> list[dict[str, Any]]:
                 f"{row['plan_s']:8.2f} s {row['plan_mb']:8} MB"
             )
         manifest.unlink()
-        manifest.with_name(f".{manifest.name}.arrow").unlink()
+        for table in folder.glob(f".{manifest.name}.*.arrow"):
+            table.unlink()
     return rows
 
 

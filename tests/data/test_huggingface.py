@@ -74,9 +74,9 @@ def test_source_reads_paths_and_names_broken_rows(tmp_path: Path):
         source.load(2)
 
 
-def test_source_makes_ids_where_the_column_repeats():
+def test_ids_are_those_of_the_column():
     source = HuggingFaceSource(make_rows(id=["x", "x", "y"]), Columns(), label="set")
-    assert [source.utterance(i).id for i in range(3)] == ["set#0", "set#1", "set#2"]
+    assert [source.utterance(i).id for i in range(3)] == ["x", "x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,8 @@ def test_source_lists_the_columns_found(columns: Columns, message: str):
         HuggingFaceSource(make_rows(n=[1, 2, 3]), columns)
 
 
-def test_source_text_is_optional_for_prediction():
-    rows = make_rows().remove_columns("text")
-    assert HuggingFaceSource(rows, Columns(require_text=False)).utterance(0).text == ""
+def test_rows_without_a_text_and_empty_sets_are_refused():
     with_gap = make_rows().remove_columns("text").add_column("text", ["a", None, "b"])
-    assert HuggingFaceSource(with_gap, Columns(require_text=False)).utterance(1).text == ""
     with pytest.raises(UserError, match="rows without a text"):
         HuggingFaceSource(with_gap, Columns())
     with pytest.raises(UserError, match="holds no row"):
@@ -115,7 +112,8 @@ def test_identity_names_kept_bytes_but_no_paths(tmp_path: Path):
     assert [open_source(str(tmp_path / "one")).utterance(i).identity for i in (0, 1, 2)] == names
     assert open_source(str(tmp_path / "other")).utterance(0).identity not in names
     paths = datasets.Dataset.from_dict({"audio": ["/a.wav"], "text": ["a"]})
-    assert HuggingFaceSource(paths, Columns()).utterance(0).identity is None
+    found = HuggingFaceSource(paths, Columns()).utterance(0)
+    assert found.identity is None and found.audio == "/a.wav"
 
 
 def test_open_source_reads_saved_datasets(tmp_path: Path):

@@ -59,24 +59,9 @@ def test_read_manifest_rejects_an_empty_or_missing_file(tmp_path: Path):
         read_manifest(tmp_path / "gone.jsonl")
 
 
-def test_read_manifest_text_is_optional_for_prediction(tmp_path: Path):
+def test_read_manifest_makes_an_id_of_path_and_offset(tmp_path: Path):
     write_audio(tmp_path / "a.wav")
-    manifest = write_manifest(tmp_path / "m.jsonl", {"audio_filepath": "a.wav"})
-    assert read_manifest(manifest, require_text=False)[0].text == ""
-
-
-def test_read_manifest_default_ids_are_unique(tmp_path: Path):
-    write_audio(tmp_path / "a.wav")
-    write_audio(tmp_path / "b.wav")
-    rows: list[dict[str, Any]] = [
-        {"audio_filepath": "a.wav", "offset": 0},
-        {"audio_filepath": "a.wav", "offset": 1.5},
-        {"audio_filepath": "./a.wav"},
-        {"audio_filepath": "a.wav", "offset": 1.5},
-        {"audio_filepath": "b.wav"},
-        {"audio_filepath": "b.wav", "id": "a.wav@0"},
-    ]
-    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *[{**row, "text": "x"} for row in rows]))
-    ids = [utterance.id for utterance in found]
-    assert len(set(ids)) == len(ids)
-    assert ids[1] == "a.wav@1.5" and ids[5] == "a.wav@0"
+    offsets: list[float | None] = [None, 0, 1.5, 1.5]
+    rows = [{"audio_filepath": "a.wav", "text": "x", "offset": offset} for offset in offsets]
+    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
+    assert [utterance.id for utterance in found] == ["a.wav", "a.wav", "a.wav@1.5", "a.wav@1.5"]

@@ -168,20 +168,13 @@ def test_identity_changes_with_shard_and_place(shards: Path):
         ([("a.flac", b""), ("a.json", b'{"text": 3}')], "a.json: 'text' is 3, expected a string"),
         ([("a.flac", b""), ("a.json", b'{"duration": -1}')], "a.json: 'duration' is -1"),
         ([("a.xyz", b""), ("a.txt", b"")], "a: has a text but no audio"),
-        ([("a.flac", b""), ("b.flac", b""), ("b.txt", b"")], "1 keys have no text.*\n  a$"),
+        ([("a.flac", b""), ("b.flac", b""), ("b.txt", b"")], "1 members do not fit.*\n  a: has no text.*$"),
         ([("a.png", b"")], "holds no utterance"),
     ],
 )
 def test_members_that_do_not_fit_are_named(tmp_path: Path, members: list[tuple[str, bytes]], message: str):
     write_tar(tmp_path / "bad.tar", members)
     with pytest.raises(UserError, match=rf"bad\.tar: (?s:.*){message}"):
-        open_tar(f"tar:{tmp_path}")
-
-
-def test_text_may_be_left_out_where_none_is_needed(tmp_path: Path):
-    write_tar(tmp_path / "x.tar", {"a.flac": audio()})
-    assert open_tar(f"tar:{tmp_path}", require_text=False).utterance(0).text == ""
-    with pytest.raises(UserError, match="1 keys have no text"):
         open_tar(f"tar:{tmp_path}")
 
 

@@ -38,7 +38,7 @@ class FileSource:
         return np.array([found.duration for found in self._utterances], np.float32)
 
 
-def read_folder(path: str | Path, *, require_text: bool = True) -> list[Utterance]:
+def read_folder(path: str | Path) -> list[Utterance]:
     """Read every audio file under a folder, sorted by path, with the text of the same-named `.txt` beside it.
 
     Names that start with a dot are left out. Raises UserError that lists the audio files without a readable
@@ -62,7 +62,7 @@ def read_folder(path: str | Path, *, require_text: bool = True) -> list[Utteranc
                 text = transcript.read_text(encoding="utf-8-sig").strip()
             except (UnicodeDecodeError, OSError) as error:
                 problems.append(f"{name}: {transcript.name} cannot be read as UTF-8 ({error})")
-        elif require_text:
+        else:
             problems.append(f"{name}: no {transcript.name} beside it")
         utterances.append(Utterance(id=name.as_posix(), audio=str(file), text=text))
     if problems:

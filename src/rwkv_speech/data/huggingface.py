@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,17 +38,16 @@ LIBRISPEECH_SPLITS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a dataset hold the audio and the text, and whether there must be a text."""
+    """Which columns of a dataset hold the audio and the text."""
 
     audio: str = "audio"
     text: str = "text"
-    require_text: bool = True
 
 
 class HuggingFaceSource:
     """Rows of a dataset; `label_mode` is applied to the text at once, for sets that are all in capitals.
 
-    Further columns are taken where they are there: `id` (if unique), `duration` (s), `lang`, `task`. Raises
+    Further columns are taken where they are there: `id`, `duration` (s), `lang`, `task`. Raises
     UserError that lists the columns when one of `columns` is missing or of another type.
     """
 
@@ -61,7 +59,7 @@ class HuggingFaceSource:
         _check_columns(features, columns, label)
         if isinstance(features[columns.audio], datasets.Audio):
             dataset = dataset.cast_column(columns.audio, datasets.Audio(decode=False))
-        if columns.require_text and dataset.data.column(columns.text).null_count:
+        if dataset.data.column(columns.text).null_count:
             raise UserError(
                 f"{label}: column {columns.text!r} holds rows without a text; expected a string in every "
                 "row: filter them out and save the rest with save_to_disk"
@@ -71,22 +69,21 @@ class HuggingFaceSource:
         self._audio = dataset.select_columns([columns.audio])
         first = self._audio[0][columns.audio]
         self._holds_bytes = isinstance(first, dict) and first["bytes"] is not None
-        known = [name for name in (columns.text, "id", "duration", "lang", "task") if name in features]
+        known = [columns.text, *(name for name in ("id", "duration", "lang", "task") if name in features)]
         self._rows = dataset.select_columns([name for name in known if name != columns.audio])
-        self._has_ids = "id" in features and max(Counter(dataset["id"]).values()) == 1
 
     def __len__(self) -> int:
         return len(self._audio)
 
     def utterance(self, index: int) -> Utterance:
         """Give the metadata of one row; its audio is not read."""
-        row: dict[str, Any] = self._rows[index] if self._rows.column_names else {}
+        row: dict[str, Any] = self._rows[index]
         duration = row.get("duration")
         is_known = isinstance(duration, (int, float)) and duration > 0
         return Utterance(
-            id=str(row["id"]) if self._has_ids else f"{self._label}#{index}",
+            id=str(row["id"]) if row.get("id") is not None else f"{self._label}#{index}",
             audio=None if self._holds_bytes else self._path(index),
-            text=normalise_label(row.get(self._columns.text) or "", self._label_mode),
+            text=normalise_label(row[self._columns.text], self._label_mode),
             duration=float(duration) if is_known and duration is not None else None,
             lang=_string_or_none(row.get("lang")),
             task=_string_or_none(row.get("task")),
@@ -183,14 +180,14 @@ def _load_hub(name: str, config: str | None, split: str, spec: str) -> datasets.
 
 
 def _check_columns(features: datasets.Features, columns: Columns, label: str) -> None:
-    wanted = [("audio", columns.audio)] + ([("text", columns.text)] if columns.require_text else [])
+    wanted = [("audio", columns.audio), ("text", columns.text)]
     found = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
     for role, name in wanted:
         if name not in features:
             raise UserError(f"{label}: has no {role} column {name!r}; found: {found}: name the right one of these")
     if _kind(features[columns.audio]) not in ("audio", "string", "large_string", "bytes and path"):
         raise UserError(f"{label}: column {columns.audio!r} holds no audio, nor paths to it; found: {found}")
-    if columns.text in features and _kind(features[columns.text]) not in ("string", "large_string"):
+    if _kind(features[columns.text]) not in ("string", "large_string"):
         raise UserError(f"{label}: column {columns.text!r} holds no strings; found: {found}")
 
 

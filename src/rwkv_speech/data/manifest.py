@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ SECONDS = ("duration", "offset")
 _MAX_ERRORS_SHOWN = 20
 
 
-def read_manifest(path: str | Path, *, require_text: bool = True) -> list[Utterance]:
+def read_manifest(path: str | Path) -> list[Utterance]:
     """Read a manifest of JSON lines.
 
-    Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s),
-    `lang`, `task`, `id`; others are ignored. An id that is not given is made of the path, unique.
+    Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s), `lang`, `task`,
+    `id`; others are ignored. An id that is not given is the path, with `@offset` for a segment; rows of the same
+    recording share it.
 
     Raises UserError that lists every bad line with its number.
     """
@@ -31,65 +32,59 @@ def read_manifest(path: str | Path, *, require_text: bool = True) -> list[Uttera
         content = manifest.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise unreadable(manifest, error) from error
-    problems: list[str] = []
+    problems: dict[int, str] = {}
     rows: list[dict[str, Any]] = []
     line_of_id: dict[str, int] = {}
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row, reasons = parse_line(line, require_text)
+    for number, row, reasons in parse_lines(content, 1):
         named, given = row.get("audio_filepath"), row.get("id")
         if isinstance(named, str) and not os.path.isfile(audio := os.path.join(folder, named)):
             reasons.append(no_audio(audio))
         if isinstance(given, str) and line_of_id.setdefault(given, number) != number:
             reasons.append(repeated_id(given, f"line {line_of_id[given]}"))
         if reasons:
-            problems.append(f"line {number}: {'; '.join(reasons)}")
+            problems[number] = "; ".join(reasons)
         rows.append(row)
-    if problems:
-        raise UserError(summary(f"manifest {path}: {len(problems)} of {len(rows)} lines are bad", problems))
-    if not rows:
-        raise holds_nothing(manifest)
-    uses = Counter(row["audio_filepath"] for row in rows)
-    used = {hash(given) for given in line_of_id}
-    return [_utterance(row, folder, uses[row["audio_filepath"]] > 1, used) for row in rows]
+    check(manifest, problems, len(rows))
+    return [to_utterance(row, folder) for row in rows]
 
 
-def parse_line(line: bytes, require_text: bool) -> tuple[dict[str, Any], list[str]]:
-    """Parse one line to its row, without the keys that are null, and what is wrong with it."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return {}, ["is not UTF-8"]
-    except (ValueError, RecursionError) as error:
-        return {}, [f"is not JSON ({error})"]
-    if not isinstance(row, dict):
-        return {}, [f"is not a JSON object but {type(row).__name__}"]
-    row = {key: value for key, value in row.items() if value is not None}
-    return row, row_faults(row, require_text)
+def parse_lines(content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+    """Give the number, from `first`, of each line that is not empty, its row without null values, and its faults."""
+    for number, line in enumerate(content.split(b"\n"), start=first):
+        if line.strip():
+            yield number, *_parse_line(line)
 
 
-def row_faults(row: dict[str, Any], require_text: bool) -> list[str]:
+def check(manifest: Path, problems: dict[int, str], count: int, word: str = "line", complete: bool = True) -> None:
+    """Raise UserError if there are problems, by line, or no rows; not `complete`: reading stopped after `count`."""
+    listed = [f"{word} {number}: {problems[number]}" for number in sorted(problems)]
+    if listed:
+        of = "" if complete else "the first "
+        raise UserError(summary(f"manifest {manifest}: {len(listed)} of {of}{count} {word}s are bad", listed))
+    if not count:
+        raise UserError(f"manifest {manifest}: holds no utterance; expected one JSON object per line")
+
+
+def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
+    """Make an utterance of a sound row; `folder` is that of the manifest."""
+    name, offset = row["audio_filepath"], float(row.get("offset", 0.0))
+    return Utterance(
+        id=row.get("id", f"{name}@{offset:g}" if offset else name),
+        audio=os.path.join(folder, name),
+        text=row["text"],
+        duration=float(row["duration"]) if "duration" in row else None,
+        offset=offset,
+        lang=row.get("lang"),
+        task=row.get("task"),
+    )
+
+
+def row_faults(row: dict[str, Any], required: Sequence[str] = ("audio_filepath", "text")) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
-    required = ["audio_filepath", "text"] if require_text else ["audio_filepath"]
     reasons = [f"lacks {key!r}" for key in required if key not in row]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
     return [reason for reason in reasons if reason]
-
-
-def make_id(name: str, offset: float, recurs: bool, used: set[int]) -> str:
-    """Make an id of a path as the manifest names it, with offset or count where it recurs.
-
-    `used` holds the hashes of the ids so far, for ten million ids themselves would fill the memory; the new one
-    joins them.
-    """
-    stem = f"{name}@{offset:g}" if recurs else name
-    made, count = stem, 2
-    while hash(made) in used:
-        made, count = f"{stem}#{count}", count + 1
-    used.add(hash(made))
-    return made
 
 
 def no_audio(path: str) -> str:
@@ -102,10 +97,10 @@ def repeated_id(given: str, place: str) -> str:
     return f"id {given!r} is already that of {place}"
 
 
-def summary(head: str, problems: list[str], total: int | None = None) -> str:
-    """A heading and the first of `total` problems, which are all of `problems` by default."""
+def summary(head: str, problems: list[str]) -> str:
+    """A heading and the first of the problems."""
     shown = "".join(f"\n  {problem}" for problem in problems[:_MAX_ERRORS_SHOWN])
-    rest = (len(problems) if total is None else total) - _MAX_ERRORS_SHOWN
+    rest = len(problems) - _MAX_ERRORS_SHOWN
     return f"{head}: mend or remove them:{shown}" + (f"\n  ... and {rest} more" if rest > 0 else "")
 
 
@@ -114,22 +109,17 @@ def unreadable(manifest: Path, error: OSError) -> UserError:
     return UserError(f"manifest {manifest}: cannot be read ({error.strerror}); expected a file of JSON lines")
 
 
-def holds_nothing(manifest: Path) -> UserError:
-    """What to raise for a manifest without utterances."""
-    return UserError(f"manifest {manifest}: holds no utterance; expected one JSON object per line")
-
-
-def _utterance(row: dict[str, Any], folder: Path, recurs: bool, used: set[int]) -> Utterance:
-    name, offset = row["audio_filepath"], float(row.get("offset", 0.0))
-    return Utterance(
-        id=row["id"] if "id" in row else make_id(name, offset, recurs, used),
-        audio=os.path.join(folder, name),
-        text=row.get("text", ""),
-        duration=float(row["duration"]) if "duration" in row else None,
-        offset=offset,
-        lang=row.get("lang"),
-        task=row.get("task"),
-    )
+def _parse_line(line: bytes) -> tuple[dict[str, Any], list[str]]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return {}, ["is not UTF-8"]
+    except (ValueError, RecursionError) as error:
+        return {}, [f"is not JSON ({error})"]
+    if not isinstance(row, dict):
+        return {}, [f"is not a JSON object but {type(row).__name__}"]
+    row = {key: value for key, value in row.items() if value is not None}
+    return row, row_faults(row)
 
 
 def _string_fault(key: str, value: object) -> str:

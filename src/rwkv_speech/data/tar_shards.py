@@ -68,7 +68,7 @@ class TarSource:
         return Utterance(
             id=row.get("id") or f"{Path(shard.path).name}/{row['key']}",
             audio=None,
-            text=row.get("text", ""),
+            text=row["text"],
             duration=row.get("duration"),
             lang=row.get("lang"),
             task=row.get("task"),
@@ -101,20 +101,20 @@ class TarSource:
         return shard, row
 
 
-def open_tar(spec: str, require_text: bool = True) -> TarSource:
+def open_tar(spec: str) -> TarSource:
     """Open `tar:` and a folder, a file, a glob pattern or a pattern with ranges such as train-{000..099}.tar.
 
     Raises UserError for a pattern without files, and naming shard and member for a shard that is damaged or holds an
-    utterance without audio or (with `require_text`) text.
+    utterance without audio or text.
     """
     paths = _expand(spec)
     shards = []
     for path in paths:
-        shard = _read_index(path, require_text)
+        shard = _read_index(path)
         if shard is None:
             logger.info("indexing %s, once", path)
             _write_index(path)
-            shard = _read_index(path, require_text)
+            shard = _read_index(path)
         if shard is None:
             raise UserError(f"data source {spec!r}: {path} changes while it is read; expected a finished file")
         shards.append(shard)
@@ -159,8 +159,8 @@ def _index_paths(path: str) -> list[Path]:
     return [Path(f"{path}.index"), cache]
 
 
-def _read_index(path: str, require_text: bool) -> Shard | None:
-    """The shard, if there is an index of the file as it is now; raises UserError for utterances without text."""
+def _read_index(path: str) -> Shard | None:
+    """The shard, if there is an index of the file as it is now."""
     wanted = _stamp(path)
     for index in _index_paths(path):
         try:
@@ -171,11 +171,6 @@ def _read_index(path: str, require_text: bool) -> Shard | None:
                 ends = np.cumsum([file.tell(), *header["lengths"]])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # none, or another program's: made anew
-        silent = header["without_text"]
-        if require_text and silent:
-            raise UserError(
-                summary(f"{path}: {len(silent)} keys have no text, neither KEY.txt nor 'text' in KEY.json", silent)
-            )
         return Shard(path, wanted, str(index), ends, np.array(header["durations"], np.float32))
     return None
 
@@ -194,7 +189,6 @@ def _write_index(path: str) -> None:
         "of": stamp,
         "lengths": [len(line) for line in lines],
         "durations": [row.get("duration") for row in rows],
-        "without_text": [row["key"] for row in rows if "text" not in row],
     }
     places = _index_paths(path)
     for place in places:
@@ -233,6 +227,9 @@ def _scan(path: str) -> list[dict[str, Any]]:
         used = {key: entry for key, entry in entries.items() if entry.suffixes}
         rows = [_row(key, entry, file) for key, entry in used.items() if entry.audio]
     problems += [f"{key}: has a text but no audio" for key, entry in used.items() if not entry.audio]
+    problems += [
+        f"{row['key']}: has no text, neither KEY.txt nor 'text' in KEY.json" for row in rows if "text" not in row
+    ]
     if problems:
         raise UserError(summary(f"{path}: {len(problems)} members do not fit", problems))
     if not rows:
@@ -278,7 +275,7 @@ def _add(entry: _Entry, member: tarfile.TarInfo, file: BinaryIO) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"is not a JSON object but {type(found).__name__}")
     found = {name: found[name] for name in ("text", "duration", "lang", "task", "id") if found.get(name) is not None}
-    if faults := row_faults({**found, "audio_filepath": member.name}, require_text=False):
+    if faults := row_faults(found, required=()):
         raise ValueError("; ".join(faults))
     # KEY.json's text goes before KEY.txt's, whichever comes first.
     entry.fields = {**entry.fields, **found} if suffix == ".json" else {**found, **entry.fields}

@@ -29,7 +29,7 @@ def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source 
         from rwkv_speech.data.huggingface import Columns
         from rwkv_speech.data.streaming import open_stream
 
-        train = open_stream(config.train_data, Columns(config.audio_column, config.text_column, True))
+        train = open_stream(config.train_data, Columns(config.audio_column, config.text_column))
     else:
         train = _open(config, config.train_data)
     return train, _open(config, config.valid_data) if config.valid_data else None

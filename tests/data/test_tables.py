@@ -13,10 +13,10 @@ import pytest
 import torch
 from manifests import BAD_ROWS, write_audio, write_manifest
 
-from rwkv_speech.data import manifest_reader, manifest_table, manifest_writer
+from rwkv_speech.data import tables
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.manifest_table import TableSource, open_manifest
 from rwkv_speech.data.source import Utterance
+from rwkv_speech.data.tables import TableSource, open_table
 from rwkv_speech.errors import UserError
 
 
@@ -24,7 +24,7 @@ from rwkv_speech.errors import UserError
 def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of its own, and blocks of a few lines."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    monkeypatch.setattr(manifest_reader, "_BLOCK", 300)
+    monkeypatch.setattr(tables, "_BLOCK", 300)
     for name in ("a.wav", "b.wav", "sub/a.wav"):
         write_audio(tmp_path / "data" / name)
     return tmp_path / "home"
@@ -61,7 +61,7 @@ ROWS: list[dict[str, Any] | str | bytes] = [
 
 def test_big_manifests_hold_what_small_ones_do(folder: Path):
     manifest = write_manifest(folder / "m.jsonl", *ROWS)
-    assert utterances(open_manifest(manifest)) == read_manifest(manifest)
+    assert utterances(open_table(manifest)) == read_manifest(manifest)
     content = manifest.read_bytes()
     for name, changed in {
         "bom": b"\xef\xbb\xbf" + content,
@@ -70,34 +70,15 @@ def test_big_manifests_hold_what_small_ones_do(folder: Path):
     }.items():
         other = folder / f"{name}.jsonl"
         other.write_bytes(changed)
-        assert utterances(open_manifest(other)) == read_manifest(other)
+        assert utterances(open_table(other)) == read_manifest(other)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
 def test_plain_lines_are_never_parsed_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch, end: str):
-    monkeypatch.setattr(manifest_reader, "parse_line", None)
+    monkeypatch.setattr(tables, "parse_lines", None)
     lines = [json.dumps(row(text="} {", duration=i + 1, other={"b": []}), ensure_ascii=False) for i in range(40)]
     (folder / "m.jsonl").write_bytes("".join(line + end for line in lines).encode())
-    assert len(open_manifest(folder / "m.jsonl")) == 40
-
-
-ID_ROWS: list[list[dict[str, Any]]] = [
-    [row("a.wav"), row("b.wav"), row("sub/a.wav")],
-    [row("a.wav"), row("b.wav"), row("a.wav", offset=1.5), row("a.wav", offset=1.5), row("./a.wav"), row("a.wav")],
-    [row("a.wav"), row("b.wav", id="a.wav")],
-    [row("a.wav"), row("a.wav"), row("b.wav", id="a.wav@0"), row("b.wav", id="a.wav@0#2"), row("b.wav")],
-    [row("a.wav", offset=1000.0001), row("a.wav", offset=1000.0002)],
-    [row("a.wav", id="one"), row("a.wav", id="two")],
-    [row("a.wav")] * 50 + [row("b.wav")] * 50,
-]
-
-
-@pytest.mark.parametrize("rows", ID_ROWS, ids=range(len(ID_ROWS)))
-def test_ids_are_made_alike(folder: Path, rows: list[dict[str, Any]]):
-    manifest = write_manifest(folder / "m.jsonl", *rows)
-    found = utterances(open_manifest(manifest))
-    assert found == read_manifest(manifest)
-    assert len({utterance.id for utterance in found}) == len(rows)
+    assert len(open_table(folder / "m.jsonl")) == 40
 
 
 def complaint(manifest: Path, read: Any) -> str:
@@ -112,106 +93,90 @@ def complaint(manifest: Path, read: Any) -> str:
 def test_bad_lines_are_named_alike(folder: Path, bad: dict[str, Any] | str | bytes):
     for rows in ([bad], [bad, row()], [row(), bad, *[row()] * 20], [*[row()] * 20, "", bad]):
         manifest = write_manifest(folder / "m.jsonl", *rows)
-        assert complaint(manifest, open_manifest) == complaint(manifest, read_manifest)
-    assert [path.name for path in folder.glob(".*")] == [".m.jsonl.lock"]
+        assert complaint(manifest, open_table) == complaint(manifest, read_manifest)
+        assert not list(folder.glob(".*"))
 
 
 def test_every_bad_line_and_repeated_id_is_named_alike(folder: Path):
-    rows = [row(id="one", duration=-1), row(), *[row(id=f"{i % 7}") for i in range(20)], row(id="one", text=5), "?"]
+    rows = [row(duration=-1), row(id="one"), "", *[row(id=f"{i % 7}") for i in range(20)], row(id="one"), "?"]
     manifest = write_manifest(folder / "m.jsonl", *rows, *["?"] * 9)
-    found = complaint(manifest, open_manifest)
-    assert "25 of 33 lines" in found and "id 'one' is already that of line 1" in found and "... and 5 more" in found
+    found = complaint(manifest, open_table)
+    assert "25 of 33 lines" in found and "id '0' is already that of line 4" in found and "... and 5 more" in found
     assert found == complaint(manifest, read_manifest)
     for rows in (["", "  "], []):
         write_manifest(manifest, *rows)
-        assert complaint(manifest, open_manifest) == complaint(manifest, read_manifest)
-
-
-def test_of_many_repeated_ids_the_first_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(manifest_writer, "_MANY", 20)
-    manifest = write_manifest(folder / "m.jsonl", *[row(id=f"{i % 40}") for i in range(120)])
-    assert complaint(manifest, open_manifest) == complaint(manifest, read_manifest)
+        assert complaint(manifest, open_table) == complaint(manifest, read_manifest)
 
 
 def test_reading_stops_after_many_bad_lines(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(manifest_writer, "_MANY", 3)
-    found = complaint(write_manifest(folder / "m.jsonl", row(), *["?"] * 1_000), open_manifest)
+    monkeypatch.setattr(tables, "_MANY", 3)
+    found = complaint(write_manifest(folder / "m.jsonl", row(), *["?"] * 1_000), open_table)
     assert "of the first " in found and "of 1001" not in found
 
 
 def test_a_table_is_written_once(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     manifest = write_manifest(folder / "m.jsonl", row())
-    open_manifest(manifest)
-    assert ".m.jsonl.arrow" in capsys.readouterr().out
+    open_table(manifest)
+    assert "m.jsonl: 1 utterances, now also in" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(manifest_table, "write_table", None)
-        assert len(open_manifest(manifest)) == 1
+        patch.setattr(tables, "_write", None)
+        assert len(open_table(manifest)) == 1
     assert not capsys.readouterr().out
     write_manifest(manifest, row(), row())
-    assert len(open_manifest(manifest)) == 2
+    assert len(open_table(manifest)) == 2
     # The same length at another time.
     os.utime(write_manifest(manifest, row(), row(text="y")), ns=(0, 1))
-    assert open_manifest(manifest).utterance(1).text == "y"
+    assert open_table(manifest).utterance(1).text == "y"
+    (table,) = folder.glob(".m.jsonl.*")  # those of the manifest's earlier states are gone
+    table.write_bytes(table.read_bytes()[:100])
+    assert len(open_table(manifest)) == 2
 
 
 def test_processes_that_open_a_manifest_at_once_write_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch):
     manifest = write_manifest(folder / "m.jsonl", *[row()] * 100)
-    barrier, written = threading.Barrier(4), []
-
-    def write(*args: Any, **flags: Any) -> None:
-        written.append(args)
-        manifest_writer.write_table(*args, **flags)
+    barrier, written, write = threading.Barrier(4), [], tables._write
 
     def open_together(_: int) -> int:
         barrier.wait()
-        return len(open_manifest(manifest))
+        return len(open_table(manifest))
 
-    monkeypatch.setattr(manifest_table, "write_table", write)
+    monkeypatch.setattr(tables, "_write", lambda *args: written.append(args) or write(*args))
     # Locks of separately opened files hold between threads as they do between processes.
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(open_together, range(4))) == [100] * 4
     assert len(written) == 1
 
 
-def test_a_file_of_the_users_is_never_replaced(folder: Path, private_home: Path):
+def test_a_table_lies_in_the_cache_where_the_folder_cannot_be_written(
+    folder: Path, private_home: Path, monkeypatch: pytest.MonkeyPatch
+):
     manifest = write_manifest(folder / "m.jsonl", row())
-    theirs = folder / ".m.jsonl.arrow"
-    theirs.write_text("mine")
-    assert len(open_manifest(manifest)) == 1
-    with pa.ipc.new_file(str(theirs), pa.schema([])):
-        pass
-    theirs_now = theirs.read_bytes()
-    write_manifest(manifest, row(), row())
-    assert len(open_manifest(manifest)) == 2 and theirs.read_bytes() == theirs_now
-    assert len(list(private_home.rglob("*.arrow"))) == 1
+    write = tables.write_atomically
+
+    def only_at_home(path: Path, fill: Any) -> None:
+        if private_home not in path.parents:
+            raise PermissionError(13, "Permission denied")
+        write(path, fill)
+
+    monkeypatch.setattr(tables, "write_atomically", only_at_home)
+    assert len(open_table(manifest)) == 1
+    assert len(list(private_home.rglob(".m.jsonl.*.arrow"))) == 1 and not list(folder.glob(".*"))
+    monkeypatch.setattr(tables, "_write", None)
+    assert len(open_table(manifest)) == 1
 
 
-def test_no_place_for_the_table_is_named(folder: Path, private_home: Path):
-    manifest = write_manifest(folder / "m.jsonl", row())
-    (folder / ".m.jsonl.arrow").write_text("mine")
-    private_home.write_text("not a folder")
-    with pytest.raises(UserError, match=r"m.jsonl: needs a table, but cannot write .*\.m.jsonl.arrow or .*home"):
-        open_manifest(manifest)
-
-
-def test_a_full_disk_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*args: Any, **flags: Any) -> None:
+def test_no_place_for_the_table_and_a_full_disk_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest_table, "write_table", fail)
-    with pytest.raises(UserError, match=r"(?s)m.jsonl: its table .* cannot be written .*No space left"):
-        open_manifest(write_manifest(folder / "m.jsonl", row()))
-
-
-def test_text_is_optional_for_prediction_only(folder: Path):
-    manifest = write_manifest(folder / "m.jsonl", row(), {"audio_filepath": "b.wav"})
-    assert [u.text for u in utterances(open_manifest(manifest, require_text=False))] == ["x", ""]
-    assert complaint(manifest, open_manifest) == complaint(manifest, read_manifest)
+    monkeypatch.setattr(tables, "_write", fail)
+    with pytest.raises(UserError, match=r"m.jsonl: its table can be written neither .* nor .*home.* \(.*No space left"):
+        open_table(write_manifest(folder / "m.jsonl", row()))
 
 
 def test_workers_open_the_table_anew(folder: Path):
     manifest = write_manifest(folder / "m.jsonl", *[row(duration=0.01 * (i + 1), offset=0.01) for i in range(500)])
-    source = open_manifest(manifest)
+    source = open_table(manifest)
     pickled = pickle.dumps(source)
     assert len(pickled) < 1_000
     there = pickle.loads(pickled)
@@ -221,7 +186,7 @@ def test_workers_open_the_table_anew(folder: Path):
         with pytest.raises(IndexError):
             there.utterance(index)
     write_manifest(manifest, row())
-    open_manifest(manifest)
+    open_table(manifest)
     with pytest.raises(UserError, match="its manifest was changed while it was in use"):
         pickle.loads(pickled)
     assert len(utterances(source)) == 500  # what is open stays
@@ -229,7 +194,7 @@ def test_workers_open_the_table_anew(folder: Path):
 
 def test_durations_are_one_array(folder: Path):
     seconds = [0.5, None, 2, *range(1, 30)]
-    source = open_manifest(write_manifest(folder / "m.jsonl", *[row(duration=value) for value in seconds]))
+    source = open_table(write_manifest(folder / "m.jsonl", *[row(duration=value) for value in seconds]))
     durations = source.durations()
     assert durations.dtype == np.float32
     np.testing.assert_array_equal(durations, np.array(seconds, np.float32))
@@ -238,9 +203,9 @@ def test_durations_are_one_array(folder: Path):
 def test_a_sample_of_the_audio_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
     manifest = write_manifest(folder / "m.jsonl", row(), *[row("gone.wav")] * 30, row("b.wav"))
     with pytest.raises(UserError, match=r"30 of 32 utterances looked at are bad.*\n  utterance 2: no such .*gone.wav"):
-        open_manifest(manifest)
-    monkeypatch.setattr(manifest_table, "_FILES_LOOKED_FOR", 2)
-    assert len(open_manifest(manifest)) == 32
+        open_table(manifest)
+    monkeypatch.setattr(tables, "_FILES_LOOKED_FOR", 2)
+    assert len(open_table(manifest)) == 32
 
 
 def write_table_file(file: Path, table: pa.Table) -> Path:
@@ -258,7 +223,7 @@ TABLES = ["m.parquet", "m.arrow", "stream.ARROW"]
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_manifests_too(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(manifest_reader, "_ROWS", 1)
+    monkeypatch.setattr(tables, "_ROWS", 1)
     columns = {
         "text": pa.array(["x", "grüße", "y"]).dictionary_encode(),
         "audio_filepath": pa.array(["a.wav", "b.wav", "a.wav"], pa.large_string()),
@@ -267,7 +232,7 @@ def test_tables_are_manifests_too(folder: Path, monkeypatch: pytest.MonkeyPatch,
         "lang": pa.nulls(3),
         "speaker": pa.array([[1], [2], None]),
     }
-    found = utterances(open_manifest(write_table_file(folder / name, pa.table(columns))))
+    found = utterances(open_table(write_table_file(folder / name, pa.table(columns))))
     lines = [row(duration=1, offset=0), row("b.wav", text="grüße"), row(text="y", duration=3, offset=2.5)]
     assert found == read_manifest(write_manifest(folder / "m.jsonl", *lines))
 
@@ -280,22 +245,22 @@ def test_bad_rows_of_tables_are_named(folder: Path, name: str):
             folder / name, pa.table({key: value for key, value in given.items() if value is not None})
         )
 
-    found = complaint(table(duration=[1.0, float("nan"), -1.0], id=["a", "a", "b"]), open_manifest)
+    found = complaint(table(duration=[1.0, float("nan"), -1.0], id=["a", "a", "b"]), open_table)
     assert "2 of 3 rows are bad" in found and "\n  row 3: 'duration' is -1.0" in found
     assert "\n  row 2: 'duration' is nan, expected above 0 and finite; id 'a' is already that of row 1" in found
-    assert "row 2: lacks 'text'" in complaint(table(text=["x", None, "x"]), open_manifest)
-    assert "3 of 3 rows are bad" in complaint(table(audio_filepath=None), open_manifest)
-    assert "column 'text' holds int64; expected strings" in complaint(table(text=[1, 2, 3]), open_manifest)
-    assert "'duration' holds string; expected numbers" in complaint(table(duration=["1", "2", "3"]), open_manifest)
+    assert "row 2: lacks 'text'" in complaint(table(text=["x", None, "x"]), open_table)
+    assert "3 of 3 rows are bad" in complaint(table(audio_filepath=None), open_table)
+    assert "column 'text' holds int64; expected strings" in complaint(table(text=[1, 2, 3]), open_table)
+    assert "'duration' holds string; expected numbers" in complaint(table(duration=["1", "2", "3"]), open_table)
     not_utf8 = pa.StringArray.from_buffers(3, pa.py_buffer(np.arange(4, dtype=np.int32)), pa.py_buffer(b"x\xffx"))
-    assert "cannot be read" in complaint(table(text=not_utf8), open_manifest)
+    assert "cannot be read" in complaint(table(text=not_utf8), open_table)
     whole = table().read_bytes()
     (folder / name).write_bytes(whole[: len(whole) * 2 // 3])
-    assert "cannot be read" in complaint(folder / name, open_manifest)
+    assert "cannot be read" in complaint(folder / name, open_table)
     (folder / name).write_bytes(b"something else")
-    assert "cannot be read" in complaint(folder / name, open_manifest)
+    assert "cannot be read" in complaint(folder / name, open_table)
 
 
 def test_a_missing_manifest_is_named(folder: Path):
     with pytest.raises(UserError, match="gone.jsonl: cannot be read"):
-        open_manifest(folder / "gone.jsonl")
+        open_table(folder / "gone.jsonl")
