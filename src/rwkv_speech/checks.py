@@ -8,11 +8,10 @@ from pathlib import Path
 from rwkv_speech import tiny
 from rwkv_speech.config import ACCEPTED_FORMS, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.data.source import split_weight
+from rwkv_speech.data.sources import KINDS
 from rwkv_speech.devices import accelerator
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
-
-_NOT_ON_DISK = ("hf", "hf-stream", "librispeech", "tar")
 
 
 def before_training(config: TrainConfig) -> None:
@@ -118,7 +117,7 @@ def _check_data(flag: str, text: str) -> None:
     for item in _items(flag, text):
         spec = split_weight(item)[0] if flag == "train_data" else item
         start, colon, _ = spec.rpartition(":")
-        if (colon and spec.split(":")[0] in _NOT_ON_DISK) or Path(spec).exists() or (colon and Path(start).exists()):
+        if (colon and spec.split(":")[0] in KINDS) or Path(spec).exists() or (colon and Path(start).exists()):
             continue
         raise UserError(f"--{flag}: no such file or folder {spec!r}; expected one of: {ACCEPTED_FORMS}")
 

@@ -98,6 +98,20 @@ def test_augmented_samples_depend_on_the_epoch(source: FileSource, tokenizer: Wo
     assert torch.equal(dataset[1].waveform, samples[0].waveform)  # a plain index is epoch 0
 
 
+def test_what_is_too_long_is_counted_before_it_is_decoded(tokenizer: WorldTokenizer):
+    def dataset(*seconds: float | None, ctx_len: int = 11, speed: tuple[float, ...] = ()) -> SpeechDataset:
+        source = FileSource([Utterance("a", "/gone.wav", "", duration) for duration in seconds])
+        return SpeechDataset(source, tokenizer, fit=Fit(ctx_len, 5), augment=Augmenter(Augment(speed=speed), 0))
+
+    # 10 audio tokens of 0.1 s each and the end of text.
+    assert dataset(1.0, 1.05, None).count_too_long() == ""
+    assert dataset(1.2, 1.05, None, 3.0).count_too_long() == "2 of 4 utterances are too long for --ctx_len 11"
+    assert dataset(1.2, 1.05, speed=(0.5, 1.5)).count_too_long() == ""
+    assert dataset(9.0, None).count_too_long()  # one may fit
+    with pytest.raises(UserError, match=r"--ctx_len: 11 is less than each of the 2 .* 1.20 s; 1.10 s are the most"):
+        dataset(1.2, 3.0).count_too_long()
+
+
 def test_fit_counts_the_changed_duration(source: FileSource, tokenizer: WorldTokenizer):
     # 0.1 s are 5 frames; at half the speed they are 10.
     fit = Fit(ctx_len=5 + 1 + 6, stack=1)

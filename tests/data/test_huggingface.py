@@ -10,7 +10,8 @@ import torch
 
 from rwkv_speech.audio import AudioError
 from rwkv_speech.data import huggingface
-from rwkv_speech.data.huggingface import Columns, HuggingFaceSource
+from rwkv_speech.data.huggingface import HuggingFaceSource
+from rwkv_speech.data.source import Columns
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.errors import UserError
 

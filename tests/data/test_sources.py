@@ -8,6 +8,7 @@ import torch
 from manifests import write_audio, write_manifest
 
 from rwkv_speech.audio import AudioError
+from rwkv_speech.config import DATA_FORMS
 from rwkv_speech.data import sources
 from rwkv_speech.data.folder import FileSource, read_folder
 from rwkv_speech.data.source import ConcatSource, Part, Utterance, parts_of
@@ -101,6 +102,17 @@ def test_open_source_keeps_a_big_manifest_on_disk(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sources, "BIG_MANIFEST", 10)
     found = open_source(str(manifest))
     assert isinstance(found, TableSource) and len(found.load(0)) == 800
+
+
+def test_a_new_kind_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPatch):
+    made = FileSource([Utterance("a", "/a.wav", "x", 1.0)])
+    monkeypatch.setitem(sources.KINDS, "mine", lambda spec, columns: made)
+    joined = open_sources("mine:one, mine:two@2")
+    assert len(joined) == 2 and parts_of(joined)[1] == Part(1, Fraction(2))
+
+
+def test_every_kind_is_in_the_help():
+    assert {form.split(":")[0] for form in DATA_FORMS if form[0].islower()} == set(sources.KINDS)
 
 
 def test_open_sources_rejects_an_empty_list():

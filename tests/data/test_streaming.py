@@ -13,8 +13,8 @@ from rwkv_speech.batch import Batch
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
-from rwkv_speech.data.huggingface import Columns
 from rwkv_speech.data.loader import StepLoader
+from rwkv_speech.data.source import Columns
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.data.streaming import StreamedData, open_stream
 from rwkv_speech.errors import UserError

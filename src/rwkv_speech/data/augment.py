@@ -71,6 +71,11 @@ class Augmenter:
         """The smallest factor that may be drawn: durations grow by its inverse at most."""
         return min(self.settings.speed, default=1.0)
 
+    @property
+    def fastest(self) -> float:
+        """The largest factor that may be drawn."""
+        return max(self.settings.speed, default=1.0)
+
     def speed(self, epoch: int, index: int) -> float:
         """The factor by which this utterance is faster in this epoch."""
         if not self.settings.speed:

@@ -90,6 +90,23 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         """Seconds of every utterance at the slowest speed that may be drawn, (N,), NaN where they are not known."""
         return self.source.durations() / np.float32(self._augment.slowest if self._augment else 1.0)
 
+    def count_too_long(self) -> str:
+        """Say before training how many utterances are too long for --ctx_len, "" for none.
+
+        Known durations alone are looked at, at the highest speed; a few more may be left out for their text, and are
+        counted by BadFileLog as they are met. Raises UserError if all are too long.
+        """
+        if self._fit is None:
+            return ""
+        seconds = self.source.durations() / np.float32(self._augment.fastest if self._augment else 1.0)
+        count = int((seconds > self._fit.longest).sum())
+        if count and count == len(seconds):
+            raise UserError(
+                f"--ctx_len: {self._fit.ctx_len} is less than each of the {count} utterances needs, the shortest of "
+                f"which lasts {seconds.min():.2f} s; {self._fit.longest:.2f} s are the most that fit: raise it"
+            )
+        return f"{count} of {len(seconds)} utterances are too long for --ctx_len {self._fit.ctx_len}" if count else ""
+
     def parts(self) -> list[Part]:
         """The runs of utterances that have weights of their own."""
         return parts_of(self.source)
@@ -164,6 +181,11 @@ class Fit:
 
     ctx_len: int
     stack: int
+
+    @property
+    def longest(self) -> float:
+        """The seconds that no utterance that fits reaches, whatever its text."""
+        return self.ctx_len * self.stack / FRAME_RATE
 
     def fault(self, seconds: float, num_text_ids: int) -> str | None:
         """Say why an utterance is too long, or None if it fits."""

@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import ACCEPTED_FORMS
-from rwkv_speech.data.source import Utterance
+from rwkv_speech.data.source import Columns, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
 
@@ -34,14 +33,6 @@ LIBRISPEECH_SPLITS = {
     "test-clean": "test.clean",
     "test-other": "test.other",
 }
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a dataset hold the audio and the text."""
-
-    audio: str = "audio"
-    text: str = "text"
 
 
 class HuggingFaceSource:

@@ -43,8 +43,16 @@ class Utterance:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Which columns of a Hugging Face dataset hold the audio and the text."""
+
+    audio: str = "audio"
+    text: str = "text"
+
+
+@dataclass(frozen=True)
 class Part:
-    """A run of `size` neighbouring utterances; each is heard `weight` times per epoch on average."""
+    """A run of `size` neighbouring utterances; each is taken `weight` times per epoch on average."""
 
     size: int
     weight: Fraction = Fraction(1)

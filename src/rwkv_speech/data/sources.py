@@ -1,16 +1,42 @@
-"""Where utterances come from: manifests, folders and (huggingface.py) datasets, all behind `open_source`."""
+"""Where utterances come from: files, folders and whatever KINDS names, all behind `open_sources`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rwkv_speech.config import ACCEPTED_FORMS
 from rwkv_speech.data.folder import FileSource, read_folder
 from rwkv_speech.data.manifest import JSON_SUFFIXES, TABLE_SUFFIXES, read_manifest
-from rwkv_speech.data.source import ConcatSource, Source, split_weight
-from rwkv_speech.data.source import Utterance as Utterance
+from rwkv_speech.data.source import Columns, ConcatSource, Source, split_weight
 from rwkv_speech.errors import UserError
 
 # A manifest of this many bytes or more (some 300,000 lines) is kept on disk instead of in every process's memory.
 BIG_MANIFEST = 64 << 20
+
+
+def _open_tar(spec: str, columns: Columns) -> Source:
+    from rwkv_speech.data.tar_shards import open_tar
+
+    return open_tar(spec)
+
+
+def _open_hub(spec: str, columns: Columns) -> Source:
+    from rwkv_speech.data.huggingface import open_hub
+
+    return open_hub(spec, columns)
+
+
+def _refuse_stream(spec: str, columns: Columns) -> Source:
+    raise UserError(f"data source {spec!r}: is a stream; expected it as the whole of --train_data only")
+
+
+# What opens a specification, by its word before the first colon; the rest are files and folders. Each imports its own
+# file, for `datasets` and pyarrow take a second.
+KINDS: dict[str, Callable[[str, Columns], Source]] = {
+    "tar": _open_tar,
+    "hf": _open_hub,
+    "librispeech": _open_hub,
+    "hf-stream": _refuse_stream,
+}
 
 
 def open_source(spec: str, *, audio_column: str = "audio", text_column: str = "text") -> Source:
@@ -18,26 +44,17 @@ def open_source(spec: str, *, audio_column: str = "audio", text_column: str = "t
 
     Raises UserError for a specification, a manifest or a dataset that does not fit.
     """
-    path = Path(spec)
-    prefix, colon, _ = spec.partition(":")
-    if spec.startswith("tar:"):
-        from rwkv_speech.data.tar_shards import open_tar
-
-        return open_tar(spec)
-    if spec.startswith("hf-stream:"):
-        raise UserError(f"data source {spec!r}: is a stream; expected it as the whole of --train_data only")
-    is_hub = bool(colon) and prefix in ("hf", "librispeech")
-    if not is_hub and path.is_file() and path.suffix.lower() in JSON_SUFFIXES | TABLE_SUFFIXES:
+    path, columns = Path(spec), Columns(audio_column, text_column)
+    kind, colon, _ = spec.partition(":")
+    if colon and kind in KINDS:
+        return KINDS[kind](spec, columns)
+    if path.is_file() and path.suffix.lower() in JSON_SUFFIXES | TABLE_SUFFIXES:
         return _open_manifest(path)
     saved = Path(spec.rpartition(":")[0]) if colon and not path.exists() else path
-    if is_hub or _is_saved_dataset(saved):
-        # Imported here: `datasets` takes a second, and manifests never need it.
-        from rwkv_speech.data import huggingface
+    if _is_saved_dataset(saved):
+        from rwkv_speech.data.huggingface import open_saved
 
-        columns = huggingface.Columns(audio_column, text_column)
-        if is_hub:
-            return huggingface.open_hub(spec, columns)
-        return huggingface.open_saved(saved, None if saved == path else spec.rpartition(":")[2], columns)
+        return open_saved(saved, None if saved == path else spec.rpartition(":")[2], columns)
     if path.is_dir():
         return FileSource(read_folder(path))
     found = "this is neither a manifest nor a folder" if path.exists() else "no such file or folder"
@@ -59,7 +76,6 @@ def open_sources(specs: str, *, audio_column: str = "audio", text_column: str = 
 def _open_manifest(path: Path) -> Source:
     if path.suffix.lower() in JSON_SUFFIXES and path.stat().st_size < BIG_MANIFEST:
         return FileSource(read_manifest(path))
-    # Imported here: pyarrow takes a moment, and decoding does without it.
     from rwkv_speech.data.tables import open_table
 
     return open_table(path)

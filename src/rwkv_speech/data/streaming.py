@@ -20,8 +20,9 @@ from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
-from rwkv_speech.data.huggingface import Columns, HuggingFaceSource
+from rwkv_speech.data.huggingface import HuggingFaceSource
 from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
+from rwkv_speech.data.source import Columns
 from rwkv_speech.errors import UserError
 
 PREFIX = "hf-stream:"

@@ -8,7 +8,7 @@ from rwkv_speech.config import TrainConfig, numbers
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
-from rwkv_speech.data.source import Source
+from rwkv_speech.data.source import Columns, Source
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -26,7 +26,6 @@ def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source 
     train: Source | Stream
     if config.train_data.startswith(PREFIX):
         # Imported here: `datasets` takes a second, and manifests never need it.
-        from rwkv_speech.data.huggingface import Columns
         from rwkv_speech.data.streaming import open_stream
 
         train = open_stream(config.train_data, Columns(config.audio_column, config.text_column))
@@ -75,7 +74,10 @@ def make_datasets(
     cache = None
     if config.feature_cache:
         cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
-    return SpeechDataset(cast(Source, train), **settings, augment=augment, cache=cache), validation, cache
+    data = SpeechDataset(cast(Source, train), **settings, augment=augment, cache=cache)
+    if note := data.count_too_long():
+        print(note)
+    return data, validation, cache
 
 
 def _streamed(
