@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rwkv_speech.audio import SAMPLES_PER_FRAME, load_audio
-from rwkv_speech.batch import BadSample
+from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.epoch import Cut
@@ -191,6 +191,16 @@ def test_what_is_broken_or_too_long_is_left_out(source: FileSource, tokenizer: W
     bad, long = dataset[9], dataset[10]
     assert isinstance(bad, BadSample) and "cannot be decoded" in bad.reason and not bad.too_long
     assert isinstance(long, BadSample) and long.too_long
+
+
+def test_a_recording_is_kept_for_the_text_that_fits(source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path):
+    found = source.utterance(0)
+    for texts in (("x", "long " * 9), ("long " * 9, "x")):
+        both = FileSource([replace(found, text=text) for text in texts])
+        fit = Fit(ctx_len=20, stack=1)
+        cache, encoded = filled(tmp_path / texts[0], SpeechDataset(both, tokenizer, fit=fit))
+        dataset = SpeechDataset(both, tokenizer, fit=fit, cache=cache)
+        assert encoded == 1 and isinstance(dataset[texts.index("x")], Sample)
 
 
 def test_lacking_frames_and_changes_of_audio_are_refused(source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path):

@@ -104,7 +104,7 @@ class FeatureCache:
             self._places.update(_read_places(shard))
 
     def __contains__(self, key: str | None) -> bool:
-        return key in self._places
+        return key in self._places or key in self._waiting
 
     def get(self, key: str | None) -> Frames | None:
         """Read the frames of a recording from the mapped file, or None if they are not here.

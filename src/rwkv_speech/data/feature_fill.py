@@ -37,14 +37,14 @@ def fill(
     small.
     """
     cache.clear_unfinished()
-    keys: dict[str, int] = {}  # one utterance of each recording; without a key it is broken, or cannot be cached
+    keys: dict[int, str] = {}
     for index in range(cut.rank, len(dataset), cut.world_size):
-        key = recording_key(dataset.source, index)
+        key = recording_key(dataset.source, index)  # without one it is broken, or cannot be cached
         if key is not None and key not in cache:
-            keys[key] = index
-    lacking, key_of = list(keys.values()), {index: key for key, index in keys.items()}
-    if not lacking:
+            keys[index] = key
+    if not keys:
         return 0
+    lacking = list(keys)
     durations = dataset.durations()[lacking]
     count = len(lacking) * cut.world_size
     size = cache.estimate(np.tile(_filled(durations, dataset, lacking), cut.world_size), width)
@@ -53,15 +53,16 @@ def fill(
     num_encoded = 0
     # Of like length, longest first.
     sampler = BatchSampler(durations, Cut(cut.micro_batch, cut.batch_seconds, shuffle=False))
-    batches = [[(0, lacking[i]) for _, i in batch] for batch in sampler]
+    batches = ([(0, lacking[i]) for _, i in batch] for batch in sampler)
     loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **in_processes(workers))
     for batch in loader:
-        if not len(batch):
-            continue
-        frames, lengths = encode(batch.waveforms, batch.num_samples)
-        for row, index in enumerate(batch.indices):
-            cache.put(key_of[index], frames[row, : lengths[row]], int(batch.num_samples[row]))
-        num_encoded += len(batch)
+        # Several utterances may be of one recording.
+        new = list({keys[index]: i for i, index in enumerate(batch.indices) if keys[index] not in cache}.values())
+        if new:
+            frames, lengths = encode(batch.waveforms[new], batch.num_samples[new])
+        for row, i in enumerate(new):
+            cache.put(keys[batch.indices[i]], frames[row, : lengths[row]], int(batch.num_samples[i]))
+        num_encoded += len(new)
     cache.flush()
     return num_encoded
 
