@@ -271,14 +271,17 @@ def test_bytes_that_are_no_text(word: bytes):
     assert done.stdout == b""
 
 
-def test_a_full_disk_is_named(things: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("most", "named"), [(20_000, "run/last.safetensors: File too large"), (2_500_000, "--proj_dir: ")]
+)
+def test_a_full_disk_is_named(most: int, named: str, things: Path, tmp_path: Path):
     """With files of at most so many bytes, which the system refuses as it does on a full disk."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     command = [sys.executable, str(ROOT / "train.py"), *arguments("train", "--epoch_count 1", things, tmp_path)]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert_a_clear_error(done.returncode, done.stderr, str(tmp_path / "run"))
+    assert_a_clear_error(done.returncode, done.stderr, named)
     assert "trained weights are in" not in done.stdout
