@@ -4,22 +4,29 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 from rwkv_speech.config import TrainConfig, parse
-from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.errors import exit_code
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:
-    """A --proj_dir without a run's files, unless the run there is to be gone on with; nothing is ever deleted."""
+    """With --resume no a --proj_dir that holds no run; nothing is ever deleted."""
     from rwkv_speech.models.checkpoint import LAST
+    from rwkv_speech.reports.record import RUN
+    from rwkv_speech.training.progress import say
+
+    def holds_run(folder: Path) -> bool:
+        return (folder / LAST).exists() or (folder / RUN).exists()
 
     folder = Path(config.proj_dir)
-    if config.resume == "yes" or not (folder / LAST).exists():
+    if config.resume == "yes" or not holds_run(folder):
         return config
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    free = next(path for path in numbered if not (path / LAST).exists())
-    print(f"note: {folder} holds an earlier run; --resume no: this one goes into {free}")
+    free = next(path for path in numbered if not holds_run(path))
+    say(f"note: {folder} holds an earlier run; --resume no: this one goes into {free}")
     return dataclasses.replace(config, proj_dir=str(free))
 
 
@@ -27,7 +34,6 @@ def train(config: TrainConfig) -> None:
     """Build the model and the data that `config` names, train, and say where the weights are."""
     # Imported here: wrong flags are answered before torch is there, other mistakes before Lightning is.
     from rwkv_speech.checks import before_training
-    from rwkv_speech.planning.memory import memory_advice
     from rwkv_speech.planning.run import is_from_sizes, plan_run
 
     if config.plan and is_from_sizes(config):
@@ -36,7 +42,6 @@ def train(config: TrainConfig) -> None:
 
     before_training(config)
     import pytorch_lightning as pl
-    import torch
 
     from rwkv_speech.data.dataset import SpeechDataset
     from rwkv_speech.devices import compute_of
@@ -44,32 +49,22 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.training.data import make_datasets, open_train_and_valid
-    from rwkv_speech.training.run import fit
+    from rwkv_speech.training.progress import say
+    from rwkv_speech.training.run import fit, results, sole_run
 
     config = with_own_folder(config)
     compute = compute_of(config, "cpu")
     sources = open_train_and_valid(config)
-    pl.seed_everything(config.seed, verbose=False)
-    model = SpeechLM.build(Parts.of(config), compute, [config.task])
-    if config.init_from:
-        model.load_trained(load_trained(find_checkpoint(config.init_from), config.task))
-    data, valid, cache = make_datasets(config, model, *sources)
-    trained = sum(p.numel() for p in model.trained_parameters())
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    print(
-        f"training {trained:,} parameters, {frozen:,} frozen, on "
-        f"{len(data) if isinstance(data, SpeechDataset) else 'streamed'} utterances"
-    )
-    if config.plan and isinstance(data, SpeechDataset):
-        print(plan_run(config, model, data).report())
-        return
-    try:
-        module = fit(model, config, data, valid, cache)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"{error}\n{memory_advice(config)}") from error
-    if module.scores:
-        print(f"last epoch: WER {100 * module.scores.wer:.2f} % on {config.valid_data}")
-    print(f"trained weights are in {Path(config.proj_dir).resolve()}")
+    with nullcontext() if config.plan else sole_run(Path(config.proj_dir)):
+        pl.seed_everything(config.seed, verbose=False)
+        model = SpeechLM.build(Parts.of(config), compute, [config.task])
+        if config.init_from:
+            model.load_trained(load_trained(find_checkpoint(config.init_from), config.task))
+        data, valid, cache = make_datasets(config, model, *sources)
+        if config.plan:
+            return print(plan_run(config, model, cast(SpeechDataset, data)).report())  # a stream cannot be planned
+        fit(model, config, data, valid, cache)
+        say(results(Path(config.proj_dir)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -123,10 +123,10 @@ class _ModelFlags:
     encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
     vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
     n_layer: int | None = flag(
-        None, "layers of the base model; empty: read from the file, else it must agree", at_least=1
+        None, "layers of the base model; empty: read from the file, else it must agree", at_least=1, resume=True
     )
     n_embd: int | None = flag(
-        None, "channels of the base model; empty: read from the file, else it must agree", at_least=1
+        None, "channels of the base model; empty: read from the file, else it must agree", at_least=1, resume=True
     )
     stack: int | None = flag(
         None, "encoder frames per audio token; empty: 5, or 3 for the tiny model", at_least=1, at_most=1000

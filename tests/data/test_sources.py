@@ -1,3 +1,4 @@
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -118,3 +119,51 @@ def test_every_kind_is_in_the_help():
 def test_open_sources_rejects_an_empty_list():
     with pytest.raises(UserError, match="(?s)names nothing.*librispeech:SPLIT"):
         open_sources(" , ")
+
+
+def write_forms(folder: Path, text: str = "text") -> dict[str, Path]:
+    """The same two recordings as a manifest, a folder, a table, a saved set, and a tar shard."""
+    import datasets
+
+    rows = [{"audio_filepath": f"{name}.wav", "text": f"{text} {name}", "duration": 0.0625} for name in "ab"]
+    for row in rows:
+        write_audio(folder / "audio" / row["audio_filepath"]).with_suffix(".txt").write_text(row["text"])
+    manifest = write_manifest(folder / "audio" / "m.jsonl", *rows)
+    files = [folder / "audio" / row["audio_filepath"] for row in rows]
+    bytes_ = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    saved = datasets.Dataset.from_dict({"audio": bytes_, "text": [row["text"] for row in rows]})
+    saved.save_to_disk(folder / "saved")
+    datasets.Dataset.from_list(rows).to_parquet(folder / "audio" / "m.parquet")
+    with tarfile.open(folder / "a.tar", "w") as shard:
+        for file in files:
+            shard.add(file, file.name)
+            shard.add(file.with_suffix(".txt"), file.stem + ".txt")
+    return {"manifest": manifest, "folder": folder / "audio", "table": folder / "audio" / "m.parquet",
+            "saved": folder / "saved", "tar": folder / "a.tar"}  # fmt: skip
+
+
+def test_fingerprints_follow_the_content_not_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def opened(folder: Path, text: str) -> dict[str, str]:
+        forms = write_forms(folder, text).items()
+        return {name: open_source(f"tar:{path}" if name == "tar" else str(path)).fingerprint() for name, path in forms}
+
+    here, there, other = (opened(tmp_path / name, text) for name, text in (("x", "a"), ("y", "a"), ("z", "b")))
+    assert here == there
+    assert all(here[name] != other[name] for name in here)
+    # Other audio under the same names and texts.
+    write_audio(tmp_path / "y" / "audio" / "b.wav", samples=1_200)
+    for name in ("audio", "audio/m.jsonl"):
+        assert (
+            open_source(str(tmp_path / "y" / name)).fingerprint()
+            != open_source(str(tmp_path / "x" / name)).fingerprint()
+        )
+
+
+def test_fingerprint_of_a_mixture_knows_order_and_weight(tmp_path: Path):
+    write_forms(tmp_path)
+    write_audio(tmp_path / "more" / "c.wav").with_suffix(".txt").write_text("c")
+    one, two = tmp_path / "audio", tmp_path / "more"
+    found = [open_sources(spec).fingerprint() for spec in (f"{one},{two}", f"{two},{one}", f"{one}@2,{two}")]
+    assert len(set(found)) == 3

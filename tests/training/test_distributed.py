@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from run_files import LINEAR_STEPS, column, learned
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
+from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import make_corpus
 from rwkv_speech.training.points import newest_point
 
@@ -36,11 +38,13 @@ def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "su
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv], env=environment, text=True, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     if wait:
-        _, errors = process.communicate(timeout=300)
+        shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+        lines = shown.splitlines()
+        assert len(set(lines)) == len(lines)
     return process
 
 
@@ -61,6 +65,8 @@ def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
     # AdamW's first moment behind the first step is a tenth of its gradient.
     for one, two in zip(first_moments(tmp_path / "one"), first_moments(tmp_path / "two"), strict=True):
         assert_rms_close("gradient", two, one, 1e-6)
+    one, two = (load_trained(tmp_path / run / "last.safetensors").trained_on for run in ("one", "two"))
+    assert one == two is not None
     first, second = learned(tmp_path / "one"), learned(tmp_path / "two")
     for name, x in first.items():
         assert_rms_close(name, second[name], x, 1e-4)
@@ -84,16 +90,20 @@ def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     assert len(lines) == len({line["id"] for line in lines}) == 3
 
 
-def test_sigterm_to_one_rank_ends_both_behind_the_same_step(corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_ends_all_ranks_after_the_same_step(
+    corpus: Path, tmp_path: Path, number: signal.Signals, to_all: bool
+):
     run = tmp_path / "run"
     process = train(corpus, run, wait=False, save_steps=1000, epoch_count=2)
     table = run / "logs/csv/metrics.csv"
     while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
         assert process.poll() is None
-    process.terminate()
-    process.communicate(timeout=100)
+    os.killpg(process.pid, number) if to_all else process.send_signal(number)
+    shown, _ = process.communicate(timeout=100)
     point = newest_point(run / "resume")
-    assert process.returncode == 143 and point is not None and point.step > 0
+    assert process.returncode == 128 + number and point is not None and point.step > 0
+    assert shown.count("this run ends after this step") == shown.count("the same command goes on") == 1
 
 
 def test_another_number_of_ranks_goes_on_from_the_end_of_an_epoch(corpus: Path, tmp_path: Path):

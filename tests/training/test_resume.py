@@ -3,18 +3,23 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import train as train_script
+from run_files import column
 from safetensors.torch import load_file
 
+from rwkv_speech import tiny
 from rwkv_speech.files import sha256_file
+from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import make_corpus
 from rwkv_speech.training.points import begin_point, finish_point, newest_point
 
@@ -124,11 +129,11 @@ def arguments(corpus: Path, run: Path, **flags: object) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def start(argv: list[str], threads: int = 1) -> "subprocess.Popen[bytes]":
-    code = f"import torch, sys; torch.set_num_threads({threads}); import train; sys.exit(train.main(sys.argv[1:]))"
+def start(argv: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    code = "import torch, sys; torch.set_num_threads(1); import train; sys.exit(train.main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *argv], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
 
 
@@ -188,40 +193,114 @@ def test_killed_20_times_ends_as_the_whole_one(corpus: Path, whole: dict[str, st
     assert killed == 20
 
 
-@pytest.mark.parametrize("later", [0, 0.02])
-def test_sigterm_saves_and_ends(corpus: Path, whole: dict[str, str], tmp_path: Path, later: float):
+@pytest.mark.parametrize(
+    ("number", "to_all", "later"), [(signal.SIGTERM, False, 0), (signal.SIGTERM, True, 0.02), (signal.SIGINT, True, 0)]
+)
+def test_signal_saves_and_ends(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, number: signal.Signals, to_all: bool, later: float
+):
+    """Sent to the run alone, or, as a terminal and a cluster do, to its data workers as well."""
     run = tmp_path / "run"
-    argv = arguments(corpus, run, save_steps=1000)
-    process = start(argv)
+    argv = arguments(corpus, run, save_steps=1000, workers=int(to_all))
+    process = start(argv, start_new_session=True)
     table = run / "logs/csv/metrics.csv"
     while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
         assert process.poll() is None
         time.sleep(0.001)
     time.sleep(later)  # somewhere else in a step
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    os.killpg(process.pid, number) if to_all else process.send_signal(number)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors.decode()[-3000:]
+    assert shown.decode().count("this run ends after this step") == 1 and b"the same command goes on" in shown
+    assert b"Traceback" not in errors
     point = newest_point(run / "resume")
     assert point is not None and point.step > 0
     finish(argv)
     assert results(run) == whole
 
 
-def test_finished_run_is_not_run_again(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    argv = arguments(corpus, tmp_path / "run", epoch_count=1)
+def test_finished_run_says_so_and_is_left_as_it_is(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    argv = arguments(corpus, run, epoch_count=2)
     assert train_script.main(argv) == 0
-    before = results(tmp_path / "run")
+    before, wer = results(run), load_trained(run / "last.safetensors").metrics["wer"]
+    capsys.readouterr()
     assert train_script.main(argv) == 0
-    assert results(tmp_path / "run") == before
+    shown = capsys.readouterr().out
+    assert f"{run}: this run is finished, with 2 epochs; an --epoch_count above 2 resumes it" in shown
+    assert f"last WER {100 * wer:.2f} % (epoch 2)" in shown and f"trained weights are in {run}" in shown
+    assert train_script.main([*argv, "--epoch_count", "1"]) == 0
+    assert "with 2 epochs, more than --epoch_count 1 asks for" in capsys.readouterr().out
+    assert results(run) == before
     assert train_script.main([*argv, "--resume", "no"]) == 0
     assert "--resume no: this one goes into" in capsys.readouterr().out
-    assert results(tmp_path / "run-2") == before == results(tmp_path / "run")
+    assert results(tmp_path / "run-2") == before == results(run)
 
 
-def test_other_flags_are_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert train_script.main(arguments(corpus, tmp_path / "run", epoch_count=1)) == 0
-    assert train_script.main(arguments(corpus, tmp_path / "run", epoch_count=1, lr_state=0.5)) == 2
-    assert "--lr_state: was 0.01, now 0.5" in capsys.readouterr().err
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_extended_run_takes_the_rates_of_the_longer_one(
+    corpus: Path, tmp_path: Path, schedule: str, capsys: pytest.CaptureFixture[str]
+):
+    for name, counts in (("whole", [2]), ("extended", [1, 2])):
+        for count in counts:
+            argv = arguments(corpus, tmp_path / name, epoch_count=count, lr_schedule=schedule, valid_data="")
+            assert train_script.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "resuming" in shown and "epoch 2 of 2" in shown
+    assert "learning rates as in a run of 12 steps from its start: adapter" in shown
+    whole, extended = (tmp_path / name for name in ("whole", "extended"))
+    for rate in ("lr_adapter", "lr_state"):
+        assert column(extended, rate)[6:] == column(whole, rate)[6:] and len(column(whole, rate)) == 12
+    if schedule == "constant":
+        assert load_trained(extended / "last.safetensors").metrics["step"] == 12
+        one, two = (load_file(run / "last.safetensors") for run in (whole, extended))
+        assert all(torch.equal(x, two[name]) for name, x in one.items())
+
+
+def test_moved_run_and_data_are_the_same_run(corpus: Path, tmp_path: Path):
+    shutil.copytree(corpus, tmp_path / "here")
+    shutil.copy(tiny.BASE_MODEL, tmp_path / f"base{tiny.BASE_MODEL.suffix}")
+    argv = arguments(tmp_path / "here", tmp_path / "run", epoch_count=1, valid_data="")
+    assert train_script.main(argv) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "here").rename(tmp_path / "there")
+    flags = {"load_model": tmp_path / f"base{tiny.BASE_MODEL.suffix}", "encoder": tiny.ENCODER, "epoch_count": 2,
+             "vocab_file": tiny.VOCAB_FILE, "stack": tiny.STACK, "adapter_hidden": tiny.ADAPTER_HIDDEN,
+             "valid_data": ""}  # fmt: skip
+    assert train_script.main(arguments(tmp_path / "there", tmp_path / "moved", **flags)) == 0
+    assert load_trained(tmp_path / "moved" / "last.safetensors").metrics["step"] == 12
+
+
+def test_other_settings_are_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    argv = arguments(tmp_path / "corpus", tmp_path / "run", epoch_count=1)
+    assert train_script.main(argv) == 0
+    assert train_script.main([*argv, "--lr_state", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr_state: was 0.01, now 0.5" in error and error.count("\n") == 2
+    # Other bytes under the same path.
+    manifest = tmp_path / "corpus" / "train.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    assert train_script.main([*argv, "--epoch_count", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "--train_data: was '12 utterances, " in error and "now '11 utterances, " in error and str(manifest) in error
+
+
+def test_second_run_in_a_folder_ends_at_once(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = arguments(corpus, tmp_path / "run", epoch_count=500)
+    first = start(argv)
+    try:
+        while not list((tmp_path / "run").glob("resume/step-*")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        assert train_script.main(argv) == 2
+        assert f"--proj_dir: {tmp_path / 'run'} is used by a run that has not ended" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.communicate()
+    point = newest_point(tmp_path / "run" / "resume")
+    assert point is not None
+    assert train_script.main([*argv, "--epoch_count", str(point.info["epoch"] + 1)]) == 0
 
 
 def test_points_hold_the_trained_tensors_alone(corpus: Path, tmp_path: Path):
@@ -232,5 +311,5 @@ def test_points_hold_the_trained_tensors_alone(corpus: Path, tmp_path: Path):
     assert set(state["state_dict"]) == {"model.initial_states.asr", *(f"model.adapter.{n}" for n in
                                         ("0.weight", "0.bias", "2.weight", "2.bias"))}  # fmt: skip
     assert len(state["optimizer_states"][0]["state"]) == 5
-    assert len(load_file(tmp_path / "run" / "last.safetensors")) == 4 + 3
+    assert len(load_file(tmp_path / "run" / "last.safetensors")) == 5
     assert json.loads((point.path / "complete.json").read_text())["info"]["epoch"] == 1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import eval as eval_script
 import predict as predict_script
 import pytest
+import soundfile
 import torch
 import train as train_script
 from assertions import assert_rms_close
@@ -18,10 +20,12 @@ from rwkv_speech import tiny
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
+from rwkv_speech.decoding.results import read_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.reports.record import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +81,8 @@ def test_plan_prints_what_a_run_needs_and_trains_nothing(
     assert train_script.main(arguments(corpus, tmp_path / "run", plan=1)) == 0
     shown = capsys.readouterr().out
     model = SpeechLM.build(Parts("tiny"))
-    assert f"{sum(p.numel() for p in model.trained_parameters()):,}" in shown
+    trained = (sum(p.numel() for p in part.parameters()) for part in (model.adapter, model.initial_states))
+    assert all(f"{count:,}" in shown for count in trained)
     assert not (tmp_path / "run").exists()
 
 
@@ -371,4 +376,70 @@ def test_run_that_ended_early_is_not_gone_on_with(corpus: Path, tmp_path: Path, 
     for _ in range(2):
         assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
         assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 2
-    assert "has ended early, at epoch 2" in capsys.readouterr().out
+    assert "has ended early, after epoch 2: no lower WER in 1 validations" in capsys.readouterr().out
+    flags["patience"] = 2
+    assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
+    assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "broken", "message"),
+    [
+        ({"ctx_len": 5}, "", "train.jsonl: no utterance could be used: 0 broken, 8 too long for --ctx_len"),
+        ({"max_bad": 99}, "train.jsonl", "train.jsonl: no utterance could be used: 8 broken, 0 too long"),
+        ({"max_bad": 99}, "valid.jsonl", "valid.jsonl: no utterance could be used: 4 broken, 0 too long"),
+    ],
+)
+def test_train_without_a_usable_utterance_is_an_error(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: dict[str, object],
+    broken: str,
+    message: str,
+):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    for line in (tmp_path / "corpus" / broken).read_text().splitlines() if broken else ():
+        (tmp_path / "corpus" / json.loads(line)["audio_filepath"]).write_text("not audio")
+    data = {"train_data": tmp_path / "corpus" / "train.jsonl", "valid_data": tmp_path / "corpus" / "valid.jsonl"}
+    assert train_script.main(arguments(corpus, tmp_path / "run", **data, **flags)) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and "bad_files.jsonl" in shown.err and "trained weights" not in shown.out
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_checkpoints_record_what_was_trained_on(corpus: Path, tmp_path: Path):
+    assert train_script.main(arguments(corpus, tmp_path, epoch_count=2)) == 0
+    seconds = [soundfile.info(path).duration for path in (corpus / "train").glob("*.flac")]
+    found = load_trained(tmp_path / "last.safetensors").trained_on
+    assert found is not None and found.utterances == len(seconds) == 8
+    assert (found.hours, found.longest_seconds) == pytest.approx((sum(seconds) / 3600, max(seconds)), rel=1e-4)
+
+
+def test_the_screen_tells_each_epoch_and_what_was_skipped(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = {"valid_data": corpus / "valid.jsonl", "epoch_count": 2, "ctx_len": 40}
+    assert train_script.main(arguments(corpus, tmp_path, **flags)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = read_metrics(tmp_path)
+    for epoch in (1, 2):
+        wer = next(row.wer for row in rows if row.epoch == epoch and row.wer is not None)
+        steps = [row for row in rows if row.epoch == epoch and row.loss is not None and row.target_tokens]
+        loss = sum(row.loss * row.target_tokens for row in steps) / sum(row.target_tokens for row in steps)
+        (line,) = (line for line in lines if line.startswith(f"epoch {epoch}/2: "))
+        assert f"loss {loss:.3f}, WER {100 * wer:.2f} %, " in line and line.endswith("audio hours per hour")
+    skipped = sum("--ctx_len" in line for line in (tmp_path / "bad_files.jsonl").read_text().splitlines())
+    assert 0 < skipped < 8
+    assert [line for line in lines if "skipped" in line] == [
+        f"skipped {skipped} recordings: {skipped} too long for --ctx_len; listed in {tmp_path / 'bad_files.jsonl'}"
+    ]
+    assert len(set(lines)) == len(lines)
+
+
+def test_validation_scores_every_utterance_of_sets_with_the_same_ids(corpus: Path, tmp_path: Path):
+    valid = corpus / "valid.jsonl"
+    assert train_script.main(arguments(corpus, tmp_path, valid_data=f"{valid},{valid}", epoch_steps=1)) == 0
+    rows = read_rows(tmp_path / "validation.jsonl")
+    assert [row.index for row in rows] == list(range(8))
+    assert [row.hyp for row in rows[:4]] == [row.hyp for row in rows[4:]]

@@ -111,6 +111,10 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         """The runs of utterances that have weights of their own."""
         return parts_of(self.source)
 
+    def fingerprint(self) -> str:
+        """What tells the data from other data, wherever it lies: its size and its source's SHA-256."""
+        return f"{len(self)} utterances, {self.source.fingerprint()[:16]}"
+
     def loader(self, cut: Cut, steps: int | None = None, workers: int = 0, pin_memory: bool = False) -> StepLoader:
         """One rank's batches, of all epochs or of the first `steps` of each; raises UserError for fewer than those.
 

@@ -1,5 +1,6 @@
 """Utterances whose audio lies in files, and folders of them."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.data.manifest import summary
-from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance
+from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance, digest
 from rwkv_speech.errors import UserError
 
 
@@ -36,6 +37,17 @@ class FileSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.array([found.duration for found in self._utterances], np.float32)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every utterance's metadata and the size of its file."""
+        return digest(
+            (found.id, found.text, found.offset, found.duration, found.lang, found.task, _size(found.audio))
+            for found in self._utterances
+        )
+
+
+def _size(path: str | None) -> int | None:
+    return os.path.getsize(path) if path and os.path.isfile(path) else None
 
 
 def read_folder(path: str | Path) -> list[Utterance]:

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub.utils import logging as hub_logging
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import ACCEPTED_FORMS
-from rwkv_speech.data.source import Columns, Utterance
+from rwkv_speech.data.source import Columns, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
 
@@ -96,6 +97,15 @@ class HuggingFaceSource:
             return unknown
         found = column.to_numpy().astype(np.float32)
         return np.where(found > 0, found, unknown)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the texts, durations, languages, tasks, ids and sizes of all rows."""
+        columns = self._rows.with_format("arrow")[:].columns if self._rows.column_names else []
+        sizes = []
+        if self._holds_bytes:
+            audio = self._audio.data.column(self._columns.audio)
+            sizes = pc.binary_length(pc.struct_field(audio, "bytes")).to_pylist()
+        return digest((len(self), *sizes, *(digest(column.to_pylist()) for column in columns)))
 
     def load(self, index: int) -> Tensor:
         """Decode one row to float32 (S,), 16 kHz mono; raises AudioError."""

@@ -2,7 +2,10 @@
 
 # B batch · S samples
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +17,8 @@ from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
 from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
+
+_SECONDS_TO_END = 10
 
 
 class Position(Protocol):
@@ -37,6 +42,7 @@ class StepLoader:
     """
 
     batch_sampler = None  # Lightning looks for one, then takes `sampler`
+    _iterator: Iterator[Batch] | None = None  # whose worker processes Lightning ends
 
     def __init__(self, batches: Iterable[Batch], sampler: Position, accumulate: int) -> None:
         self._batches, self.sampler, self._accumulate = batches, sampler, accumulate
@@ -45,8 +51,9 @@ class StepLoader:
         return self.sampler.steps
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        batches = iter(self._batches)
-        while step := [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]:
+        with _no_interrupts():
+            self._iterator = iter(self._batches)
+        while step := [batch for _, batch in zip(range(self._accumulate), self._iterator, strict=False)]:
             yield step
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,9 +68,28 @@ class StepLoader:
 class SpeechData(Protocol):
     """What can be trained on or validated with."""
 
+    def __len__(self) -> int:
+        """The number of utterances, 0 where it is not known."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells the data from other data, wherever it lies."""
+        ...
+
     def loader(self, cut: Cut, steps: int | None = None, workers: int = 0, pin_memory: bool = False) -> StepLoader:
         """One rank's batches; an epoch has `steps` optimizer steps, by default all that the data makes."""
         ...
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C goes to all processes of a terminal; those started meanwhile never see it, and end with their parent."""
+    resource_tracker.ensure_running()  # started later it would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
@@ -116,6 +142,11 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         return self.steps * self._cut.accumulate
 
 
+def _end_late(_: int) -> None:
+    """SIGTERM may go to all processes of a run, whose main one needs batches until the end of its step."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_TO_END))
+
+
 def in_processes(workers: int) -> dict[str, Any]:
     """A DataLoader's options for so many worker processes: spawned, as threads (OpenMP, CUDA) do not survive a fork."""
     if not workers:
@@ -124,6 +155,7 @@ def in_processes(workers: int) -> dict[str, Any]:
         "num_workers": workers,
         "persistent_workers": True,
         "multiprocessing_context": "spawn",
+        "worker_init_fn": _end_late,
         "prefetch_factor": 4,
     }
 

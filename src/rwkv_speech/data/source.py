@@ -1,9 +1,10 @@
 """What a source of utterances is: one recording's metadata, an indexed set of them, several with weights."""
 
 import bisect
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -93,6 +94,19 @@ class Source(Protocol):
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         ...
 
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what can be known of the content without decoding it, wherever it lies."""
+        ...
+
+
+def digest(values: Iterable[object]) -> str:
+    """SHA-256 (hex) of values one after another: bytes as they are, others as Python writes them."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(value if isinstance(value, bytes) else repr(value).encode())
+        found.update(b"\n")
+    return found.hexdigest()
+
 
 class ConcatSource:
     """Several sources one after another, each with its weight, 1 by default; ids stay as the sources gave them."""
@@ -118,6 +132,12 @@ class ConcatSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.concatenate([np.zeros(0, np.float32), *(source.durations() for source in self._sources)])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the sources' fingerprints and weights."""
+        return digest(
+            (source.fingerprint(), weight) for source, weight in zip(self._sources, self._weights, strict=True)
+        )
 
     def parts(self) -> list[Part]:
         """Give the size and weight of every source."""

@@ -132,6 +132,16 @@ class StreamedData:
     window: int = 512
     files: int = 10
 
+    def __len__(self) -> int:
+        """0: not known."""
+        return 0
+
+    def fingerprint(self) -> str:
+        """What can be known of it beforehand: its configuration and split, the number of its files, its first row."""
+        first = _source(list(self.stream.rows.take(1)), self.stream.columns, "").fingerprint()
+        _, *names = self.stream.spec.removeprefix(PREFIX).split(":")
+        return f"{self.stream.rows.num_shards} files of {':'.join(names)}, {first[:16]}"
+
     def loader(self, cut: Cut, steps: int | None = None, workers: int = 0, pin_memory: bool = False) -> StepLoader:
         """One rank's batches, `steps` x `accumulate` of them in every epoch; raises UserError without `steps`.
 

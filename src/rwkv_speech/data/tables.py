@@ -38,7 +38,7 @@ from rwkv_speech.data.manifest import (
     to_utterance,
     unreadable,
 )
-from rwkv_speech.data.source import Utterance
+from rwkv_speech.data.source import Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
@@ -78,6 +78,10 @@ class TableSource:
         batch = self._batches[number]
         (row,) = batch.slice(index - self._ends[number] + len(batch), 1).to_pylist()
         return to_utterance({key: value for key, value in row.items() if value is not None}, self._folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all rows."""
+        return digest(batch.serialize().to_pybytes() for batch in self._batches)
 
     def load(self, index: int) -> Tensor:
         """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""

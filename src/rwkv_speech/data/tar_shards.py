@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio
 from rwkv_speech.data.manifest import row_faults, summary
-from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance
+from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 
@@ -90,6 +90,13 @@ class TarSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.concatenate([np.zeros(0, np.float32), *(shard.durations for shard in self._shards)])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every shard's name and its utterances' metadata, places and sizes."""
+        return digest(
+            (Path(shard.path).name, _read(shard.index, int(shard.ends[0]), int(shard.ends[-1] - shard.ends[0])))
+            for shard in self._shards
+        )
 
     def _row(self, index: int) -> tuple[Shard, dict[str, Any]]:
         if not 0 <= index < len(self):

@@ -1,4 +1,4 @@
-"""What happens around training: checkpoints, logs, the progress bar."""
+"""What happens around training: checkpoints and logs."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 
 from rwkv_speech.batch import Batch
 from rwkv_speech.decoding.results import write_rows
@@ -41,6 +41,7 @@ class TrainedWeights(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; Lightning calls this after the epoch's validation."""
         assert isinstance(pl_module, SpeechModule)
+        pl_module.note_trained()
         if pl_module.scores is not None and self.stop.should_stop(pl_module.scores.wer):
             trainer.should_stop = True
         with pl_module.strategy.whole_weights(pl_module.model):
@@ -128,12 +129,3 @@ class MetricsTable(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The validation's numbers."""
         self._write(trainer, ("wer", "cer"))
-
-
-class Progress(TQDMProgressBar):
-    """Without the version number that Lightning adds, which says nothing here."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics

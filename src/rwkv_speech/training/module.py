@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -23,10 +23,13 @@ from rwkv_speech.decoding.results import Row
 from rwkv_speech.decoding.transcribe import transcribe_batch
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.parts import TrainedOn
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.metrics import Scores, score_rows
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 from rwkv_speech.training.strategies import strategy_of
+
+T = TypeVar("T")
 
 
 class SpeechModule(pl.LightningModule):
@@ -54,9 +57,12 @@ class SpeechModule(pl.LightningModule):
         self.strategy = strategy_of(config)
         self.strategy.prepare(model)
         self.start = (0, 0)  # the epoch and the optimizer step in it to begin with
-        self.taken_over: dict[str, Any] | None = None  # weights and optimizer of a run whose batches were cut otherwise
-        self.asked_to_end = False  # this rank, by a signal
-        self.ending = False  # all ranks, behind this step
+        self.taken_over: dict[str, Any] | None = None  # the state of a run whose batches were cut otherwise
+        self.other_course = False  # a resumed run's schedule ends elsewhere than it did
+        self.asked_to_end = 0  # the signal that asked this rank
+        self.ending = False  # all ranks, after this step
+        # Of the epoch, over all ranks: utterances and samples that were trained on; of the run: the longest's samples.
+        self._num_used = self._samples_used = self._longest = 0
         self._rows: dict[int, Row] = {}  # by place in the validation set
         self.validated: list[Row] = []
         self.scores: Scores | None = None
@@ -78,7 +84,9 @@ class SpeechModule(pl.LightningModule):
         if self.taken_over is not None:
             self.load_state_dict(self.taken_over["state_dict"], strict=False)
             self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
-            self._forward_schedule(self.taken_over["lr_schedulers"][0]["last_epoch"])
+            schedule: Any = self.lr_schedulers()
+            schedule.last_epoch = self.taken_over["lr_schedulers"][0]["last_epoch"]
+            self._longest = self.taken_over["used"][2]
             self.taken_over = None
         if self._cache is None:
             return
@@ -94,14 +102,45 @@ class SpeechModule(pl.LightningModule):
         self.trainer.strategy.barrier()
         self._cache.refresh()
 
-    def _forward_schedule(self, steps: int) -> None:
-        """The learning rates as behind so many optimizer steps."""
-        schedule: Any = self.lr_schedulers()
-        schedule.last_epoch = steps
-        for group, base, factor in zip(
-            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(steps)
+    def on_train_epoch_start(self) -> None:
+        """Not called where a run is resumed inside an epoch, whose numbers come with the point."""
+        self._num_used = self._samples_used = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What was trained on; after `share_longest`."""
+        checkpoint["used"] = [self._num_used, self._samples_used, self._longest]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The same of a resumed run."""
+        self._num_used, self._samples_used, self._longest = checkpoint["used"]
+
+    def share_longest(self) -> None:
+        """All ranks know the longest utterance of all; for all to call together."""
+        self._longest = max(self._gathered(self._longest))
+
+    def note_trained(self) -> None:
+        """Note in the model what an epoch trained on; raises UserError if it was nothing; for all ranks together."""
+        self.bad_files.require_used(self._num_used, self.config.train_data)
+        self.share_longest()
+        self.model.trained_on = TrainedOn(
+            self._num_used, self._samples_used / SAMPLE_RATE / 3600, self._longest / SAMPLE_RATE
+        )
+
+    def all_agree_to_end(self) -> bool:
+        """Whether a signal asked any rank to end; for all to call together."""
+        self.ending = any(self._gathered(self.asked_to_end))
+        return self.ending
+
+    def skipped(self) -> list[str]:
+        """What each rank has skipped, if anything, in words; for all to call together."""
+        return [line for line in self._gathered(self.bad_files.summary()) if line]
+
+    def _gathered(self, mine: T) -> list[T]:
+        """One of each rank."""
+        found = [mine] * self.trainer.world_size
+        if len(found) > 1:
+            dist.all_gather_object(found, mine)
+        return found
 
     def train_dataloader(self) -> StepLoader:
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
@@ -156,7 +195,7 @@ class SpeechModule(pl.LightningModule):
         targets = sum(batch.num_targets for batch in step)
         seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
         padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
-        known = [targets, seconds, padded, float(self.asked_to_end)]
+        known = [targets, seconds, padded, float(self.asked_to_end), float(sum(len(batch) for batch in step))]
         counts = self._summed(torch.tensor(known, dtype=torch.float64))
         # Data-parallel training averages over ranks, which their number undoes.
         scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
@@ -164,8 +203,11 @@ class SpeechModule(pl.LightningModule):
         norm = self.strategy.gradient_norm(self.model)
         # The one time in a step that the device is waited for.
         numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
-        targets, seconds, padded, asked_to_end, loss_sum, norm_found = numbers
+        targets, seconds, padded, asked_to_end, num_used, loss_sum, norm_found = numbers
         self.ending = asked_to_end > 0
+        self._num_used += int(num_used)
+        self._samples_used += round(seconds * SAMPLE_RATE)
+        self._longest = max(self._longest, *(int(batch.num_samples.max()) for batch in step if len(batch)), 0)
         if not math.isfinite(loss_sum):
             ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
             raise UserError(
@@ -211,14 +253,9 @@ class SpeechModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
-        gathered = self._rows
-        if self.trainer.world_size > 1:
-            parts: list[dict[int, Row]] = [{} for _ in range(self.trainer.world_size)]
-            dist.all_gather_object(parts, self._rows)
-            gathered = {index: row for part in parts for index, row in part.items()}
+        gathered = {index: row for part in self._gathered(self._rows) for index, row in part.items()}
         self._rows = {}
-        if not gathered:
-            return
+        self.bad_files.require_used(len(gathered), self.config.valid_data)
         self.validated = [row for _, row in sorted(gathered.items())]
         self.scores = score_rows(self.validated)
         # The same number on every rank, so that all decide alike by it.

@@ -1,33 +1,53 @@
 """A whole run: the trainer, and `fit`."""
 
 import dataclasses
+import fcntl
 import logging
 import signal
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.loader import SpeechData
 from rwkv_speech.devices import accelerator, uses_bf16
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.checkpoint import BEST, LAST, load_trained
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.planning.memory import memory_advice
 from rwkv_speech.reports.page import write_report
 from rwkv_speech.reports.record import read_metrics, write_run
-from rwkv_speech.training.callbacks import MetricsTable, Progress, Throughput, TrainedWeights
+from rwkv_speech.training.callbacks import MetricsTable, Throughput, TrainedWeights
 from rwkv_speech.training.module import SpeechModule
-from rwkv_speech.training.resume import POINTS, RandomState, ResumePoints, find_point, resume_from, run_info
+from rwkv_speech.training.progress import Progress, say
+from rwkv_speech.training.resume import (
+    Ended,
+    RandomState,
+    ResumePoints,
+    find_point,
+    resume_from,
+    shared_settings,
+    why_finished,
+)
 from rwkv_speech.training.selection import BestK, EarlyStop
 from rwkv_speech.training.strategies import strategy_of
+
+LOCK = "run.lock"
 
 
 def _quieten() -> None:
     """Keep what Lightning says of itself off the screen; its errors and other warnings stay."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r"Found \d+ module\(s\) in eval mode",  # the frozen parts, on purpose
         "Total length of `list` across ranks is zero",  # no validation data
@@ -40,7 +60,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
+def make_trainer(config: TrainConfig, settings: Mapping[str, Any], first_step: int = 0) -> pl.Trainer:
     """The trainer that `config` describes, for a run that begins behind optimizer step `first_step`."""
     _quieten()
     kind, devices = accelerator(config)
@@ -49,6 +69,7 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
     loggers: list[Logger] = [curves]
     if config.wandb:
         loggers.append(WandbLogger(project=config.wandb, save_dir=folder))
+    stop = EarlyStop(config.patience, config.min_delta)
     return pl.Trainer(
         accelerator=kind,
         devices=devices,
@@ -62,12 +83,10 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
         callbacks=[
             Throughput(),
             MetricsTable(folder, first_step, config.log_every),
-            TrainedWeights(
-                folder, config.epoch_save, BestK(config.keep_best), EarlyStop(config.patience, config.min_delta)
-            ),
-            RandomState(),
-            ResumePoints(folder / POINTS, config.save_steps, run_info(config)),
+            TrainedWeights(folder, config.epoch_save, BestK(config.keep_best), stop),
             Progress(refresh_rate=config.log_every),
+            RandomState(),
+            ResumePoints(config, settings, stop),
         ],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -77,35 +96,71 @@ def make_trainer(config: TrainConfig, first_step: int = 0) -> pl.Trainer:
 
 
 def fit(
-    model: SpeechLM,
-    config: TrainConfig,
-    train: SpeechData,
-    valid: SpeechData | None,
-    cache: FeatureCache | None = None,
-) -> SpeechModule:
-    """Train from the start or from where the run in --proj_dir stopped; returns the module with its last scores."""
+    model: SpeechLM, config: TrainConfig, train: SpeechData, valid: SpeechData | None, cache: FeatureCache | None = None
+) -> None:
+    """Train from the start, or from where the run in --proj_dir stopped; a finished one is left as it is."""
+    settings = shared_settings(config, model, train, valid)
+    point = find_point(config, settings)
+    if point and (finished := why_finished(config, point)):
+        return say(finished)
+    trained = sum(x.numel() for x in model.trained_parameters())
+    frozen = sum(x.numel() for x in model.parameters()) - trained
+    say(f"training {trained:,} parameters, {frozen:,} frozen, on {len(train) or 'streamed'} utterances")
     module = SpeechModule(model, config, train, valid, cache)
-    point = find_point(config)
-    if point and point.info["ended"]:
-        print(
-            f"{point.path}: the run has ended early, at epoch {point.info['epoch']} (--patience); nothing is left to do"
-        )
-        return module
-    trainer = make_trainer(config, point.step if point else 0)
+    trainer = make_trainer(config, settings, point.step if point else 0)
     state = resume_from(module, config, point, trainer) if point else None
-    if not point and valid is not None and config.score_first:
-        trainer.validate(module, verbose=False)
-        if trainer.is_global_zero and module.scores:
-            print(f"before training: WER {100 * module.scores.wer:.2f} %")
-        module.scores = None
-    if trainer.is_global_zero:
-        write_run(Path(config.proj_dir), dataclasses.asdict(config), f"{trainer.world_size} x {trainer.accelerator}")
-    # The points are this run's own files, checked by their SHA-256; they hold more than tensors.
     try:
+        if not point and valid is not None and config.score_first:
+            _score_first(trainer, module)
+        if trainer.is_global_zero:
+            device = f"{trainer.world_size} x {trainer.accelerator}"
+            write_run(Path(config.proj_dir), dataclasses.asdict(config), device)
+        # The points are this run's own files, checked by their SHA-256; they hold more than tensors.
         trainer.fit(module, ckpt_path=state, weights_only=False)
-    except SIGTERMException:
-        print("asked to end: the same command goes on from where it stopped")
-        sys.exit(128 + signal.SIGTERM)  # not 0: a script must not take the run for finished
+    except Ended:
+        say("a point to resume from is saved: the same command goes on from there")
+        # Not 0: a script must not take the run for finished. Of the other ranks, though, an error would end rank 0.
+        sys.exit(128 + (module.asked_to_end or signal.SIGTERM) if trainer.is_global_zero else 0)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"{error}\n{memory_advice(config)}") from error
+    except SystemExit as error:  # what Lightning makes of Ctrl-C before the first step
+        raise KeyboardInterrupt from error
     if trainer.is_global_zero and (module.validated or read_metrics(Path(config.proj_dir))):
         print(f"report: {write_report(Path(config.proj_dir))}")
-    return module
+
+
+def _score_first(trainer: pl.Trainer, module: SpeechModule) -> None:
+    trainer.validate(module, verbose=False)
+    if module.scores:
+        say(f"before training: WER {100 * module.scores.wer:.2f} %")
+    module.scores = None
+
+
+def results(folder: Path) -> str:
+    """Best and last WER of a run, and where its weights are."""
+    found = {name: load_trained(folder / name).metrics for name in (BEST, LAST) if (folder / name).is_file()}
+    wers = [
+        f"{name.removesuffix('.safetensors')} WER {100 * metrics['wer']:.2f} % (epoch {metrics['epoch']})"
+        for name, metrics in found.items()
+        if "wer" in metrics
+    ]
+    return "; ".join([*wers, f"trained weights are in {folder.resolve()}"])
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Raises UserError if another run uses the folder; the lock goes with the process, however that ends."""
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--proj_dir: {folder} is used by a run that has not ended; wait for it, or give another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield

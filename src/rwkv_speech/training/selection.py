@@ -53,21 +53,21 @@ class EarlyStop:
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         self.patience, self.min_delta = patience, min_delta
         self._best = math.inf
-        self._waited = 0
+        self.waited = 0  # validations since the best
 
     def should_stop(self, wer: float) -> bool:
         """Take note of a validation's WER; NaN is no improvement."""
         if wer < self._best - self.min_delta:
-            self._best, self._waited = wer, 0
+            self._best, self.waited = wer, 0
         else:
-            self._waited += 1
-        return 0 < self.patience <= self._waited
+            self.waited += 1
+        return 0 < self.patience <= self.waited
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, JSON-ready: a best WER of None before the first validation."""
-        return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited}
+        return {"best": None if math.isinf(self._best) else self._best, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._best = math.inf if state["best"] is None else float(state["best"])
-        self._waited = int(state["waited"])
+        self.waited = int(state["waited"])
