@@ -17,13 +17,6 @@ from rwkv_speech.models import encoder
 from rwkv_speech.tokenizer import WorldTokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> WorldTokenizer:
-    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    file.write_text("".join(f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1\n" for i in range(256)))
-    return WorldTokenizer(file)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> FileSource:
     rng = np.random.default_rng(0)

@@ -41,13 +41,6 @@ class Encoder:
         return frames, num_samples // SAMPLES_PER_FRAME
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> WorldTokenizer:
-    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    file.write_text("".join(f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1\n" for i in range(256)))
-    return WorldTokenizer(file)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> FileSource:
     rng = np.random.default_rng(0)
@@ -91,13 +84,6 @@ def test_samples_hold_the_encoders_frames(source: FileSource, tokenizer: WorldTo
         check_samples(source, SpeechDataset(source, tokenizer, cache=found), getattr(torch, dtype))
     assert filled(tmp_path / "cache", SpeechDataset(source, tokenizer), dtype)[1] == 0
     assert FeatureCache(tmp_path / "cache", "another encoder", dtype).get(recording_key(source, 0)) is None
-
-
-def test_bfloat16_is_what_the_adapter_sees_in_bf16_anyway():
-    torch.manual_seed(0)
-    layer, frames = torch.nn.Linear(WIDTH, 4), torch.randn(5, WIDTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(frames), layer(frames.bfloat16().float()))
 
 
 def test_kept_recordings_are_not_decoded(

@@ -17,11 +17,8 @@ from rwkv_speech.tokenizer import WorldTokenizer
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> SpeechDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer: WorldTokenizer) -> SpeechDataset:
     folder = tmp_path_factory.mktemp("loader")
-    (folder / "vocab.txt").write_text(
-        "".join(f"{i + 1} {(chr(i) if i < 128 else bytes([i]))!r} 1\n" for i in range(256))
-    )
     rng = np.random.default_rng(0)
     utterances = []
     for i in range(7):
@@ -29,9 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SpeechDataset:
         soundfile.write(file, rng.uniform(-0.5, 0.5, 1_600 + 160 * i), 16_000)
         utterances.append(Utterance(f"u{i}", str(file), f"text {i}"))
     changes = Augment(speed=(0.9, 1.0, 1.1), volume_db=(-6.0, 6.0), time_masks=1, freq_masks=1, noise_dir=str(folder))
-    return SpeechDataset(
-        FileSource(utterances), WorldTokenizer(folder / "vocab.txt"), normalise=True, augment=Augmenter(changes, 5)
-    )
+    return SpeechDataset(FileSource(utterances), tokenizer, normalise=True, augment=Augmenter(changes, 5))
 
 
 def epochs(dataset: SpeechDataset, workers: int = 0, **share: int) -> list[list[Batch]]:
