@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.synthetic.make_corpus import make_corpus
+from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scripts")
-    make_corpus(folder, {"train": 4, "valid": 2, "test": 2}, seed=4)
+    make_corpus(Flags(str(folder), seed=4, train=4, valid=2, test=2))
     return folder
 
 

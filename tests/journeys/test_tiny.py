@@ -10,10 +10,8 @@ from safetensors.torch import load_file
 
 from rwkv_speech import tiny
 from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.synthetic import corpus
+from rwkv_speech.synthetic import corpus, pretrain_encoder, pretrain_lm
 from rwkv_speech.synthetic.phone_prompts import PHONE_LETTERS, blends, frames, pronunciations
-from rwkv_speech.synthetic.pretrain_encoder import pretrain as pretrain_encoder
-from rwkv_speech.synthetic.pretrain_lm import pretrain as pretrain_lm
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.synthetic.voices import PHONES
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -66,7 +64,7 @@ def test_augment_keeps_shape_and_adds_the_noise_it_says():
 
 
 def test_pretraining_of_the_language_model_writes_what_loads(tmp_path: Path):
-    facts = pretrain_lm(tmp_path, steps=2, utterances=4, lr=1e-3, seed=1)
+    facts = pretrain_lm.pretrain(pretrain_lm.Flags(str(tmp_path), steps=2, utterances=4))
     assert facts["steps"] == 2
     assert RWKV6.from_pretrained(tmp_path / "rwkv6.safetensors").sizes == RWKV6.from_pretrained(tiny.BASE_MODEL).sizes
     assert (tmp_path / "vocab.txt").read_bytes() == tiny.VOCAB_FILE.read_bytes()
@@ -74,6 +72,6 @@ def test_pretraining_of_the_language_model_writes_what_loads(tmp_path: Path):
 
 @pytest.mark.soak
 def test_pretraining_of_the_encoder_writes_what_loads(tmp_path: Path):
-    facts = pretrain_encoder(tmp_path, hours=0.02, epochs=1, seed=1, batch_seconds=10.0, lr=1e-3)
+    facts = pretrain_encoder.pretrain(pretrain_encoder.Flags(str(tmp_path), hours=0.02, epochs=1))
     assert 0.0 <= facts["frame_accuracy"] <= 1.0
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(tiny.ENCODER / "model.safetensors").keys()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.synthetic.make_corpus import make_corpus
+from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import newest_point
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder, {"train": 16, "valid": 3}, seed=3)
+    make_corpus(Flags(str(folder), seed=3, train=16, valid=3, test=1))
     return folder
 
 

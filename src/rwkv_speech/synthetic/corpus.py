@@ -37,66 +37,37 @@ _EXTRA = (
 ).split()
 
 
-def _digits(rng: random.Random) -> str:
-    return " ".join(rng.choices(DIGITS, k=rng.randint(1, 7)))
-
-
-def _weather(rng: random.Random) -> str:
-    return f"the weather {rng.choice(['is', 'was'])} {rng.choice(_WEATHER)} {rng.choice(['and', 'but'])} " + (
-        f"{rng.choice(_WEATHER)} {rng.choice(['today', 'yesterday', 'on ' + rng.choice(_DAYS)])}"
-    )
-
-
-def _command(rng: random.Random) -> str:
-    return (
-        f"{rng.choice(['please ', ''])}turn {rng.choice(['on', 'off'])} the {rng.choice(_DEVICES)} "
-        f"in the {rng.choice(_ROOMS)}{rng.choice(['', ' ' + rng.choice(_TIMES)])}"
-    )
-
-
-def _event(rng: random.Random) -> str:
-    return (
-        f"{rng.choice(['the', 'my', 'your', 'our'])} {rng.choice(_PEOPLE)} {rng.choice(_PAST)} "
-        f"{rng.choice(['a', 'the'])} {rng.choice(_ADJECTIVES)} {rng.choice(_THINGS + _ANIMALS)}"
-    )
-
-
-def _place(rng: random.Random) -> str:
-    return (
-        f"the {rng.choice(_ADJECTIVES)} {rng.choice(_ANIMALS + _PEOPLE)} "
-        f"{rng.choice(['is', 'was', 'sleeps', 'waits'])} "
-        f"{rng.choice(_PLACES)} the {rng.choice(_ADJECTIVES)} {rng.choice(_THINGS)}"
-    )
-
-
-def _meeting(rng: random.Random) -> str:
-    return (
-        f"{rng.choice(['call', 'meet', 'visit', 'ask'])} the {rng.choice(_PEOPLE)} on {rng.choice(_DAYS)} "
-        f"at {rng.choice(_HOURS)}{rng.choice(['', ' thirty', ' fifteen'])}"
-    )
-
-
-def _question(rng: random.Random) -> str:
-    return f"{rng.choice(['where', 'who', 'when'])} {rng.choice(_PAST)} " + (
-        f"{rng.choice(_DIGIT_OR_TWO)} {rng.choice(_ADJECTIVES)} {rng.choice(_PEOPLE)}"
-    )
-
-
-_DIGIT_OR_TWO = [*DIGITS[1:], "many", "some"]
-_GRAMMAR: tuple[Callable[[random.Random], str], ...] = (
-    _digits,
-    _weather,
-    _command,
-    _event,
-    _place,
-    _meeting,
-    _question,
-)
-
-
 def sentence(rng: random.Random) -> str:
     """One sentence of the default corpus, lower case, without punctuation, 1 to 12 words."""
-    return rng.choice(_GRAMMAR)(rng)
+    one = rng.choice
+    kinds: tuple[Callable[[], str], ...] = (
+        lambda: " ".join(rng.choices(DIGITS, k=rng.randint(1, 7))),
+        lambda: (
+            f"the weather {one(['is', 'was'])} {one(_WEATHER)} {one(['and', 'but'])} {one(_WEATHER)} "
+            f"{one(['today', 'yesterday', 'on ' + one(_DAYS)])}"
+        ),
+        lambda: (
+            f"{one(['please ', ''])}turn {one(['on', 'off'])} the {one(_DEVICES)} in the {one(_ROOMS)}"
+            f"{one(['', ' ' + one(_TIMES)])}"
+        ),
+        lambda: (
+            f"{one(['the', 'my', 'your', 'our'])} {one(_PEOPLE)} {one(_PAST)} {one(['a', 'the'])} {one(_ADJECTIVES)} "
+            f"{one(_THINGS + _ANIMALS)}"
+        ),
+        lambda: (
+            f"the {one(_ADJECTIVES)} {one(_ANIMALS + _PEOPLE)} {one(['is', 'was', 'sleeps', 'waits'])} "
+            f"{one(_PLACES)} the {one(_ADJECTIVES)} {one(_THINGS)}"
+        ),
+        lambda: (
+            f"{one(['call', 'meet', 'visit', 'ask'])} the {one(_PEOPLE)} on {one(_DAYS)} at {one(_HOURS)}"
+            f"{one(['', ' thirty', ' fifteen'])}"
+        ),
+        lambda: (
+            f"{one(['where', 'who', 'when'])} {one(_PAST)} {one([*DIGITS[1:], 'many', 'some'])} {one(_ADJECTIVES)} "
+            f"{one(_PEOPLE)}"
+        ),
+    )
+    return one(kinds)()
 
 
 def words() -> list[str]:
@@ -119,10 +90,8 @@ _VOWELS = "a e i o u ai ay ea ee ie oa oi oo ou ow oy ar er ir or ur".split()
 _CODAS = ["", *"b ck d f g k l ll m n nd ng nk nt p r rd rk rn rt s sh sk sp ss st t tch th v x z".split()]
 
 
-def _syllable(rng: random.Random) -> str:
-    return rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
-
-
 def made_up_words(rng: random.Random) -> str:
     """Three to seven pronounceable words that do not exist: every phone in many contexts, for the encoder."""
-    return " ".join("".join(_syllable(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(3, 7)))
+    parts = (_ONSETS, _VOWELS, _CODAS)
+    counts = (rng.randint(1, 3) for _ in range(rng.randint(3, 7)))
+    return " ".join("".join(rng.choice(part) for _ in range(count) for part in parts) for count in counts)

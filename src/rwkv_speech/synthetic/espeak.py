@@ -18,25 +18,16 @@ from rwkv_speech.errors import UserError
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _PHONEME_EVENTS, _PHONEME_IPA = 1, 2
 _CHARS_UTF8 = 1
-_EVENT_LIST_TERMINATED, _EVENT_PHONEME, _EVENT_END = 0, 7, 5
+_EVENT_LIST_TERMINATED, _EVENT_PHONEME = 0, 7
 _RATE, _PITCH, _RANGE = 1, 3, 4
 
 
-class _EventId(ctypes.Union):
-    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
-
-
 class _Event(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
-        ("sample", ctypes.c_int),
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("type", "identifier", "text_position", "length", "milliseconds", "sample")),
         ("user_data", ctypes.c_void_p),
-        ("id", _EventId),
-    ]
+        ("name", ctypes.c_char * 8),
+    )
 
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
@@ -60,9 +51,9 @@ class Speech:
     sample_rate: int
     phonemes: list[tuple[str, int]]
 
-    def waveform(self) -> torch.Tensor:
-        """(S,) float32 at the package's sample rate."""
-        return F.resample(torch.from_numpy(self.samples), self.sample_rate, SAMPLE_RATE)
+    def waveform(self, rate: int = SAMPLE_RATE) -> torch.Tensor:
+        """(S,) float32 at `rate` Hz, by default the package's."""
+        return F.resample(torch.from_numpy(self.samples), self.sample_rate, rate)
 
 
 class Synthesizer:
@@ -79,15 +70,13 @@ class Synthesizer:
                 "synthetic speech needs the package espeakng-loader, which is not installed; "
                 "install it with: pip install espeakng-loader"
             ) from error
+        data = espeakng_loader.get_data_path()
         self._lib = ctypes.CDLL(espeakng_loader.get_library_path())
         self.sample_rate: int = self._lib.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS,
-            0,
-            str(espeakng_loader.get_data_path()).encode(),
-            _PHONEME_EVENTS | _PHONEME_IPA,
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data).encode(), _PHONEME_EVENTS | _PHONEME_IPA
         )
         if self.sample_rate <= 0:
-            raise UserError(f"eSpeak NG did not start with its data in {espeakng_loader.get_data_path()}")
+            raise UserError(f"eSpeak NG did not start with its data in {data}")
         self._chunks: list[np.ndarray] = []
         self._phonemes: list[tuple[str, int]] = []
         self._callback = _Callback(self._receive)
@@ -99,7 +88,7 @@ class Synthesizer:
         i = 0
         while events[i].type != _EVENT_LIST_TERMINATED:
             if events[i].type == _EVENT_PHONEME:
-                self._phonemes.append((events[i].id.string.decode("utf-8", "ignore"), events[i].sample))
+                self._phonemes.append((events[i].name.decode("utf-8", "ignore"), events[i].sample))
             i += 1
         return 0
 

@@ -18,30 +18,6 @@ from rwkv_speech.synthetic.espeak import Synthesizer
 from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS, voice
 
 
-def make_corpus(out: Path, sizes: dict[str, int], seed: int) -> dict[str, set[str]]:
-    """Write `out`/{train,valid,test}.jsonl and the audio beside them; returns the words of each part.
-
-    The test voices are heard neither in training nor in the pretraining of the tiny encoder.
-    """
-    synthesizer = Synthesizer()
-    words: dict[str, set[str]] = {}
-    for part, (name, count) in enumerate(sizes.items()):
-        rng = random.Random(seed * 10 + part)
-        variants = TEST_VARIANTS if name == "test" else TRAIN_VARIANTS
-        (out / name).mkdir(parents=True, exist_ok=True)
-        lines, words[name] = [], set()
-        for index in range(count):
-            text, speaker = corpus.sentence(rng), voice(rng, variants)
-            waveform = synthesizer.say(text, speaker).waveform()
-            file = f"{name}/{index:05d}.flac"
-            soundfile.write(out / file, waveform.numpy(), SAMPLE_RATE)
-            lines.append({"audio_filepath": file, "duration": round(len(waveform) / SAMPLE_RATE, 4), "text": text,
-                          "speaker": speaker.name})  # fmt: skip
-            words[name] |= set(text.split())
-        write_text_atomically(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return words
-
-
 @dataclass(frozen=True)
 class Flags(OutFlags):
     """python -m rwkv_speech.synthetic.make_corpus"""
@@ -52,16 +28,32 @@ class Flags(OutFlags):
     seed: int = flag(7, "seed of texts and voices", at_least=0, at_most=2**32 - 1)
 
 
+def make_corpus(config: Flags) -> None:
+    """Write {train,valid,test}.jsonl and the audio beside them.
+
+    The test voices are used neither in training nor in the pretraining of the tiny encoder.
+    """
+    synthesizer, out, words = Synthesizer(), Path(config.out), set[str]()
+    for part, name in enumerate(("train", "valid", "test")):
+        rng = random.Random(config.seed * 10 + part)
+        variants = TEST_VARIANTS if name == "test" else TRAIN_VARIANTS
+        (out / name).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index in range(getattr(config, name)):
+            text, speaker = corpus.sentence(rng), voice(rng, variants)
+            waveform = synthesizer.say(text, speaker).waveform()
+            file, duration = f"{name}/{index:05d}.flac", round(len(waveform) / SAMPLE_RATE, 4)
+            soundfile.write(out / file, waveform.numpy(), SAMPLE_RATE)
+            row = {"audio_filepath": file, "duration": duration, "text": text, "speaker": speaker.name}
+            lines.append(json.dumps(row) + "\n")
+            words |= set(text.split())
+        write_text_atomically(out / f"{name}.jsonl", "".join(lines))
+    print(f"{config.train} + {config.valid} + {config.test} utterances over {len(words)} words in {out}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return exit_code(lambda: _write(parse(Flags, argv, __doc__ or "")))
-
-
-def _write(config: Flags) -> None:
-    sizes = {"train": config.train, "valid": config.valid, "test": config.test}
-    words = make_corpus(Path(config.out), sizes, config.seed)
-    vocabulary = set().union(*words.values())
-    print(f"{config.train} + {config.valid} + {config.test} utterances over {len(vocabulary)} words in {config.out}")
+    return exit_code(lambda: make_corpus(parse(Flags, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":

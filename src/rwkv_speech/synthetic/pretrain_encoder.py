@@ -1,4 +1,4 @@
-"""Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone heard at every frame."""
+"""Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone at every frame."""
 
 import copy
 import math
@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import WavLMConfig, WavLMModel
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.config import OutFlags, flag, parse
 from rwkv_speech.errors import exit_code
+from rwkv_speech.models.encoder import length_mask, normalise
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool
 from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
@@ -67,15 +67,11 @@ def _tensors(
     waveforms = nn.utils.rnn.pad_sequence(
         [torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True
     )
-    waveforms = augment(waveforms, g, strength)
-    mask = torch.arange(waveforms.shape[1])[None] < sizes[:, None]
-    mean = (waveforms * mask).sum(1, keepdim=True) / sizes[:, None]
-    centred = (waveforms - mean) * mask
-    waveforms = centred / torch.sqrt(centred.pow(2).sum(1, keepdim=True) / sizes[:, None] + 1e-7)
+    waveforms = normalise(augment(waveforms, g, strength), sizes)
     labels = torch.full((len(batch), int(num_frames(waveforms.shape[1], CONV_KERNELS, CONV_STRIDES))), _IGNORED)
     for row, utterance in zip(labels, batch, strict=True):
         row[: len(utterance.labels)] = torch.from_numpy(utterance.labels.astype(np.int64))
-    return waveforms, mask.long(), labels
+    return waveforms, length_mask(sizes, waveforms.shape[1]).long(), labels
 
 
 def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> float:
@@ -116,27 +112,37 @@ def initialise(model: WavLMModel) -> None:
         weight[channel, (channel + channels // 2) % channels] += smoothing
 
 
-def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: float, lr: float) -> dict[str, float]:
-    """Trains from random weights, writes `out` (fp16 safetensors and config), returns what the card states."""
-    torch.manual_seed(seed)
-    g = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Flags(OutFlags):
+    """python -m rwkv_speech.synthetic.pretrain_encoder"""
+
+    hours: float = flag(6.0, "hours of synthetic speech", above=0)
+    epochs: int = flag(4, "epochs", at_least=1)
+    batch_seconds: float = flag(10.0, "seconds of audio a step", above=0)
+    lr: float = flag(1.5e-3, "learning rate", at_least=0)
+
+
+def pretrain(config: Flags) -> dict[str, float]:
+    """Trains from random weights, writes the folder (fp16 safetensors and config), returns what the card states."""
+    torch.manual_seed(config.seed)
+    g = torch.Generator().manual_seed(config.seed)
     started = time.time()
-    pool = speech_pool(hours, TRAIN_VARIANTS, seed)
-    unheard = speech_pool(0.1, TEST_VARIANTS, seed + 1)
+    pool = speech_pool(config.hours, TRAIN_VARIANTS, config.seed)
+    unseen = speech_pool(0.1, TEST_VARIANTS, config.seed + 1)
     print(f"{len(pool)} utterances synthesised in {time.time() - started:.0f} s", flush=True)
     model = WavLMModel(WavLMConfig(**CONFIG))
     initialise(model)
     head = nn.Linear(CONFIG["hidden_size"], len(PHONES))
     parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    steps = epochs * len(_batches(pool, batch_seconds, g))
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    steps = config.epochs * len(_batches(pool, config.batch_seconds, g))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / 200, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 1e-3)
     )
     accuracy, step = 0.0, 0
-    for epoch in range(epochs):
+    for epoch in range(config.epochs):
         model.train()
-        for batch in _batches(pool, batch_seconds, g):
+        for batch in _batches(pool, config.batch_seconds, g):
             waveforms, mask, labels = _tensors(batch, g, min(1.0, step / (0.2 * steps)))
             with torch.autocast("cpu", torch.bfloat16):
                 logits = head(model(waveforms, attention_mask=mask).last_hidden_state)
@@ -149,34 +155,16 @@ def pretrain(out: Path, hours: float, epochs: int, seed: int, batch_seconds: flo
             step += 1
             if step % 100 == 0:
                 print(f"step {step}/{steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
-        accuracy = _accuracy(model, head, unheard)
-        print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unheard voices right", flush=True)
-        copy.deepcopy(model).half().save_pretrained(out)
-    return {
-        "hours": hours,
-        "epochs": epochs,
-        "minutes": (time.time() - started) / 60,
-        "frame_accuracy": accuracy,
-    }
-
-
-@dataclass(frozen=True)
-class Flags(OutFlags):
-    """python -m rwkv_speech.synthetic.pretrain_encoder"""
-
-    hours: float = flag(6.0, "hours of synthetic speech", above=0)
-    epochs: int = flag(4, "epochs", at_least=1)
-    batch_seconds: float = flag(10.0, "seconds of audio a step", above=0)
-    lr: float = flag(1.5e-3, "learning rate", at_least=0)
-
-
-def _pretrain(config: Flags) -> None:
-    print(pretrain(Path(config.out), config.hours, config.epochs, config.seed, config.batch_seconds, config.lr))
+        accuracy = _accuracy(model, head, unseen)
+        print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unseen speakers right", flush=True)
+        copy.deepcopy(model).half().save_pretrained(config.out)
+    minutes = (time.time() - started) / 60
+    return {"hours": config.hours, "epochs": config.epochs, "minutes": minutes, "frame_accuracy": accuracy}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the encoder's half of demo/pretrain-tiny.sh."""
-    return exit_code(lambda: _pretrain(parse(Flags, argv, __doc__ or "")))
+    return exit_code(lambda: print(pretrain(parse(Flags, argv, __doc__ or ""))))
 
 
 if __name__ == "__main__":

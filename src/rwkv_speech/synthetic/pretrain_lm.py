@@ -31,17 +31,10 @@ LAYERS, CHANNELS, HEADS = 3, 192, 3
 
 def write_vocabulary(path: Path) -> None:
     """The 256 bytes, then every word with and without a blank before it, in the World vocabulary's format."""
-    tokens: list[bytes] = [bytes([byte]) for byte in range(256)]
-    tokens += [form.encode() for word in corpus.words() for form in (word, " " + word) if len(form) > 1]
-    lines = []
-    for index, token in enumerate(tokens, start=1):
-        try:
-            literal = repr(token.decode())
-        except UnicodeDecodeError:
-            literal = repr(token)
-        lines.append(f"{index} {literal} {len(token)}\n")
+    tokens: list[str | bytes] = [chr(byte) if byte < 128 else bytes([byte]) for byte in range(256)]
+    tokens += [form for word in corpus.words() for form in (word, " " + word) if len(form) > 1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, start=1)))
 
 
 @torch.no_grad()
@@ -60,10 +53,8 @@ def initialise(model: RWKV6) -> None:
             getattr(att, f"time_maa_{name}").copy_(1 - mix**power)
         att.time_decay.copy_(-6 + 5 * channel ** (0.7 + 1.3 * depth))
         att.time_faaaa.copy_((0.5 * (1 - channel) + (torch.arange(sizes.C) % 3 - 1) * 0.1).view(sizes.H, sizes.N))
-        nn.init.uniform_(att.time_maa_w2, -0.01, 0.01)
-        nn.init.uniform_(att.time_decay_w2, -0.01, 0.01)
-        nn.init.uniform_(att.time_maa_w1, -0.01, 0.01)
-        nn.init.uniform_(att.time_decay_w1, -0.01, 0.01)
+        for low_rank in (att.time_maa_w2, att.time_decay_w2, att.time_maa_w1, att.time_decay_w1):
+            nn.init.uniform_(low_rank, -0.01, 0.01)
         for linear in (att.receptance, att.key, att.value, att.gate, ffn.key):
             nn.init.orthogonal_(linear.weight)
         for linear in (att.output, ffn.value, ffn.receptance):
@@ -108,32 +99,33 @@ def _loss(model: RWKV6, batches: PromptBatches, utterances: int, difficulty: flo
     return token_loss_sum(logits, targets) / len(targets), right
 
 
-def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Flags(OutFlags):
+    """python -m rwkv_speech.synthetic.pretrain_lm"""
+
+    steps: int = flag(4000, "optimizer steps", at_least=1)
+    utterances: int = flag(32, "prompts a step", at_least=1)
+    lr: float = flag(2e-3, "learning rate", at_least=0)
+
+
+def pretrain(config: Flags) -> dict[str, float]:
     """Trains from random weights, writes rwkv6.safetensors (bf16) and vocab.txt, returns what the card states."""
-    torch.manual_seed(seed)
+    out, steps = Path(config.out), config.steps
+    torch.manual_seed(config.seed)
     started = time.time()
     write_vocabulary(out / "vocab.txt")
     tokenizer = WorldTokenizer(out / "vocab.txt")
-    batches = PromptBatches(tokenizer, pronunciations(corpus.words(), 12, seed), seed)
-    model = RWKV6(
-        RWKV6Sizes(
-            vocab=tokenizer.vocab_size,
-            n_layer=LAYERS,
-            C=CHANNELS,
-            H=HEADS,
-            ffn=CHANNELS * 7 // 2,
-            mix_rank=32,
-            decay_rank=64,
-        )
-    )
+    batches = PromptBatches(tokenizer, pronunciations(corpus.words(), 12, config.seed), config.seed)
+    sizes = RWKV6Sizes(tokenizer.vocab_size, LAYERS, CHANNELS, HEADS, CHANNELS * 7 // 2, mix_rank=32, decay_rank=64)
+    model = RWKV6(sizes)
     initialise(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 1e-3)
     )
     recent: list[float] = []
     for step in range(1, steps + 1):
-        loss, right = _loss(model, batches, utterances, difficulty=min(1.0, step / (0.3 * steps)))
+        loss, right = _loss(model, batches, config.utterances, difficulty=min(1.0, step / (0.3 * steps)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,28 +136,14 @@ def pretrain(out: Path, steps: int, utterances: int, lr: float, seed: int) -> di
             share, seconds = sum(recent) / len(recent), time.time() - started
             print(f"step {step}/{steps} loss {loss:.3f} right {share:.3f} {seconds:.0f} s", flush=True)
         if step % 500 == 0 or step == steps:
-            save_file(
-                {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}, out / "rwkv6.safetensors"
-            )
+            weights = {name: x.bfloat16().contiguous() for name, x in model.state_dict().items()}
+            save_file(weights, out / "rwkv6.safetensors")
     return {"steps": steps, "minutes": (time.time() - started) / 60, "tokens_right": sum(recent) / len(recent)}
-
-
-@dataclass(frozen=True)
-class Flags(OutFlags):
-    """python -m rwkv_speech.synthetic.pretrain_lm"""
-
-    steps: int = flag(4000, "optimizer steps", at_least=1)
-    utterances: int = flag(32, "prompts a step", at_least=1)
-    lr: float = flag(2e-3, "learning rate", at_least=0)
-
-
-def _pretrain(config: Flags) -> None:
-    print(pretrain(Path(config.out), config.steps, config.utterances, config.lr, config.seed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the language model's half of demo/pretrain-tiny.sh."""
-    return exit_code(lambda: _pretrain(parse(Flags, argv, __doc__ or "")))
+    return exit_code(lambda: print(pretrain(parse(Flags, argv, __doc__ or ""))))
 
 
 if __name__ == "__main__":
