@@ -15,7 +15,7 @@ from run_files import LINEAR_STEPS, column, learned
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
-from rwkv_speech.synthetic.make_corpus import make_corpus
+from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import newest_point
 
 pytest.importorskip("deepspeed")
@@ -68,7 +68,7 @@ def launch(runs: list[dict[str, Any]], processes: int = 2) -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, in few processes, since each spends most of its time on imports."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    make_corpus(folder, {"train": 16}, seed=3)
+    make_corpus(Flags(str(folder), seed=3, train=16, valid=1, test=1))
     plain = [run_of(folder, f"plain-{n}", device="cpu", accumulate=n) for n in (2, 4)]
     # Three micro batches: in the second step a rank has none.
     plain.append(run_of(folder, "plain-odd", device="cpu", accumulate=2, micro_bsz=6))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from rwkv_speech import tiny
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.synthetic.make_corpus import make_corpus
+from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import begin_point, finish_point, newest_point
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def test_killed_inside_a_save_30_times(tmp_path: Path, where: str | None):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    make_corpus(folder, {"train": 12, "valid": 2}, seed=3)
+    make_corpus(Flags(str(folder), seed=3, train=12, valid=2, test=1))
     return folder
 
 
