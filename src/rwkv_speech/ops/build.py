@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, exit_code
 
 SOURCES = Path(__file__).resolve().parents[3] / "cuda"
 CACHE = SOURCES.parent / "build"
@@ -32,18 +30,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 _CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
 _HOST_RUN_FLAGS = ["-O1", "-g", "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-_NVCC_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-Xcompiler",
-    "-fPIC",
-    "-Xptxas",
-    "--warn-on-spills",
-    "-cudart",
-    "static",
-    "--threads",
-    "0",
-]
+_NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC -Xptxas --warn-on-spills -cudart static --threads 0".split()
 # One kernel source for all, so that the best one can be chosen when it runs.
 _ISA_FLAGS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "plain": []}
 
@@ -69,14 +56,14 @@ class Target:
 def cpu_library() -> Target:
     """The CPU kernels, once per instruction set."""
     compiler = _find_compiler()
+    command = [compiler, *_CXX_FLAGS]
     sets = list(_ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["plain"]
     steps = [
-        Step(f"kernel_{isa}.o", [compiler, *_CXX_FLAGS, *_ISA_FLAGS[isa], f"-DWKV6_ISA={isa}", "-c"],
-             ["wkv6_cpu_kernel.cpp"])
+        Step(f"kernel_{isa}.o", [*command, *_ISA_FLAGS[isa], f"-DWKV6_ISA={isa}", "-c"], ["wkv6_cpu_kernel.cpp"])
         for isa in sets
-    ]  # fmt: skip
+    ]
     objects = [step.output for step in steps]
-    steps.append(Step("libwkv6_cpu.so", [compiler, *_CXX_FLAGS, "-shared"], ["wkv6_cpu.cpp", *objects]))
+    steps.append(Step("libwkv6_cpu.so", [*command, "-shared"], ["wkv6_cpu.cpp", *objects]))
     return Target("wkv6_cpu", compiler, steps)
 
 
@@ -91,8 +78,8 @@ def cuda_library(architectures: Sequence[str]) -> Target:
 def host_run() -> Target:
     """The program that runs the CUDA kernels' source on the CPU, under the sanitizers."""
     compiler = _find_compiler()
-    return Target("host_run", compiler, [Step("host_run", [compiler, *_HOST_RUN_FLAGS, *_SANITIZERS],
-                                              ["host_run.cpp"])])  # fmt: skip
+    step = Step("host_run", [compiler, *_HOST_RUN_FLAGS, *_SANITIZERS], ["host_run.cpp"])
+    return Target("host_run", compiler, [step])
 
 
 def nvcc_architectures() -> list[str]:
@@ -197,13 +184,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(shutil.copy(compiled(target), PREBUILT))
 
 
-def cuda_architecture(device: torch.device) -> str:
-    """The compute capability of a GPU as `cuda_library` takes it."""
-    return "{}{}".format(*torch.cuda.get_device_capability(device))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

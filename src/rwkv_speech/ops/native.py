@@ -7,7 +7,6 @@ import functools
 import warnings
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from rwkv_speech.config import KERNEL_FORMS
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops import build
+from rwkv_speech.ops.wkv6_chunked import Inputs
 
 HEAD_SIZES = (32, 64, 128)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,28 +22,7 @@ _GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
 _MOST_TOKENS = 2**31 - 64  # positions are 32 bits wide
 
 
-class Kernels(Protocol):
-    """The kernels of one device."""
-
-    def forward(
-        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """y and the last state, as `wkv6`."""
-        ...
-
-    def backward(
-        self, dy: Tensor, dlast: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
-        cu_seqlens: Tensor | None, need_du: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """The gradients of r, k, v, w, u and state."""
-        ...
-
-    def step(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        """y of one token in each slot; `state` is updated in place."""
-        ...
-
-
-def kernels_for(r: Tensor, form: str = "auto") -> Kernels | None:
+def kernels_for(r: Tensor, form: str = "auto") -> "Kernels | None":
     """The kernels for tensors like r (..., N); None where only the PyTorch form serves.
 
     auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
@@ -58,7 +37,7 @@ def kernels_for(r: Tensor, form: str = "auto") -> Kernels | None:
     if form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
         return None
     if r.device.type == "cuda":
-        return _cuda(build.cuda_architecture(r.device), _GENERATIONS[form])
+        return _cuda("{}{}".format(*torch.cuda.get_device_capability(r.device)), _GENERATIONS[form])
     return _cpu() if r.device.type == "cpu" else None
 
 
@@ -71,8 +50,10 @@ class _State(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """Wkv6Problem of cuda/wkv6.h, field by field."""
+    """Wkv6Problem of cuda/wkv6.h, field by field, and the tensors that it points to, which must outlive the call."""
 
+    inputs: Inputs
+    kept_bounds: Tensor | None
     _fields_ = (
         *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size", "sequences")),
         *((name, c_int32) for name in ("type", "decay_type", "bonus_type", "need_du")),
@@ -110,30 +91,24 @@ def _state(x: Tensor) -> _State:
     return _State(x.data_ptr(), *x.stride()[:2])
 
 
-class _Arguments:
-    """A _Problem and the tensors that it points to, which must outlive the call."""
-
-    def __init__(
-        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
-    ) -> None:
-        B, T, H, N = r.shape
-        if max(B * T, len(state)) > _MOST_TOKENS:
-            raise ValueError(f"wkv6: {B} x {T} tokens in {len(state)} sequences, expected at most {_MOST_TOKENS}")
-        r, k, v = (_rows(x.to(r.dtype)) for x in (r, k, v))
-        w, u = (x if x.dtype in (r.dtype, torch.float32) else x.float() for x in (w, u))
-        w, u, state = _rows(w), u.contiguous(), _matrices(state)
-        bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        self.kept = [r, k, v, w, u, state, bounds]
-        self.problem = _Problem(
-            B, T, H, N, len(state), _TYPES[r.dtype], _TYPES[w.dtype], _TYPES[u.dtype], 0,
-            None if bounds is None else bounds.data_ptr(), u.data_ptr(),
-            *(_tokens(x) for x in (r, k, v, w)), _state(state),
-        )  # fmt: skip
-        self.w_type = w.dtype
+def _problem(x: Inputs, cu_seqlens: Tensor | None) -> _Problem:
+    B, T, H, N = x.r.shape
+    if max(B * T, len(x.state)) > _MOST_TOKENS:
+        raise ValueError(f"wkv6: {B} x {T} tokens in {len(x.state)} sequences, expected at most {_MOST_TOKENS}")
+    r, k, v = (_rows(part.to(x.r.dtype)) for part in (x.r, x.k, x.v))
+    w, u = (part if part.dtype in (r.dtype, torch.float32) else part.float() for part in (x.w, x.u))
+    inputs = Inputs(r, k, v, _rows(w), u.contiguous(), _matrices(x.state))
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    types = (_TYPES[part.dtype] for part in (r, w, u))
+    places = (*map(_tokens, inputs[:4]), _state(inputs.state))
+    bounds_at = None if bounds is None else bounds.data_ptr()
+    problem = _Problem(B, T, H, N, len(x.state), *types, 0, bounds_at, inputs.u.data_ptr(), *places)
+    problem.inputs, problem.kept_bounds = inputs, bounds
+    return problem
 
 
-class _Library:
-    """One compiled library; the two differ in how they are called, and where results are awaited."""
+class Kernels:
+    """The kernels of one device, in one compiled library; the two differ in how they are called."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -144,44 +119,43 @@ class _Library:
     def _scratch_bytes(self, problem: _Problem) -> int:
         raise NotImplementedError
 
-    def forward(
-        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        arguments = _Arguments(r, k, v, w, u, state, cu_seqlens)
-        y, last = r.new_empty(r.shape), state.new_empty(state.shape)
-        arguments.problem.y, arguments.problem.last = _tokens(y), _state(last)
-        self._run("forward", arguments.problem, r.device)
+    def forward(self, x: Inputs, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y and the last state, as `wkv6`."""
+        problem = _problem(x, cu_seqlens)
+        y, last = x.r.new_empty(x.r.shape), x.state.new_empty(x.state.shape)
+        problem.y, problem.last = _tokens(y), _state(last)
+        self._run("forward", problem, y.device)
         return y, last
 
     def backward(
-        self, dy: Tensor, dlast: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
-        cu_seqlens: Tensor | None, need_du: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        arguments = _Arguments(r, k, v, w, u, state, cu_seqlens)
-        dy, dlast = _rows(dy.to(r.dtype)), _matrices(dlast.float())
-        dr, dk, dv = (r.new_empty(r.shape) for _ in range(3))
-        dw = r.new_empty(r.shape, dtype=arguments.w_type)
-        dstate = state.new_empty(state.shape)
+        self, dy: Tensor, dlast: Tensor, x: Inputs, cu_seqlens: Tensor | None, need_du: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of r, k, v, w, u (empty unless needed) and state."""
+        problem = _problem(x, cu_seqlens)
+        dy, dlast = _rows(dy.to(x.r.dtype)), _matrices(dlast.float())
+        dr, dk, dv = (x.r.new_empty(x.r.shape) for _ in range(3))
+        dw = x.r.new_empty(x.r.shape, dtype=problem.inputs.w.dtype)
+        dstate = x.state.new_empty(x.state.shape)
         # Each sequence's part by itself: their sum does not depend on which block ends first.
-        du = state.new_empty(state.shape[:3] if need_du else (0,))
-        problem = arguments.problem
+        du = x.state.new_empty(x.state.shape[:3] if need_du else (0,))
         problem.dy, problem.dlast, problem.dstate = _tokens(dy), _state(dlast), _state(dstate)
-        problem.dr, problem.dk, problem.dv, problem.dw = (_tokens(x) for x in (dr, dk, dv, dw))
+        problem.dr, problem.dk, problem.dv, problem.dw = map(_tokens, (dr, dk, dv, dw))
         problem.du, problem.need_du = du.data_ptr(), need_du
-        scratch = torch.empty(self._scratch_bytes(problem) + 64, dtype=torch.uint8, device=r.device)
+        scratch = torch.empty(self._scratch_bytes(problem) + 64, dtype=torch.uint8, device=dy.device)
         problem.scratch = -(-scratch.data_ptr() // 64) * 64
-        self._run("backward", problem, r.device)
-        return dr, dk, dv, dw.to(w.dtype), du.sum(0).to(u.dtype) if need_du else du.to(u.dtype), dstate
+        self._run("backward", problem, dy.device)
+        return dr, dk, dv, dw.to(x.w.dtype), (du.sum(0) if need_du else du).to(x.u.dtype), dstate
 
-    def step(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        arguments = _Arguments(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
-        y = r.new_empty(r.shape)
-        arguments.problem.y = _tokens(y[:, None])
-        self._run("step", arguments.problem, r.device)
+    def step(self, x: Inputs) -> Tensor:
+        """y (B, 1, H, N) of one token in each slot; the state is updated in place."""
+        problem = _problem(x, None)
+        y = x.r.new_empty(x.r.shape)
+        problem.y = _tokens(y)
+        self._run("step", problem, y.device)
         return y
 
 
-class _CpuLibrary(_Library):
+class _CpuKernels(Kernels):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._library.wkv6_cpu_scratch.restype = c_int64
@@ -194,7 +168,7 @@ class _CpuLibrary(_Library):
         return int(self._library.wkv6_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
 
 
-class _CudaLibrary(_Library):
+class _CudaKernels(Kernels):
     def __init__(self, path: Path, generation: int) -> None:
         super().__init__(path)
         self._generation = generation
@@ -220,14 +194,14 @@ class _CudaLibrary(_Library):
 def _cuda(architecture: str, generation: int) -> Kernels:
     prebuilt = build.PREBUILT / "libwkv6_cuda.so"
     path = prebuilt if prebuilt.exists() else build.compiled(build.cuda_library([architecture]))
-    return _CudaLibrary(path, generation)
+    return _CudaKernels(path, generation)
 
 
 @functools.cache
 def _cpu() -> Kernels | None:
     prebuilt = build.PREBUILT / "libwkv6_cpu.so"
     try:
-        return _CpuLibrary(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
+        return _CpuKernels(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
     except UserError as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"{reason}; until then the PyTorch form serves, slower", stacklevel=2)

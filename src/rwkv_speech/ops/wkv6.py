@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.ops import native, wkv6_chunked
+from rwkv_speech.ops.wkv6_chunked import Inputs
 
 
 def wkv6(
@@ -100,19 +101,16 @@ def wkv6_forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
+    x = Inputs(r, k, v, w, u, state)
     if kernels := _native(r, cu_seqlens, form):
-        return kernels.forward(r, k, v, w, u, state, cu_seqlens)
+        return kernels.forward(x, cu_seqlens)
     plan = _plan(r, cu_seqlens)
-    if plan is None:
-        return r.new_empty(r.shape), state.clone()
-    return wkv6_chunked.forward(wkv6_chunked.Inputs(r, k, v, w, u, state), plan)
+    return wkv6_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
 
 
-@wkv6_forward.register_fake
-def _(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None, form: str
-) -> tuple[Tensor, Tensor]:
-    return r.new_empty(r.shape), state.new_empty(state.shape)
+wkv6_forward.register_fake(
+    lambda r, k, v, w, u, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape))
+)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6_backward", mutates_args=())
@@ -130,45 +128,23 @@ def wkv6_backward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, u (empty unless needed: it is a sum over all tokens) and state."""
+    x = Inputs(r, k, v, w, u, state)
     if kernels := _native(r, cu_seqlens, form):
-        return kernels.backward(dy, dstate, r, k, v, w, u, state, cu_seqlens, need_du)
-    gradients = _portable_backward(dy, dstate, r, k, v, w, u, state, cu_seqlens)
-    return gradients if need_du else (*gradients[:4], u.new_empty(0), gradients[5])
+        return kernels.backward(dy, dstate, x, cu_seqlens, need_du)
+    if plan := _plan(r, cu_seqlens):
+        gradients = wkv6_chunked.backward(dy, dstate, x, plan)
+    else:
+        gradients = Inputs(*map(torch.zeros_like, x))._replace(state=dstate.to(state.dtype, copy=True))
+    return gradients if need_du else gradients._replace(u=u.new_empty(0))
 
 
-def _portable_backward(
-    dy: Tensor,
-    dstate: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(r, cu_seqlens)
-    if plan is None:
-        return *(x.new_zeros(x.shape) for x in (r, k, v, w, u)), dstate.to(state.dtype, copy=True)  # type: ignore[return-value]
-    return wkv6_chunked.backward(dy, dstate, wkv6_chunked.Inputs(r, k, v, w, u, state), plan)
-
-
-@wkv6_backward.register_fake
-def _(
-    dy: Tensor,
-    dstate: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    need_du: bool,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    du = u.new_empty(u.shape if need_du else (0,))
-    return *(x.new_empty(x.shape) for x in (r, k, v, w)), du, state.new_empty(state.shape)  # type: ignore[return-value]
+wkv6_backward.register_fake(
+    lambda dy, dstate, r, k, v, w, u, state, cu_seqlens, need_du, form: (
+        *(x.new_empty(x.shape) for x in (r, k, v, w)),
+        u.new_empty(u.shape if need_du else (0,)),
+        state.new_empty(state.shape),
+    )
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -202,14 +178,12 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
 
 @torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
 def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
+    tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
     if kernels := native.kernels_for(r, form):
-        return kernels.step(r, k, v, w, u, state)
-    tokens = wkv6_chunked.Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
+        return kernels.step(tokens)[:, 0]
     y, last = wkv6_chunked.forward(tokens, wkv6_chunked.plan_dense(len(r), 1))
     state.copy_(last)
     return y[:, 0]
 
 
-@_wkv6_step.register_fake
-def _(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
-    return r.new_empty(r.shape)
+_wkv6_step.register_fake(lambda r, k, v, w, u, state, form: r.new_empty(r.shape))
