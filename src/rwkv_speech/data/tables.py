@@ -72,16 +72,16 @@ class TableSource:
 
     def utterance(self, index: int) -> Utterance:
         """Give the metadata of one utterance, without decoding."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"utterance {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        batch = self._batches[number]
-        (row,) = batch.slice(index - self._ends[number] + len(batch), 1).to_pylist()
+        (row,) = self._row(index).to_pylist()
         return to_utterance({key: value for key, value in row.items() if value is not None}, self._folder)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all rows."""
         return digest(batch.serialize().to_pybytes() for batch in self._batches)
+
+    def audio(self, index: int) -> str:
+        """Give the path of one utterance's audio; nothing else of it is read from the disk."""
+        return os.path.join(self._folder, self._row(index).column("audio_filepath")[0].as_py())
 
     def load(self, index: int) -> Tensor:
         """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
@@ -96,6 +96,13 @@ class TableSource:
             found[end - len(batch) : end] = batch.column("duration").to_numpy(zero_copy_only=False)
         return found
 
+    def _row(self, index: int) -> pa.RecordBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        batch = self._batches[number]
+        return batch.slice(index - self._ends[number] + len(batch), 1)
+
 
 def open_table(path: Path) -> TableSource:
     """Open a manifest of JSON lines, or one with the same columns in a .parquet or .arrow file.
@@ -108,8 +115,7 @@ def open_table(path: Path) -> TableSource:
     count = min(len(source), _FILES_LOOKED_FOR)
     problems = []
     for index in np.linspace(0, len(source) - 1, count).astype(int).tolist():
-        audio = source.utterance(index).audio
-        if audio and not os.path.isfile(audio):
+        if not os.path.isfile(audio := source.audio(index)):
             problems.append(f"utterance {index + 1}: {no_audio(audio)}")
     if problems:
         raise UserError(summary(f"manifest {path}: {len(problems)} of {count} utterances looked at are bad", problems))
