@@ -107,7 +107,7 @@ def test_plan_depends_on_seed_and_epoch_only():
     assert batches_of(plan.epoch(2)) == found(0, 2)
 
 
-def test_epochs_mix_their_batches_anew():
+def test_epochs_mix_their_batches_differently():
     durations = speech(5_000)
     plan = plan_of(durations, 4)
 

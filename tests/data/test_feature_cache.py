@@ -32,10 +32,10 @@ class Encoder:
     """Frames that name their utterance; counts what it was given."""
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.encoded = 0
 
     def __call__(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        self.heard += len(num_samples)
+        self.encoded += len(num_samples)
         frames = waveforms[:, : waveforms.shape[1] // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME]
         frames = frames.reshape(len(waveforms), -1, SAMPLES_PER_FRAME)[..., :WIDTH]
         return frames, num_samples // SAMPLES_PER_FRAME
@@ -61,8 +61,8 @@ def waveform_of(source: FileSource, index: int) -> Tensor:
 def filled(folder: Path, dataset: SpeechDataset, dtype: str = "float32", workers: int = 0) -> tuple[FeatureCache, int]:
     """A cache, filled, and the number of utterances that were encoded for it."""
     cache, encoder = FeatureCache(folder, "encoder", dtype, shard_bytes=1_000), Encoder()
-    assert fill(cache, dataset, encoder, WIDTH, Cut(2), workers) == encoder.heard
-    return cache, encoder.heard
+    assert fill(cache, dataset, encoder, WIDTH, Cut(2), workers) == encoder.encoded
+    return cache, encoder.encoded
 
 
 def check_samples(source: FileSource, dataset: SpeechDataset, dtype: torch.dtype = torch.float32) -> None:
@@ -112,7 +112,7 @@ def test_a_killed_run_keeps_its_whole_shards(source: FileSource, tokenizer: Worl
 
     class Killed(Encoder):
         def __call__(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-            if self.heard >= 6:
+            if self.encoded >= 6:
                 raise KeyboardInterrupt
             return super().__call__(waveforms, num_samples)
 
@@ -123,17 +123,17 @@ def test_a_killed_run_keeps_its_whole_shards(source: FileSource, tokenizer: Worl
     assert 3 <= encoded < 9  # the killed run had written some of its six
     assert not list(cache.folder.glob(".0000-*"))
     check_samples(source, SpeechDataset(source, tokenizer, cache=again))
-    anew = FeatureCache(tmp_path / "cache", "encoder", "float32")
-    check_samples(source, SpeechDataset(source, tokenizer, cache=anew))
+    reopened = FeatureCache(tmp_path / "cache", "encoder", "float32")
+    check_samples(source, SpeechDataset(source, tokenizer, cache=reopened))
 
 
 def test_ranks_fill_disjoint_parts(source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path):
     dataset = SpeechDataset(source, tokenizer)
-    heard = []
+    encoded = []
     caches = [FeatureCache(tmp_path / "cache", "encoder", "float32", writer=rank) for rank in range(4)]
     for rank, cache in enumerate(caches):
-        heard.append(fill(cache, dataset, Encoder(), WIDTH, Cut(2, rank=rank, world_size=4)))
-    assert heard == [3, 2, 2, 2]
+        encoded.append(fill(cache, dataset, Encoder(), WIDTH, Cut(2, rank=rank, world_size=4)))
+    assert encoded == [3, 2, 2, 2]
     caches[0].refresh()
     check_samples(source, SpeechDataset(source, tokenizer, cache=caches[0]))
 

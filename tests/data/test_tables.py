@@ -174,7 +174,7 @@ def test_no_place_for_the_table_and_a_full_disk_are_named(folder: Path, monkeypa
         open_table(write_manifest(folder / "m.jsonl", row()))
 
 
-def test_workers_open_the_table_anew(folder: Path):
+def test_workers_open_the_table_themselves(folder: Path):
     manifest = write_manifest(folder / "m.jsonl", *[row(duration=0.01 * (i + 1), offset=0.01) for i in range(500)])
     source = open_table(manifest)
     pickled = pickle.dumps(source)

@@ -110,7 +110,7 @@ def test_several_ranges_multiply():
     assert list(tar_shards._braces("plain.tar")) == ["plain.tar"]
 
 
-def test_index_is_made_once_and_anew_for_a_changed_shard(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_index_is_made_once_and_again_for_a_changed_shard(shards: Path, monkeypatch: pytest.MonkeyPatch):
     open_tar(f"tar:{shards}")
     scanned = []
     scan = tar_shards._scan

@@ -52,9 +52,8 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
     `task` is that of utterances that name none. A broken recording becomes a BadSample, never an exception; so does one
-    that does not `fit`.
-    With a feature `cache`, which feature_fill.fill has filled, samples hold frames. Raises UserError for an unknown
-    `label_mode`, and for a cache beside changes of the audio.
+    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames. Raises
+    UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         if cache and augment and augment.settings.flags_on:
             raise UserError(
                 f"--feature_cache: cannot keep the frames of audio that {' and '.join(augment.settings.flags_on)} "
-                "change anew every epoch; leave out one or the other"
+                "change in every epoch; leave out one or the other"
             )
         self.source, self._tokenizer = source, tokenizer
         self._label_mode, self._fit, self._task = label_mode, fit, task

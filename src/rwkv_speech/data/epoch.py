@@ -22,7 +22,7 @@ Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 # Utterances within 2 % of each other's length are interchangeable: that costs 1 % of padding, and mixes the batches
-# anew every epoch. Multiplied one by one, because numpy's logarithm may differ between processors.
+# again in every epoch. Multiplied one by one, because numpy's logarithm may differ between processors.
 _WIDTH = 1.02
 _EDGES = np.array(
     list(takewhile(lambda edge: edge < 1e9, accumulate(repeat(_WIDTH), lambda a, b: a * b, initial=0.1))), np.float32
@@ -89,7 +89,7 @@ class _Ring:
     weight: Fraction
 
     def stretch(self, epoch: int) -> Ints:
-        """What epoch number `epoch` takes: with weight 1/2 two epochs hear every utterance once."""
+        """What epoch number `epoch` takes: with weight 1/2 two epochs take every utterance once."""
         start, end = (int(self.weight * len(self.items) * number) for number in (epoch, epoch + 1))
         return self.items.take(np.arange(start, end), mode="wrap")
 

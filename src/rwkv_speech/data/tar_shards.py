@@ -53,7 +53,7 @@ class Shard:
 
 
 class TarSource:
-    """The utterances of tar shards, in their order; every access opens its file anew, so that workers share none."""
+    """The utterances of tar shards, in their order; every access opens its file itself, so that workers share none."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
@@ -177,7 +177,7 @@ def _read_index(path: str) -> Shard | None:
                     continue
                 ends = np.cumsum([file.tell(), *header["lengths"]])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or another program's: made anew
+            continue  # none, or another program's: made again
         return Shard(path, wanted, str(index), ends, np.array(header["durations"], np.float32))
     return None
 
