@@ -124,16 +124,16 @@ def _mono(samples: NDArray[np.float32], label: str) -> Tensor:
     channels = samples.shape[1]
     if channels == 1:
         return torch.from_numpy(samples[:, 0])
-    mean = samples.mean(axis=1, dtype=np.float32)
-    powers = samples.var(axis=0, dtype=np.float64)
-    if mean.var(dtype=np.float64) < _CANCELLED * powers.sum() / channels**2:
+    tracks = torch.from_numpy(samples).T.contiguous()
+    mean, powers = tracks.mean(0), tracks.var(1, correction=0)
+    if mean.var(correction=0) < _CANCELLED * powers.sum() / channels**2:
         loudest = int(powers.argmax())
         logger.warning(
             "note: %s: its channels cancel each other out, as when one is inverted; only channel %d of %d is used",
             label, loudest + 1, channels,
         )  # fmt: skip
-        return torch.from_numpy(samples[:, loudest].copy())
-    return torch.from_numpy(mean)
+        return tracks[loudest].clone()
+    return mean
 
 
 def _resample(mono: Tensor, rate: int, label: str) -> Tensor:

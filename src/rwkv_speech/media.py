@@ -231,7 +231,8 @@ class _Chain:
     def __init__(self, file: BinaryIO, label: str) -> None:
         self._file, self._label = file, label
         self._sound = self._damaged = 0
-        self._format, self._claimed, self._reached = "", 0.0, 0.0
+        self._format, self._claimed = "", 0.0
+        self._last: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         for link in _ogg_links(self._file):
@@ -258,10 +259,8 @@ class _Chain:
             if packet is None:
                 return
             self._sound += 1
-            for frame in frames:
-                if frame.pts is not None:
-                    self._reached = float(frame.pts * frame.time_base) + frame.samples / frame.sample_rate
-                yield frame
+            for self._last in frames:
+                yield self._last
 
     def check(self, end: float) -> None:
         """Raise AudioError if less could be decoded, up to the second `end`, than there should be.
@@ -271,9 +270,11 @@ class _Chain:
         """
         if self._damaged > self._sound:
             raise _Undecodable(self._label, f"{self._damaged} of {self._damaged + self._sound} packets are damaged")
-        missed = self._claimed - end > _SLACK_SECONDS
-        is_damaged = self._damaged > 0 or self._reached - end > _SLACK_SECONDS
-        if (self._format == "wav" and _lacks_data(self._file)) or (self._format == "flac" and missed and is_damaged):
+        # Where the last frame says that it ends: beyond what was decoded, if frames between were lost.
+        reached = (self._last.time or 0) + self._last.samples / self._last.sample_rate if self._last else 0
+        is_damaged = self._damaged > 0 or reached - end > _SLACK_SECONDS
+        misses_flac = self._format == "flac" and self._claimed - end > _SLACK_SECONDS and is_damaged
+        if misses_flac or (self._format == "wav" and _lacks_data(self._file)):
             raise AudioError(
                 f"{self._label}: is cut off or damaged: {end:.3f} s could be decoded, its header promises more: copy "
                 "it again"
@@ -333,7 +334,8 @@ def _floats(frame: Any) -> NDArray[np.float32]:
         (frame,) = av.AudioResampler("flt").resample(frame)
     samples = frame.to_ndarray()  # (C, S), or (1, S * C) where channels alternate
     samples = samples.T if frame.format.is_planar else samples.reshape(frame.samples, -1)
-    scaled = samples.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite samples are reported as such
+        scaled = samples.astype(np.float32, copy=False)
     if samples.dtype.kind == "f":
         return scaled
     half = np.float32(2 ** (8 * samples.itemsize - 1))
