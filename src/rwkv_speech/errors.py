@@ -24,6 +24,11 @@ class AudioError(UserError):
     """One recording that cannot be used; the message names the file and the reason."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, else its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command: 0 if it ended well; 2, after at most three lines, if the user can mend what stopped it; 130 if the
     user interrupted it.

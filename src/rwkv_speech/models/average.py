@@ -9,12 +9,7 @@ import torch
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.models.checkpoint import (
-    Trained,
-    find_checkpoint,
-    load_trained,
-    write_checkpoint,
-)
+from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, write_checkpoint
 from rwkv_speech.models.parts import Parts
 
 
@@ -32,8 +27,10 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
     sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in first.named_tensors().items()}
     for path in paths:
         trained = load_trained(path)
-        _check_same(trained, first, parts)
+        _check_same(trained, first)
         for name, x in trained.named_tensors().items():
+            if not x.isfinite().all():
+                raise UserError(f"{path}: {name} holds numbers that are not finite; leave this checkpoint out")
             sums[name] += x.double()
     means = {name: (x / len(paths)).to(first.named_tensors()[name].dtype) for name, x in sums.items()}
     named: dict[str, Any] = {"averaged": [{"file": str(path), "sha256": sha256_file(path)} for path in paths]}
@@ -61,24 +58,17 @@ def _parts(trained: Trained) -> Parts:
     return trained.parts
 
 
-def _check_same(trained: Trained, first: Trained, parts: Parts) -> None:
+def _check_same(trained: Trained, first: Trained) -> None:
+    wanted, found = _described(first), _described(trained)
+    for what in [*wanted, *found]:
+        if found.get(what) != wanted.get(what):
+            raise UserError(
+                f"{trained.path}: {what} is {found.get(what)!r}, expected {wanted.get(what)!r} as in {first.path}; "
+                "average checkpoints of one base model, encoder and adapter only"
+            )
+
+
+def _described(trained: Trained) -> dict[str, object]:
     # The base model is known by its content; where files lie differs between machines.
-    wanted, found = ({**asdict(p), "load_model": None} for p in (parts, _parts(trained)))
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise _differs(trained, first, name, found[name], value)
-    tensors, others = first.named_tensors(), trained.named_tensors()
-    if set(tensors) != set(others):
-        raise _differs(trained, first, "the list of tensors", sorted(others), sorted(tensors))
-    for name, x in tensors.items():
-        if others[name].shape != x.shape:
-            raise _differs(trained, first, f"the shape of {name}", tuple(others[name].shape), tuple(x.shape))
-        if not others[name].isfinite().all():
-            raise UserError(f"{trained.path}: {name} holds numbers that are not finite; leave this checkpoint out")
-
-
-def _differs(trained: Trained, first: Trained, what: str, found: object, wanted: object) -> UserError:
-    return UserError(
-        f"{trained.path}: {what} is {found!r}, expected {wanted!r} as in {first.path}; average checkpoints of one "
-        "base model, encoder and adapter only"
-    )
+    described = {**asdict(_parts(trained)), "load_model": None}
+    return described | {f"the shape of {name}": tuple(x.shape) for name, x in trained.named_tensors().items()}

@@ -4,14 +4,13 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -34,32 +33,23 @@ class RWKV6Sizes:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], path: str | Path) -> "RWKV6Sizes":
         """Derive the sizes from a base model's tensors; raises UserError if the file is not an x060 model."""
-        needed = ("emb.weight", "blocks.0.att.time_faaaa", "blocks.0.att.time_maa_w1", "blocks.0.att.time_decay_w1",
-                  "blocks.0.ffn.key.weight")  # fmt: skip
-        missing = [key for key in needed if key not in tensors]
-        if missing:
-            raise UserError(
-                f"{path}: not an RWKV-6 (x060) model: no tensor {missing[0]!r} among {len(tensors)} tensors; "
-                "take a file named RWKV-x060-World-*.pth"
-            )
         layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-        vocab, channels = tensors["emb.weight"].shape
-        return cls(
-            vocab=vocab,
-            n_layer=len(layers),
-            C=channels,
-            H=tensors["blocks.0.att.time_faaaa"].shape[0],
-            ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
-            mix_rank=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
-            decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
-        )
-
-
-class Base(NamedTuple):
-    """A base model's file: its family, such as "x060", and its tensors."""
-
-    family: str
-    tensors: dict[str, Tensor]
+        try:
+            vocab, channels = tensors["emb.weight"].shape
+            return cls(
+                vocab=vocab,
+                n_layer=len(layers),
+                C=channels,
+                H=tensors["blocks.0.att.time_faaaa"].shape[0],
+                ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
+                mix_rank=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
+                decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
+            )
+        except KeyError as error:
+            raise UserError(
+                f"{path}: not an RWKV-6 (x060) model: no tensor {error} among {len(tensors)} tensors; "
+                "take a file named RWKV-x060-World-*.pth"
+            ) from error
 
 
 # A tensor that each family has and the ones after it in this list have not.
@@ -71,8 +61,8 @@ _FAMILIES = (
 )
 
 
-def open_base(path: str | Path) -> Base:
-    """Say which family a base model's file is of, and map its tensors; raises UserError for none that is known."""
+def open_base(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """A base model's family, such as "x060", and its mapped tensors; raises UserError for one that is not known."""
     tensors = read_tensors(path)
     family = next((name for name, key in _FAMILIES if key in tensors), None)
     if family is None:
@@ -80,7 +70,7 @@ def open_base(path: str | Path) -> Base:
             f"{path}: not an RWKV model: none of its {len(tensors)} tensors tells a family; take a file named "
             "RWKV-x060-World-*.pth"
         )
-    return Base(family, tensors)
+    return family, tensors
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -95,8 +85,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a torch zip of tensors'} "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)}); "
-            "download it again"
+            f"({first_line(error)}); download it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise UserError(f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}")
@@ -113,5 +102,4 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
         if key in shapes and x.shape != shapes[key]
     ]
     if faults:
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise UserError(f"{path}: does not fit RWKV-6 (x060):\n  " + "\n  ".join(faults[:20]) + more)
+        raise UserError("\n  ".join([f"{path}: {len(faults)} tensors do not fit RWKV-6 (x060):", *faults[:20]]))

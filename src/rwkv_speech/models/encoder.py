@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.audio import SAMPLE_RATE, num_frames, receptive_field
 from rwkv_speech.devices import autocast
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.models.encoder_attention import fuse_attention
 
 _VARIANCE_FLOOR = 1e-7
@@ -100,7 +100,7 @@ class SpeechEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(
                 f"encoder {name!r}: not a folder with a config.json, and not to be had from the Hugging Face "
-                f"hub ({_first_line(error)}); give a folder, or an id such as microsoft/wavlm-large"
+                f"hub ({first_line(error)}); give a folder, or an id such as microsoft/wavlm-large"
             ) from error
         if config.model_type not in _FAMILIES:
             raise UserError(f"encoder {name!r}: found model type {config.model_type!r}, expected one of {_FAMILIES}")
@@ -182,7 +182,7 @@ def _load_model(name: str) -> nn.Module:
         model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"encoder {name!r}: its weights cannot be read ({_first_line(error)}); copy or download it again"
+            f"encoder {name!r}: its weights cannot be read ({first_line(error)}); copy or download it again"
         ) from error
     missing = sorted(set(report["missing_keys"]) - {_UNUSED})
     if missing:
@@ -193,10 +193,6 @@ def _load_model(name: str) -> nn.Module:
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _wants_normalised(name: str) -> bool:
     """The model's own preprocessor settings say so; without them, yes."""
     try:
@@ -205,7 +201,7 @@ def _wants_normalised(name: str) -> bool:
     except (OSError, ValueError) as error:
         raise UserError(
             f"encoder {name!r}: cannot read its {_PREPROCESSOR}, which says whether waveforms are normalised "
-            f"({_first_line(error)}); load the encoder once with the hub in reach, or give a folder"
+            f"({first_line(error)}); load the encoder once with the hub in reach, or give a folder"
         ) from error
 
 

@@ -24,10 +24,15 @@ def fuse_attention(encoder: nn.Module) -> None:
     for layer in layers:
         try:
             fused = GatedBiasAttention(layer.attention)
+            if differing := sorted(fused.state_dict().keys() ^ layer.attention.state_dict().keys()):
+                raise AttributeError(f"its weights differ in {', '.join(differing)}")
         except AttributeError as error:
-            raise _unknown_attention(str(error)) from error
-        if differing := sorted(fused.state_dict().keys() ^ layer.attention.state_dict().keys()):
-            raise _unknown_attention(f"its weights differ in {', '.join(differing)}")
+            import transformers
+
+            raise UserError(
+                f"transformers {transformers.__version__}: its WavLM attention is not the one known here ({error}); "
+                "expected that of 5.17 to 5.23: install one of these"
+            ) from error
         layer.attention = fused
 
 
@@ -110,12 +115,3 @@ def relative_buckets(distances: Tensor, num_buckets: int, max_distance: int) -> 
     growth = torch.log(far.clamp_min(single).float() / single) / math.log(max_distance / single)
     wide = (single + growth * (side - single)).long().clamp_max(side - 1)
     return torch.where(far < single, far, wide) + side * (distances > 0)
-
-
-def _unknown_attention(reason: str) -> UserError:
-    import transformers
-
-    return UserError(
-        f"transformers {transformers.__version__}: its WavLM attention is not the one known here ({reason}); "
-        "expected that of 5.17 to 5.23: install one of these"
-    )

@@ -37,8 +37,7 @@ class Parts:
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
         """The parts that the flags name."""
-        names = {field.name for field in dataclasses.fields(config)}
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls) if f.name in names})
+        return cls.from_dict(vars(config))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Parts":

@@ -52,11 +52,6 @@ class TimeMix(nn.Module):
     """Attention's place: token shift, five data-dependent mixes, WKV-6, group norm, gate."""
 
     time_maa_x: Tensor
-    receptance: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    gate: nn.Linear
-    output: nn.Linear
 
     def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int, form: str, fuse: bool) -> None:
         super().__init__()
@@ -69,8 +64,7 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.zeros(C, decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.zeros(decay_rank, C))
         self.time_faaaa = nn.Parameter(torch.zeros(H, self.N))
-        for name in ("receptance", "key", "value", "gate", "output"):
-            self.add_module(name, nn.Linear(C, C, bias=False))
+        self.receptance, self.key, self.value, self.gate, self.output = (nn.Linear(C, C, bias=False) for _ in range(5))
         self.ln_x = nn.GroupNorm(H, C, eps=_GROUP_NORM_EPS)
 
     def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,9 +90,8 @@ class TimeMix(nn.Module):
         xw, xk, xv, xr, xg = mixes(x, xx, *maa, fuse=self._fuse)
         # The raw decay is the exponent of an exponent: it stays in float32 from here to the kernel.
         w = self.time_decay.float() + (torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).float()
-        r, k, v, w = (
-            part.view(B, T, self.H, self.N) for part in (self.receptance(xr), self.key(xk), self.value(xv), w)
-        )  # fmt: skip
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        r, k, v, w = (part.view(B, T, self.H, self.N) for part in (r, k, v, w))
         return r, k, v, w, self.gate(xg)
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
@@ -202,12 +195,9 @@ class RWKV6(nn.Module):
         Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
         A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size.
         """
-        base = open_base(path)
-        tensors = base.tensors
-        if base.family != FAMILY:
-            raise UserError(
-                f"{path}: found an {base.family} model, expected RWKV-6 ({FAMILY}); give one with --load_model"
-            )
+        family, tensors = open_base(path)
+        if family != FAMILY:
+            raise UserError(f"{path}: found an {family} model, expected RWKV-6 ({FAMILY}); give one with --load_model")
         sizes = RWKV6Sizes.of(tensors, path)
         with torch.device("meta"):
             model = cls(sizes, form, fuse)

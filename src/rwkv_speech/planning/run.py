@@ -70,7 +70,7 @@ def _sizes(config: TrainConfig, model: SpeechLM | None, notes: list[str]) -> Siz
     else:
         if _has_model(config):
             parts = parts.filled()
-            lm = RWKV6Sizes.of(open_base(parts.base_file()).tensors, parts.base_file())
+            lm = RWKV6Sizes.of(open_base(parts.base_file())[1], parts.base_file())
             check_sizes(parts, lm)
         else:
             lm = world_sizes(config.n_layer or 0, config.n_embd or 0)
