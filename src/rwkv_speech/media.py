@@ -289,21 +289,24 @@ class _Chain:
 def _ogg_links(file: BinaryIO) -> list[BinaryIO]:
     """The streams that an Ogg file holds one after another, each as a file; the file itself if it is no such chain.
 
-    A link begins with the pages that are marked as beginnings of streams (RFC 3533).
+    A link begins with pages that are marked as beginnings of streams (RFC 3533); FFmpeg itself follows one whose header
+    is that of the link before.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if file.read(4) != b"OggS":
         return [file]
     file.seek(0)
-    content, starts, at, is_first = file.read(size), [0], 0, True
+    content, starts, at, is_first, header = file.read(size), [0], 0, True, b""
     while content[at : at + 4] == b"OggS" and at + 27 <= size:
         begins = bool(content[at + 5] & 2)
-        if begins and not is_first:
+        body = at + 27 + content[at + 26]
+        end = body + sum(content[at + 27 : body])
+        if begins and not is_first and content[body:end] != header:
             starts.append(at)
-        is_first = begins
-        num_segments = content[at + 26]
-        at += 27 + num_segments + sum(content[at + 27 : at + 27 + num_segments])
+        if begins:
+            header = content[body:end]
+        at, is_first = end, begins
     if len(starts) == 1:
         return [file]
     return [io.BytesIO(content[first:last]) for first, last in itertools.pairwise([*starts, size])]
