@@ -103,7 +103,7 @@ def test_a_signal_ends_all_ranks_after_the_same_step(
     shown, _ = process.communicate(timeout=100)
     point = newest_point(run / "resume")
     assert process.returncode == 128 + number and point is not None and point.step > 0
-    assert shown.count("this run ends after this step") == shown.count("the same command goes on") == 1
+    assert shown.count("this run ends after this step") == shown.count("the same command resumes") == 1
 
 
 def test_another_number_of_ranks_goes_on_from_the_end_of_an_epoch(corpus: Path, tmp_path: Path):

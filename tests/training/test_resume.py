@@ -211,7 +211,7 @@ def test_signal_saves_and_ends(
     os.killpg(process.pid, number) if to_all else process.send_signal(number)
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors.decode()[-3000:]
-    assert shown.decode().count("this run ends after this step") == 1 and b"the same command goes on" in shown
+    assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
     assert b"Traceback" not in errors
     point = newest_point(run / "resume")
     assert point is not None and point.step > 0
@@ -260,15 +260,16 @@ def test_extended_run_takes_the_rates_of_the_longer_one(
 def test_moved_run_and_data_are_the_same_run(corpus: Path, tmp_path: Path):
     shutil.copytree(corpus, tmp_path / "here")
     shutil.copy(tiny.BASE_MODEL, tmp_path / f"base{tiny.BASE_MODEL.suffix}")
-    argv = arguments(tmp_path / "here", tmp_path / "run", epoch_count=1, valid_data="")
+    argv = arguments(tmp_path / "here", tmp_path / "run", epoch_count=1, keep_best=1)
     assert train_script.main(argv) == 0
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "here").rename(tmp_path / "there")
     flags = {"load_model": tmp_path / f"base{tiny.BASE_MODEL.suffix}", "encoder": tiny.ENCODER, "epoch_count": 2,
              "vocab_file": tiny.VOCAB_FILE, "stack": tiny.STACK, "adapter_hidden": tiny.ADAPTER_HIDDEN,
-             "valid_data": ""}  # fmt: skip
+             "keep_best": 1}  # fmt: skip
     assert train_script.main(arguments(tmp_path / "there", tmp_path / "moved", **flags)) == 0
     assert load_trained(tmp_path / "moved" / "last.safetensors").metrics["step"] == 12
+    assert [path.name for path in (tmp_path / "moved").glob("best-epoch-*")] == ["best-epoch-2.safetensors"]
 
 
 def test_other_settings_are_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

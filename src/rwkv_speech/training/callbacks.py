@@ -57,8 +57,9 @@ class TrainedWeights(Callback):
         if pl_module.scores is not None:
             metrics["wer"] = pl_module.scores.wer
             write_rows(self.folder / VALIDATION, pl_module.validated)
-            verdict = self.best_few.offer(pl_module.scores.wer, self.folder / f"best-epoch-{epoch}.safetensors")
-            names += [f"best-epoch-{epoch}.safetensors"] if verdict.keep else []
+            one = f"best-epoch-{epoch}.safetensors"
+            verdict = self.best_few.offer(pl_module.scores.wer, Path(one))  # without the folder, which may be moved
+            names += [one] if verdict.keep else []
             dropped += verdict.drop
             if pl_module.scores.wer < self.best_wer:
                 self.best_wer = pl_module.scores.wer
@@ -66,7 +67,7 @@ class TrainedWeights(Callback):
         for name in names:
             pl_module.model.save(self.folder / name, **metrics)
         for path in dropped:
-            path.unlink(missing_ok=True)
+            (self.folder / path).unlink(missing_ok=True)
 
 
 class Throughput(Callback):

@@ -27,7 +27,7 @@ from rwkv_speech.training.progress import say
 from rwkv_speech.training.selection import EarlyStop
 
 POINTS, TRAINER_STATE = "resume", "trainer.ckpt"
-# How the global batch is cut: with another cut a run goes on, but not inside an epoch.
+# How the global batch is cut: with another cut a run is resumed, but not inside an epoch.
 _CUT = ("micro_bsz", "batch_seconds", "accumulate")
 
 
@@ -136,7 +136,7 @@ def _same_cut(config: TrainConfig, point: ResumePoint, world_size: int) -> bool:
 
 
 class Ended(Exception):
-    """A signal asked the run to end, and a point to resume from was saved."""
+    """A signal asked the run to end, and what it needs to resume was saved."""
 
 
 class ResumePoints(Callback):
@@ -229,7 +229,7 @@ class RandomState(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same numbers."""
+        """The same numbers come next."""
         random.setstate(state_dict["python"])
         np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.feature_cache import FeatureCache
@@ -118,9 +119,11 @@ def fit(
         # The points are this run's own files, checked by their SHA-256; they hold more than tensors.
         trainer.fit(module, ckpt_path=state, weights_only=False)
     except Ended:
-        say("a point to resume from is saved: the same command goes on from there")
+        say(f"saved in {config.proj_dir}: the same command resumes the run from here")
         # Not 0: a script must not take the run for finished. Of the other ranks, though, an error would end rank 0.
         sys.exit(128 + (module.asked_to_end or signal.SIGTERM) if trainer.is_global_zero else 0)
+    except SIGTERMException:  # before the first step, so that there is nothing to save
+        sys.exit(128 + signal.SIGTERM)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{error}\n{memory_advice(config)}") from error
     except SystemExit as error:  # what Lightning makes of Ctrl-C before the first step
@@ -149,8 +152,12 @@ def results(folder: Path) -> str:
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Raises UserError if another run uses the folder; the lock goes with the process, however that ends."""
+    """Raises UserError if another run uses the folder; the lock goes with the process, however that ends.
+
+    Other ranks leave the lock, and warnings, to the first.
+    """
     if getattr(rank_zero_only, "rank", 0):
+        logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
