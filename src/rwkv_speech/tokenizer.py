@@ -107,10 +107,8 @@ class IncrementalDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
 
     def flush(self) -> str:
-        """Return U+FFFD for a character left incomplete, else nothing, and start anew."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        """Return U+FFFD for a character left incomplete, else nothing, and start over."""
+        return self._utf8.decode(b"", final=True)
 
 
 def _packaged_vocab() -> Path:
@@ -142,11 +140,8 @@ def _read_vocab(path: Path) -> dict[int, bytes]:
         table[token_id] = token
         seen.add(token)
     if problems:
-        more = f"\n  ... and {len(problems) - _MAX_ERRORS_SHOWN} more" if len(problems) > _MAX_ERRORS_SHOWN else ""
-        raise UserError(
-            f"{path}: {len(problems)} malformed lines; expected `<id> <str or bytes literal> <length in "
-            "bytes>`:\n" + "\n".join(problems[:_MAX_ERRORS_SHOWN]) + more
-        )
+        head = f"{path}: {len(problems)} malformed lines; expected `<id> <str or bytes literal> <length in bytes>`:"
+        raise UserError("\n".join([head, *problems[:_MAX_ERRORS_SHOWN]]))
     missing = [byte for byte in range(256) if bytes([byte]) not in seen]
     if missing:
         # The Rust encoder drops a byte that no token starts with, silently.

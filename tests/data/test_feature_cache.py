@@ -196,8 +196,6 @@ def test_lacking_frames_and_changes_of_audio_are_refused(source: FileSource, tok
     with pytest.raises(UserError, match="--feature_cache: .*--speed and --time_masks"):
         SpeechDataset(source, tokenizer, cache=empty, augment=Augmenter(Augment(speed=(0.9,), time_masks=1), 0))
     assert len(SpeechDataset(source, tokenizer, cache=empty, augment=Augmenter(Augment(), 0))) == 9
-    with pytest.raises(UserError, match="--feature_dtype: found 'int8', expected one of bfloat16"):
-        FeatureCache(tmp_path, "encoder", "int8")
 
 
 def test_estimate_is_what_is_written_and_must_fit_the_disk(

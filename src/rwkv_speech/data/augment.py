@@ -92,9 +92,8 @@ class Augmenter:
             waveform = change_volume(waveform, self._draws("volume", epoch, index).uniform(*settings.volume_db))
         if settings.freq_masks:
             draws = self._draws("frequency", epoch, index)
-            waveform = take_out_bands(
-                waveform, _spans(draws, settings.freq_masks, settings.freq_mask_hz, SAMPLE_RATE / 2)
-            )
+            bands = _spans(draws, settings.freq_masks, settings.freq_mask_hz, SAMPLE_RATE / 2)
+            waveform = take_out_bands(waveform, bands)
         if settings.time_masks:
             draws = self._draws("time", epoch, index)
             longest = settings.time_mask_seconds * SAMPLE_RATE
@@ -178,8 +177,6 @@ def _spans(draws: random.Random, count: int, longest: float, size: float) -> lis
 def _list_noise(folder: str) -> list[tuple[str, float]]:
     """Each audio file under the folder and its seconds, sorted by path, so that the order is that of no file system."""
     root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"--noise_dir: no such folder {folder}; expected a folder of audio files with noise")
     files = sorted(
         (path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()),
         key=lambda path: path.relative_to(root).as_posix(),

@@ -23,15 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rwkv_speech.audio import FRAME_RATE
-from rwkv_speech.config import FEATURE_DTYPES
 from rwkv_speech.data.source import Source
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# bfloat16 first: training in bf16 loses nothing by it, for the adapter's first layer rounds its input so anyway.
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FEATURE_DTYPES}
 SHARD_BYTES = 512 << 20
 _REMEDY = "start again, and what is missing is computed again"
 
@@ -66,10 +63,11 @@ class _Place(NamedTuple):
 
 
 class FeatureCache:
-    """The frames of one encoder in a folder; `encoder_key` is whatever tells it from others, `dtype` one of DTYPES.
+    """The frames of one encoder in a folder; `encoder_key` is whatever tells it from others.
 
-    Processes that write take different `writer` numbers; `refresh` shows them what the others wrote. Raises UserError
-    for another dtype. A damaged shard is named in the log and removed.
+    `dtype` is one of config.FEATURE_DTYPES: training in bf16 loses nothing by bfloat16, for the adapter's first layer
+    rounds its input so anyway. Processes that write take different `writer` numbers; `refresh` shows them what the
+    others wrote. A damaged shard is named in the log and removed.
     """
 
     def __init__(
@@ -81,9 +79,7 @@ class FeatureCache:
         writer: int = 0,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"--feature_dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.folder = Path(folder) / f"{hashlib.sha256(encoder_key.encode()).hexdigest()[:16]}-{dtype}"
         self._writer, self._shard_bytes = writer, shard_bytes
         self._waiting: dict[str, Frames] = {}

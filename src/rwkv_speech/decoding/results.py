@@ -46,17 +46,17 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises UserError naming file and line for anything but such a row.
     """
-    names, rows = {field.name for field in fields(Row)}, list[Row]()
+    names, rows = [field.name for field in fields(Row)], list[Row]()
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
             found = json.loads(line)
-        except ValueError:
-            found = None
-        texts = [found.get(name) for name in ("id", "ref", "hyp")] if isinstance(found, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or not names <= found.keys():
+            row = Row(**{name: found[name] for name in names})
+            if not all(isinstance(text, str) for text in (row.id, row.ref, row.hyp)):
+                raise TypeError("a text is none")
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}, line {number}: found {line[:80].decode(errors='replace')!r}, expected a JSON object with "
-                f"{', '.join(field.name for field in fields(Row))}; delete the line or the file"
-            )
-        rows.append(Row(**{name: found[name] for name in names}))
+                f"{', '.join(names)}; delete the line or the file"
+            ) from error
+        rows.append(row)
     return rows

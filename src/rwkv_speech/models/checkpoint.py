@@ -83,11 +83,7 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
     Raises UserError naming the file if it holds no adapter or no initial state, or was written by another format.
     """
     path = Path(path)
-    tensors = read_tensors(path)
-    metadata = _read_metadata(path)
-    own = metadata.get("format") == FORMAT
-    prefix = _ADAPTER if own else _PUBLISHED_ADAPTER
-    adapter = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    tensors, metadata = read_tensors(path), _read_metadata(path)
     try:
         parts, trained_on, metrics = _described(metadata)
         if metadata.get("format") == FORMAT_1:
@@ -96,37 +92,35 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         raise UserError(
             f"{path}: its metadata is damaged ({error}), expected parts and metrics; take another checkpoint"
         ) from error
-    if own:
-        states = {name.removeprefix(_STATES): x for name, x in tensors.items() if name.startswith(_STATES)}
-        known = {_STATES + name for name in states}
-    else:
-        states, known = _published_state(path, tensors, task)
+    if metadata.get("format") != FORMAT:
+        tensors = _renamed(path, tensors, task)
+    adapter, states = (
+        {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        for prefix in (_ADAPTER, _STATES)
+    )
     if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
         raise UserError(
             f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} initial states and the "
             f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
-    known |= {prefix + name for name in adapter}
-    ignored = tuple(name for name in tensors if name not in known)
+    ignored = tuple(name for name in tensors if not name.startswith((_ADAPTER, _STATES)))
     return Trained(path, adapter, states, parts, trained_on, ignored, metrics)
 
 
-def _published_state(path: Path, tensors: Mapping[str, Tensor], task: str) -> tuple[dict[str, Tensor], set[str]]:
-    """The state of the published layout, a tensor a layer, and the names that it takes."""
+def _renamed(path: Path, tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
+    """The tensors of the published layout, whose state is one tensor a layer, under their names in own files."""
     layers = {int(m[1]): x for name, x in tensors.items() if (m := _PUBLISHED_STATE.fullmatch(name))}
-    if sorted(layers) != list(range(len(layers))):
-        raise UserError(
-            f"{path}: the initial states of layers {sorted(set(range(max(layers))) - set(layers))} are missing"
-        )
+    if missing := sorted(set(range(max(layers, default=0))) - set(layers)):
+        raise UserError(f"{path}: the initial states of layers {missing} are missing")
     shapes = {tuple(x.shape) for x in layers.values()}
     if len(shapes) > 1:
         raise UserError(f"{path}: time_state differs in shape between layers: found {sorted(shapes)}, expected one")
-    state = {task: torch.stack([layers[i] for i in range(len(layers))])} if layers else {}
-    return state, {_published_name(i) for i in layers}
-
-
-def _published_name(layer: int) -> str:
-    return f"language_model.blocks.{layer}.att.time_state"
+    renamed = {
+        re.sub(f"^{_PUBLISHED_ADAPTER}", _ADAPTER, name): x
+        for name, x in tensors.items()
+        if not _PUBLISHED_STATE.fullmatch(name)
+    }
+    return renamed | ({_STATES + task: torch.stack([layers[i] for i in range(len(layers))])} if layers else {})
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
@@ -186,7 +180,8 @@ def export_published(trained: Trained, path: Path, task: str = "") -> None:
         raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
     task = one_task(trained.path, trained.initial_states, task)
     tensors = {_PUBLISHED_ADAPTER + name: x for name, x in trained.adapter.items()}
-    tensors |= {_published_name(i): layer for i, layer in enumerate(trained.initial_states[task])}
+    layers = enumerate(trained.initial_states[task])
+    tensors |= {f"language_model.blocks.{i}.att.time_state": layer for i, layer in layers}
     tensors = {name: x.detach().cpu().clone() for name, x in tensors.items()}
     write_atomically(path, lambda temporary: torch.save(tensors, temporary))
 

@@ -71,13 +71,6 @@ def _chunk_length(longest: int) -> int:
     return min(MAX_CHUNK, 1 << (longest - 1).bit_length())
 
 
-def _split_time(x: Tensor, L: int) -> Tensor:
-    """(B, T, H, N) -> (B, T / L, L, H, N), a view."""
-    B, T, H, N = x.shape
-    strides = x.stride()
-    return x.as_strided((B, T // L, L, H, N), (strides[0], L * strides[1], *strides[1:]))
-
-
 def _to_chunks(x: Tensor, plan: Plan, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
     """(B, T, H, N) -> (C, L, N), `fill` in the slots without a token."""
     B, T, H, N = x.shape
@@ -89,7 +82,7 @@ def _to_chunks(x: Tensor, plan: Plan, dtype: torch.dtype, fill: float = 0.0) -> 
     else:
         whole, rest = divmod(T, L)
         by_step = chunks.view(-1, B, H, L, N)
-        by_step[:whole] = _split_time(x[:, : whole * L], L).permute(1, 0, 3, 2, 4)
+        by_step[:whole] = x[:, : whole * L].unflatten(1, (whole, L)).permute(1, 0, 3, 2, 4)
         if rest:
             by_step[-1, :, :, :rest] = x[:, whole * L :].transpose(1, 2)
             by_step[-1, :, :, rest:] = fill
@@ -106,7 +99,7 @@ def _from_chunks(chunks: Tensor, plan: Plan, out: Tensor) -> None:
         return
     whole, rest = divmod(T, L)
     by_step = chunks.view(-1, B, H, L, N)
-    _split_time(out[:, : whole * L], L).copy_(by_step[:whole].permute(1, 0, 3, 2, 4))
+    out[:, : whole * L].unflatten(1, (whole, L)).copy_(by_step[:whole].permute(1, 0, 3, 2, 4))
     if rest:
         out[:, whole * L :] = by_step[-1, :, :, :rest].transpose(1, 2)
 

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Evaluation:
         """All numbers, for JSON."""
         return {
             "data": self.name,
-            **self.scores.to_dict(),
+            **asdict(self.scores),
             "wer_by_lang": {lang: scores.wer for lang, scores in self.by_lang().items()},
             "cut_off": sum(row.cut for row in self.rows),
             "audio_seconds": round(self.audio_seconds, 3),

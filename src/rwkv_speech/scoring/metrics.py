@@ -1,7 +1,7 @@
 """Word and character error rates over a corpus."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import jiwer
 
@@ -28,10 +28,6 @@ class Scores:
     mean_utterance_wer: float
     num_utterances: int
 
-    def to_dict(self) -> dict[str, float | int]:
-        """Give the fields as a JSON-ready dict."""
-        return asdict(self)
-
 
 def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
     """Compare hypotheses with references, which the caller has normalised alike; white space separates words.
@@ -47,23 +43,18 @@ def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
         raise UserError("no utterance to score; expected at least one reference: check the data given")
     ref_texts, hyp_texts = [" ".join(t.split()) for t in refs], [" ".join(t.split()) for t in hyps]
     words = jiwer.process_words(ref_texts, hyp_texts)
-    characters = jiwer.process_characters(ref_texts, hyp_texts)
-
     utterance_wers = [
-        sum(_edits(chunk) for chunk in chunks) / max(len(ref), 1)
+        sum(_size(chunk) for chunk in chunks if chunk.type != "equal") / max(len(ref), 1)
         for ref, chunks in zip(words.references, words.alignments, strict=True)
     ]
-    ref_words = words.hits + words.substitutions + words.deletions
-    ref_characters = characters.hits + characters.substitutions + characters.deletions
-    character_edits = characters.substitutions + characters.deletions + characters.insertions
     return Scores(
-        wer=(words.substitutions + words.deletions + words.insertions) / max(ref_words, 1),
-        cer=character_edits / max(ref_characters, 1),
+        wer=words.wer,
+        cer=jiwer.process_characters(ref_texts, hyp_texts).cer,
         substitutions=words.substitutions,
         insertions=words.insertions,
         deletions=words.deletions,
         hits=words.hits,
-        ref_words=ref_words,
+        ref_words=words.hits + words.substitutions + words.deletions,
         mean_utterance_wer=sum(utterance_wers) / len(utterance_wers),
         num_utterances=len(ref_texts),
     )
@@ -74,7 +65,5 @@ def score_rows(rows: Sequence[Row]) -> Scores:
     return score([normalise_score(row.ref) for row in rows], [normalise_score(row.hyp) for row in rows])
 
 
-def _edits(chunk: jiwer.AlignmentChunk) -> int:
-    if chunk.type == "equal":
-        return 0
+def _size(chunk: jiwer.AlignmentChunk) -> int:
     return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
