@@ -63,5 +63,5 @@ def test_another_file_of_the_name_is_not_taken_for_the_base_model(tmp_path: Path
 def test_a_missing_encoder_names_its_flag(tmp_path: Path):
     parts, path = recorded(tmp_path)
     (tmp_path / "enc").rmdir()
-    with pytest.raises(UserError, match="/gone/enc is not there.*--encoder"):
+    with pytest.raises(UserError, match="/gone/enc is neither there nor in .*--encoder"):
         parts.recorded_in(path, Parts())

@@ -66,7 +66,7 @@ class Parts:
         """
         return replace(
             self,
-            load_model=given.load_model or self._find_base(path),
+            load_model=given.load_model or _find("load_model", self.load_model, path, self.base_sha256),
             encoder=given.encoder or _find("encoder", self.encoder, path),
             vocab_file=given.vocab_file or _find("vocab_file", self.vocab_file, path),
             n_layer=given.n_layer or self.n_layer,
@@ -93,17 +93,6 @@ class Parts:
                 f"{self.base_sha256[:12]}... in {self.load_model}; give the same file with --load_model"
             )
 
-    def _find_base(self, checkpoint: Path) -> str:
-        if self.load_model == tiny.NAME or Path(self.load_model).is_file():
-            return self.load_model
-        beside = _beside(self.load_model, checkpoint)
-        if beside.is_file() and sha256_file(beside) == self.base_sha256:
-            return str(beside)
-        raise UserError(
-            f"{checkpoint}: its base model {self.load_model} is neither there nor in {beside.parent}; expected a file "
-            f"of SHA-256 {self.base_sha256[:12]}...: give its path with --load_model"
-        )
-
 
 @dataclass(frozen=True)
 class TrainedOn:
@@ -119,15 +108,14 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if name and name != tiny.NAME and Path(name).exists() else name
 
 
-def _beside(name: str, checkpoint: Path) -> Path:
-    return checkpoint.resolve().parent / Path(name).name
-
-
-def _find(flag: str, name: str, checkpoint: Path) -> str:
-    """A file or folder of a checkpoint, where it was or beside the checkpoint; a name that is no path as it is."""
-    if not Path(name).is_absolute() or Path(name).exists():
+def _find(flag: str, name: str, checkpoint: Path, sha256: str = "") -> str:
+    """A checkpoint's file or folder, where it was, else beside the checkpoint with this content; no path as it is."""
+    if name == tiny.NAME or Path(name).exists() or not (sha256 or Path(name).is_absolute()):
         return name
-    beside = _beside(name, checkpoint)
-    if beside.exists():
+    beside = checkpoint.resolve().parent / Path(name).name
+    if beside.exists() and (not sha256 or sha256_file(beside) == sha256):
         return str(beside)
-    raise UserError(f"{checkpoint}: its {name} is not there, nor in {beside.parent}; give its path with --{flag}")
+    content = f"expected a file of SHA-256 {sha256[:12]}...: " if sha256 else ""
+    raise UserError(
+        f"{checkpoint}: its {name} is neither there nor in {beside.parent}; {content}give its path with --{flag}"
+    )

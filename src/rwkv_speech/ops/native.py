@@ -159,7 +159,6 @@ class _CpuKernels(Kernels):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._library.wkv6_cpu_scratch.restype = c_int64
-        self._library.wkv6_cpu_isa.restype = c_char_p
 
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
         getattr(self._library, f"wkv6_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))

@@ -51,20 +51,17 @@ def _check(
     if r.dim() != 4:
         raise ValueError(f"wkv6: r must be (B, T, H, N), found {tuple(r.shape)}")
     B, _, H, N = r.shape
-    for name, x in (("k", k), ("v", v), ("w", w)):
-        if x.shape != r.shape:
-            raise ValueError(f"wkv6: {name} must have r's shape {tuple(r.shape)}, found {tuple(x.shape)}")
-    if u.shape != (H, N):
-        raise ValueError(f"wkv6: u must be (H, N) = {(H, N)}, found {tuple(u.shape)}")
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()):
         raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if state is not None and state.shape != (sequences, H, N, N):
-        raise ValueError(f"wkv6: state must be {(sequences, H, N, N)}, found {tuple(state.shape)}")
-    others = {"k": k, "v": v, "w": w, "u": u} | ({} if state is None else {"state": state})
-    for name, x in others.items():
+    wanted = {"k": (k, r.shape), "v": (v, r.shape), "w": (w, r.shape), "u": (u, (H, N))}
+    if state is not None:
+        wanted["state"] = state, (sequences, H, N, N)
+    for name, (x, shape) in wanted.items():
+        if x.shape != shape:
+            raise ValueError(f"wkv6: {name} must be {tuple(shape)} to fit r {tuple(r.shape)}, found {tuple(x.shape)}")
         if x.device != r.device:
             raise ValueError(f"wkv6: {name} must be on r's device {r.device}, found {x.device}")
 
