@@ -61,7 +61,8 @@ def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
         one, two = (column(tmp_path / run, name) for run in ("one", "two"))
         assert len(one) == len(two) == 2
         assert two[0] == pytest.approx(one[0], rel=1e-6)
-        assert two[1] == pytest.approx(one[1], rel=1e-5)
+        # Rounding of the first step's gradient, magnified by the second step: 1.1e-5 was found on another processor.
+        assert two[1] == pytest.approx(one[1], rel=5e-5)
     # AdamW's first moment behind the first step is a tenth of its gradient.
     for one, two in zip(first_moments(tmp_path / "one"), first_moments(tmp_path / "two"), strict=True):
         assert_rms_close("gradient", two, one, 1e-6)
