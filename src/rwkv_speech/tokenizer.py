@@ -40,12 +40,11 @@ class WorldTokenizer:
         Raises UserError for text that UTF-8 cannot hold (a lone surrogate).
         """
         try:
-            ids: list[int] = self._rust.encode(text)
+            return self._rust.encode(text)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"text {text!r} holds a lone surrogate at character {error.start}; expected valid Unicode: mend it"
             ) from error
-        return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Concatenate the bytes of `ids`; id 0 and ids without a token (any integer) add nothing."""

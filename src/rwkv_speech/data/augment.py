@@ -116,8 +116,7 @@ def change_speed(waveform: Tensor, factor: float) -> Tensor:
     """(S,) -> (S / factor,): as if the recording ran faster, pitch included."""
     from torchaudio.functional import resample
 
-    resampled: Tensor = resample(waveform, round(100 * factor), 100)
-    return resampled
+    return resample(waveform, round(100 * factor), 100)
 
 
 def add_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:
@@ -126,8 +125,7 @@ def add_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:
 
     if not noise.any():
         return waveform
-    mixed: Tensor = add(waveform, noise, torch.tensor(snr_db))
-    return mixed
+    return add(waveform, noise, torch.tensor(snr_db))
 
 
 def change_volume(waveform: Tensor, gain_db: float) -> Tensor:

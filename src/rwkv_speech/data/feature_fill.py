@@ -21,14 +21,7 @@ _PROBES = 20
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def fill(
-    cache: FeatureCache,
-    dataset: SpeechDataset,
-    encode: Encode,
-    width: int,
-    cut: Cut,
-    workers: int = 0,
-) -> int:
+def fill(cache: FeatureCache, dataset: SpeechDataset, encode: Encode, width: int, cut: Cut, workers: int = 0) -> int:
     """Encode this rank's share of the utterances whose frames are not kept yet; returns how many were.
 
     `dataset` gives plain waveforms: not normalised, augmented or cached. `encode` takes waveforms (B, S) and

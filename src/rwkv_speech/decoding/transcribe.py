@@ -35,11 +35,7 @@ class SpeechLM(speech_lm.SpeechLM):
     """The model with its road from audio to text: what `from rwkv_speech import SpeechLM` gives."""
 
     def transcribe(
-        self,
-        audio: Audio | Sequence[Audio],
-        batch_size: int = 8,
-        max_new_tokens: int | None = None,
-        task: str = "",
+        self, audio: Audio | Sequence[Audio], batch_size: int = 8, max_new_tokens: int | None = None, task: str = ""
     ) -> list[Transcript]:
         """A file, its bytes or a waveform (S,) at 16 kHz, or a list of these -> a Transcript of each, in order.
 

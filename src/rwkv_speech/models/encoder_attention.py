@@ -58,11 +58,7 @@ class GatedBiasAttention(nn.Module):
             self.rel_attn_embed = theirs.rel_attn_embed
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        **_: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None, Tensor]:
         """(B, F, D), true frames (B, F), bias (H, F, F) -> (B, F, D), no weights, the bias for the next layer.
 

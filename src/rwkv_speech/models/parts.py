@@ -109,7 +109,7 @@ def _absolute(name: str) -> str:
 
 
 def _find(flag: str, name: str, checkpoint: Path, sha256: str = "") -> str:
-    """A checkpoint's file or folder, where it was, else beside the checkpoint with this content; no path as it is."""
+    """Where a checkpoint's file or folder is: as recorded, else beside it with this content; a hub id stays."""
     if name == tiny.NAME or Path(name).exists() or not (sha256 or Path(name).is_absolute()):
         return name
     beside = checkpoint.resolve().parent / Path(name).name

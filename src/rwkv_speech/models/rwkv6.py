@@ -207,8 +207,7 @@ class RWKV6(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., C), as the first block takes them."""
-        x: Tensor = self.emb(input_ids)
-        return x
+        return self.emb(input_ids)
 
     def zero_state(self, batch: int) -> State:
         """The state before anything was read, for `batch` sequences."""
@@ -263,5 +262,4 @@ class RWKV6(nn.Module):
         layers: Any = self.blocks
         for block, *layer_state in zip(layers, *state, strict=True):
             x = block.step(x, *layer_state)
-        logits: Tensor = self.head(self.ln_out(x))
-        return logits
+        return self.head(self.ln_out(x))

@@ -169,8 +169,7 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"wkv6_step: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
-    y: Tensor = _wkv6_step(r, k, v, w, u, state, form)
-    return y
+    return _wkv6_step(r, k, v, w, u, state, form)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})

@@ -9,13 +9,7 @@ from torch import Tensor
 
 
 def wkv6_ref(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Same signature and result as `wkv6`, computed in float32 (float64 for float64 inputs).
 

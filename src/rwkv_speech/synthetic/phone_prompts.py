@@ -17,7 +17,6 @@ from rwkv_speech.synthetic.voices import PHONES, SILENCE, TRAIN_VARIANTS, phone,
 
 # One printable byte a phone, none of them a lower-case letter, a blank or the separator "#".
 PHONE_LETTERS = "_PBTDKGFV0Z" + "SHCJMNL" + "RWY" + "IEAOU" + "QX123456789!$%&*+-/<=>?@"
-assert len(set(PHONE_LETTERS)) >= len(PHONES)
 
 Pronunciation = list[tuple[int, float]]  # (index in PHONES, seconds)
 

@@ -40,7 +40,6 @@ CONFIG: dict[str, Any] = {
     "hidden_dropout": 0.05,
     "attention_dropout": 0.05,
     "activation_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
     "mask_time_prob": 0.2,
     "mask_time_length": 5,
 }

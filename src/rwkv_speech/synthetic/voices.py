@@ -7,7 +7,7 @@ from rwkv_speech.synthetic.espeak import Voice
 
 ACCENTS = ("en-us", "en-us", "en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-gb-x-gbclan")
 
-# Variants that pretraining, training and test may use; a held-out voice is heard in none but the test set.
+# Variants that pretraining, training and test may use; an unseen speaker is in the test set alone.
 TRAIN_VARIANTS = (
     "Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike "
     "Nguyen Reed RicishayMax RicishayMax2 Storm adam anika announcer antonio aunty belinda benjamin boris caleb croak "
