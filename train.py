@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.planning.run import is_from_sizes, plan_run
 
     if config.plan and is_from_sizes(config):
-        print(plan_run(config).report())
+        print(plan_run(config))
         return
 
     before_training(config)
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> None:
             model.load_trained(load_trained(find_checkpoint(config.init_from), config.task))
         data, valid, cache = make_datasets(config, model, *sources)
         if config.plan:
-            return print(plan_run(config, model, cast(SpeechDataset, data)).report())  # a stream cannot be planned
+            return print(plan_run(config, model, cast(SpeechDataset, data)))  # a stream cannot be planned
         fit(model, config, data, valid, cache)
         say(results(Path(config.proj_dir)))
 

@@ -42,9 +42,8 @@ from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.splice import IGNORE
-from rwkv_speech.planning.measure import encoding, learning
-from rwkv_speech.planning.sizes import BASE_MODELS, EncoderSizes, MicroBatch, Sizes
-from rwkv_speech.planning.time import H200
+from rwkv_speech.planning.cost import OPERATIONS
+from rwkv_speech.planning.measure import BASE_MODELS, MicroBatch, Sizes, encoding, learning
 from rwkv_speech.tokenizer import WorldTokenizer
 
 SIDES = ("plain", "ours")
@@ -72,16 +71,16 @@ class Case:
         text = torch.linspace(*self.text_tokens, self.utterances).round().long()
         return tuple(x[torch.randperm(len(x), generator=generator)] for x in (samples, text))  # type: ignore[return-value]
 
-    def operations(self, encoder: EncoderSizes) -> dict[str, float]:
-        """What the true lengths need of encoder and language model, each utterance by itself, without padding."""
-        sizes = Sizes(self.lm, encoder, STACK)
+    def operations(self, encoder: str) -> dict[str, float]:
+        """What the true lengths need, without padding, of `encoder`, a configuration in JSON, and language model."""
+        sizes, dtype = Sizes(self.lm, encoder, STACK), torch.bfloat16 if self.bf16 else torch.float32
         batches = [
             MicroBatch(1, samples / SAMPLE_RATE, text)
             for samples, text in zip(*(x.tolist() for x in self.lengths()), strict=True)
         ]
         return {
-            "encoder": sum(encoding(encoder, batch, self.bf16).operations for batch in batches),
-            "lm": sum(learning(sizes, batch, self.bf16, grad_cp=False).operations for batch in batches),
+            "encoder": sum(encoding(encoder, batch, dtype).operations for batch in batches),
+            "lm": sum(learning(sizes, batch, dtype, False).operations for batch in batches),
         }
 
 
@@ -136,7 +135,7 @@ class Bench:
         torch.manual_seed(0)
         self.case, self.device = case, device
         theirs = random_encoder(*case.encoder).to(device)
-        self.encoder_sizes = EncoderSizes.of(theirs.config)
+        self.encoder_sizes = theirs.config.to_json_string()
         # Our encoder changes its modules in place, under bfloat16 its tensors, too; the plain side casts as it goes.
         shared = {} if case.bf16 else {id(p): p for p in theirs.parameters()}
         self.plain_encoder: Any = copy.deepcopy(theirs, shared)
@@ -338,12 +337,12 @@ def gpu_row(bench: Bench, side: str, rounds: int) -> Row:
         "seconds": taken,
         "peak_bytes": peak,
         "peak_bytes_with_weights": with_weights,
-        "mfu": sum(work.values()) / taken / H200.bf16,
+        "mfu": sum(work.values()) / taken / OPERATIONS[torch.bfloat16],
         "lm_mfu": None,
     }
     if side == "ours":
         row["our_seconds"] = bench.split()
-        row["lm_mfu"] = work["lm"] / (taken - row["our_seconds"]["encoder"]) / H200.bf16
+        row["lm_mfu"] = work["lm"] / (taken - row["our_seconds"]["encoder"]) / OPERATIONS[torch.bfloat16]
     return row
 
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import train as train_script
 
-from rwkv_speech.planning import tables
+from rwkv_speech.planning import cost, tables
 
 SIZES = ["--plan", "1", "--n_layer", "32", "--n_embd", "2560"]
 
 
 @pytest.fixture(autouse=True)
 def _only_what_differs(monkeypatch: pytest.MonkeyPatch):
-    """What other models and batches would need takes seconds; test_tables.py and test_memory.py have it."""
-    monkeypatch.setattr(tables.RunPlan, "_growth", lambda _: [])
-    monkeypatch.setattr(tables, "largest_micro_bsz", lambda *_: 1)
+    """What other models and batches would need takes seconds; test_tables.py and test_cost.py have it."""
+    monkeypatch.setattr(tables, "_growth", lambda *_: [])
+    monkeypatch.setattr(cost, "largest_micro_bsz", lambda *_: 1)
 
 
 def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> str:

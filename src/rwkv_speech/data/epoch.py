@@ -67,11 +67,13 @@ class Epoch:
 
     order  (N,) utterances
     bounds (M + 1,)
+    costs  (M,) padded seconds of every micro batch; an utterance of unknown duration counts 1 s
     steps  (K, slots) the micro batches of every optimizer step, the costliest first
     """
 
     order: Ints
     bounds: Longs
+    costs: Floats
     steps: Longs
 
     def batch(self, step: int, slot: int) -> list[int]:
@@ -137,8 +139,9 @@ class EpochPlan:
         order = np.concatenate(buckets)
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         # Stable, like every sort here: equal costs must not fall differently on another rank's processor.
-        steps = np.argsort(-self._costs(order, sizes, bounds), kind="stable").reshape(self.steps, self.cut.slots)
-        return Epoch(order, bounds, rng.permutation(steps) if self.cut.shuffle else steps)
+        costs = self._costs(order, sizes, bounds)
+        steps = np.argsort(-costs, kind="stable").reshape(self.steps, self.cut.slots)
+        return Epoch(order, bounds, costs, rng.permutation(steps) if self.cut.shuffle else steps)
 
     def _sort_into_buckets(self, parts: Sequence[Part]) -> list[list[_Ring]]:
         """The utterances, longest bucket first, each bucket part by part."""

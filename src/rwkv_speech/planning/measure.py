@@ -1,245 +1,223 @@
-"""What a micro batch keeps and computes: the real model runs on the "meta" device, where tensors have no values."""
-
-# C channels · U utterances · F frames · A audio tokens · T positions of the packed batch
+"""What a micro batch takes on a GPU: the real model runs on the "meta" device, where tensors have no values."""
 
 import functools
+import json
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rwkv_speech import tiny
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Batch
 from rwkv_speech.devices import autocast
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
-from rwkv_speech.planning.sizes import EncoderSizes, MicroBatch, Sizes
+from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, Parts
+from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.tokenizer import WorldTokenizer
 
-# Layers are alike from the second on: a deeper model costs what so many do, and the difference to one more for each.
-_FEW_LAYERS = 2
-# So are utterances, once the encoder's convolutions take them in pieces, of so many seconds, and the loss, too.
-_SOME_CHUNKS, _CHUNK_SECONDS = 4, 30.0
+_HEAD_SIZE = 64
+# As transformers writes an encoder's configuration.
+WAVLM_LARGE = (
+    '{"model_type": "wavlm", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, '
+    '"intermediate_size": 4096, "feat_extract_norm": "layer", "do_stable_layer_norm": true}'
+)
 # Tokens between two states that the GPU's backward kernel keeps.
 _KERNEL_TILE = 16
-# They copy an input that is not contiguous.
-_COPYING = (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution)
 
 
-class Measured(NamedTuple):
-    """Of one pass over a micro batch; weights, their gradients and the optimizer's tensors are left out."""
+def world_sizes(n_layer: int, n_embd: int) -> RWKV6Sizes:
+    """Those of a published RWKV-6 World model; raises UserError where `n_embd` is not a multiple of 64."""
+    if n_embd % _HEAD_SIZE:
+        raise UserError(f"--n_embd: found {n_embd}, expected a multiple of {_HEAD_SIZE}, the size of a head")
+    ranks = (64, 128) if n_embd >= 4096 else (32, 64)
+    return RWKV6Sizes(65536, n_layer, n_embd, n_embd // _HEAD_SIZE, int(3.5 * n_embd) // 32 * 32, *ranks)
 
-    kept: float  # bytes kept for the backward pass
-    forward: float  # floating-point operations
-    backward: float  # the same, with what is computed again
-    launches: float  # operations that a GPU is handed
-    peak: float  # bytes of all tensors at the worst moment
+
+BASE_MODELS = {"1.6B": world_sizes(24, 2048), "3B": world_sizes(32, 2560), "7B": world_sizes(32, 4096),
+               "14B": world_sizes(61, 4096)}  # fmt: skip
+
+
+@functools.cache
+def build_encoder(config: str, dtype: torch.dtype = torch.float32) -> SpeechEncoder:
+    """The real encoder of a transformers configuration in JSON, on the "meta" device."""
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**json.loads(config)), dtype=torch.float32)
+        return SpeechEncoder(model, "", dtype=dtype)
+
+
+class MicroBatch(NamedTuple):
+    """What one GPU computes at a time: utterances of so many `seconds`, with so many `text_tokens` each."""
+
+    utterances: int
+    seconds: float
+    text_tokens: int
+
+    def on_meta(self, encoder: SpeechEncoder) -> Batch:
+        """Waveforms and frames without values; lengths and text on the host, as always."""
+        U, num_samples = self.utterances, torch.full((self.utterances,), round(self.seconds * SAMPLE_RATE))
+        lengths = encoder.frame_lengths(num_samples)
+        waveforms = torch.empty(U, int(num_samples[0]), device="meta")
+        text_ids, text_lengths = torch.ones(U * self.text_tokens, dtype=torch.int64), torch.full((U,), self.text_tokens)
+        data = Batch([0] * U, [""] * U, ["asr"] * U, [None] * U, waveforms, num_samples, text_ids, text_lengths, [], [])
+        frames = torch.empty(U, int(lengths[0]), encoder.width, device="meta")
+        return replace(data, frames=frames, frame_lengths=lengths)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a SpeechLM without values is built from; `encoder` is its transformers configuration in JSON."""
+
+    lm: RWKV6Sizes
+    encoder: str = WAVLM_LARGE
+    stack: int = STACK
+    adapter_hidden: int = ADAPTER_HIDDEN
+
+    def build(self, dtype: torch.dtype = torch.float32) -> SpeechLM:
+        """The real model on the "meta" device, the language model in `dtype`."""
+        parts = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
+        with torch.device("meta"):
+            lm = RWKV6(self.lm).to(dtype).requires_grad_(False)
+            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), parts)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, int]:
+        """How many each part of the model has: "encoder", "lm", "adapter", "initial_states"."""
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.build().named_children()}
 
     @property
-    def operations(self) -> float:
-        """Of both passes."""
-        return self.forward + self.backward
+    def trained(self) -> int:
+        """Parameters that the optimizer sees."""
+        return self.parameters["adapter"] + self.parameters["initial_states"]
+
+    def positions(self, batch: MicroBatch) -> int:
+        """Audio tokens, separators and text of a batch, packed without padding."""
+        frames = build_encoder(self.encoder).frame_lengths(torch.tensor(round(batch.seconds * SAMPLE_RATE)))
+        return batch.utterances * (int(frames) // self.stack + 1 + batch.text_tokens)
 
 
-# The first four of Measured, and the peak of each phase, since these grow differently with layers and utterances: of
-# convolutions, transformer; or of the forward pass, the backward pass of the last layer, the others, the adapter.
-Numbers = NDArray[np.float64]
+class Cost(NamedTuple):
+    """Of one pass over a micro batch; weights, their gradients and the optimizer's tensors are left out."""
 
-
-def encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Measured:
-    """The frozen encoder on a GPU, from waveforms to frames."""
-
-    def measure(layers: int, utterances: int) -> Numbers:
-        return _encoding(encoder.cut(layers), replace(batch, utterances=utterances), bf16)
-
-    return _of_any_size(measure, encoder.config.num_hidden_layers, batch)
-
-
-def learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Measured:
-    """Adapter and language model on a GPU, forwards and backwards, from the encoder's frames on."""
-
-    def measure(layers: int, utterances: int) -> Numbers:
-        cut = replace(sizes, lm=replace(sizes.lm, n_layer=layers), encoder=sizes.encoder.cut(1))
-        return _learning(cut, replace(batch, utterances=utterances), bf16, grad_cp)
-
-    return _of_any_size(measure, sizes.lm.n_layer, batch)
-
-
-def _of_any_size(measure: Callable[[int, int], Numbers], layers: int, batch: MicroBatch) -> Measured:
-    """What `measure` finds, from a small model and a small batch where both are large."""
-    some = _SOME_CHUNKS * max(1, int(_CHUNK_SECONDS / batch.seconds))
-
-    def of_layers(utterances: int) -> Numbers:
-        return _line(lambda n: measure(n, utterances), _FEW_LAYERS, _FEW_LAYERS + 1, layers)
-
-    numbers = _line(of_layers, some, 2 * some, batch.utterances).tolist()
-    return Measured._make([*numbers[:4], max(numbers[4:])])
-
-
-def _line(measure: Callable[[int], Numbers], first: int, second: int, wanted: int) -> Numbers:
-    """Measured at `wanted`, or where that lies beyond, on the straight line through two others."""
-    if wanted <= second:
-        return measure(wanted)
-    a, b = measure(first), measure(second)
-    return a + (b - a) * (wanted - first) / (second - first)
+    peak: float = 0  # bytes of all tensors at the worst moment
+    kept: float = 0  # bytes kept for the backward pass
+    operations: float = 0  # on floating-point numbers
+    launches: float = 0  # operations that a GPU is handed
 
 
 @functools.cache
-def _encoding(encoder: EncoderSizes, batch: MicroBatch, bf16: bool) -> Numbers:
-    model = encoder.build(bf16)
-    data = _data(model, batch)
-    with _Meter(model.parameters()) as meter, _EncoderOnGpu():
-        meter.hold(data.waveforms)
-        transformer: Any = model.model
-        transformer.encoder.register_forward_pre_hook(meter.lap)
-        model(data.waveforms, data.num_samples)
-        meter.lap()
-    return np.array([0, meter.operations, 0, meter.launches, *meter.laps])
+def encoding(config: str, batch: MicroBatch, dtype: torch.dtype) -> Cost:
+    """The frozen encoder, from waveforms to frames."""
+    encoder = build_encoder(config, dtype)
+    data = batch.on_meta(encoder)
+    with _Meter(encoder.parameters()) as meter, _EncoderOnGpu():
+        encoder(data.waveforms.clone(), data.num_samples)
+    return Cost(meter.peak, 0, meter.operations, meter.launches)
 
 
 @functools.cache
-def _learning(sizes: Sizes, batch: MicroBatch, bf16: bool, grad_cp: bool) -> Numbers:
-    model = sizes.build(bf16)
+def learning(sizes: Sizes, batch: MicroBatch, dtype: torch.dtype, grad_cp: bool) -> Cost:
+    """Adapter and language model, forwards and backwards, from the encoder's frames on."""
+    # What two layers cost, and what a third one adds, for each further layer.
+    two, three = (_learning(replace(sizes, lm=replace(sizes.lm, n_layer=n)), batch, dtype, grad_cp) for n in (2, 3))
+    last, others, *rest = (a + (b - a) * (sizes.lm.n_layer - 2) for a, b in zip(two, three, strict=True))
+    return Cost(max(last, others), *rest)
+
+
+def _learning(sizes: Sizes, batch: MicroBatch, dtype: torch.dtype, grad_cp: bool) -> tuple[float, ...]:
+    """The peak until the last layer's backward pass is done and that of the others', and the rest of Cost."""
+    model = sizes.build(dtype)
     model.lm.grad_cp = grad_cp
-    for part in (model.adapter, *model.lm.blocks, model.lm.ln_out, model.lm.head) if bf16 else ():
-        _under_autocast(part)
-    data = _data(model.encoder, batch)
-    gradients = [torch.empty_like(p) for p in model.trained_parameters()]
-    for p, gradient in zip(model.trained_parameters(), gradients, strict=True):
-        p.grad = gradient
-
-    def lap_behind(_: Module, inputs: tuple[Tensor, ...]) -> None:
-        inputs[0].register_hook(meter.lap)
-
-    with _Meter([*model.parameters(), *gradients]) as meter:
-        meter.hold(data.waveforms)
-        meter.hold(data.frames)
-        hooks = [model.lm.blocks[layer].register_forward_pre_hook(lap_behind) for layer in (0, -1)]
-        with torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda x: x):
-            loss = model(data)
-        for hook in hooks:
-            hook.remove()
-        meter.lap()
-        kept, forward = meter.kept(), meter.operations
+    # Module by module, since nothing is left around a layer that the backward pass computes again.
+    for part in (model.adapter, *model.lm.blocks, model.lm.ln_out, model.lm.head) if dtype == torch.bfloat16 else ():
+        setattr(part, "forward", _under_autocast(part.forward))  # noqa: B010
+    for p in model.trained_parameters():
+        p.grad = torch.empty_like(p)
+    with _Meter(x for p in model.parameters() for x in (p, p.grad) if x is not None) as meter:
+        data = batch.on_meta(model.encoder)
+        before = meter.now
+        hook = model.lm.blocks[-1].register_forward_pre_hook(meter.lap_behind)
+        loss = model(data)
+        hook.remove()
+        kept = meter.now - before
         loss.backward()
-        meter.lap()
-    return np.array([kept, forward, meter.operations - forward, meter.launches, *meter.laps])
+    return meter.earlier_peak, meter.peak, kept, meter.operations, meter.launches
 
 
-def _data(encoder: SpeechEncoder, batch: MicroBatch) -> Batch:
-    """Audio and frames on "meta"; lengths and text on the host, as always."""
-    U, samples = batch.utterances, round(batch.seconds * SAMPLE_RATE)
-    num_samples = torch.full((U,), samples)
-    frame_lengths = encoder.frame_lengths(num_samples)
-    return Batch(
-        indices=[0] * U,
-        ids=[""] * U,
-        tasks=["asr"] * U,
-        langs=[None] * U,
-        waveforms=torch.empty(U, samples, device="meta"),
-        num_samples=num_samples,
-        text_ids=torch.ones(U * batch.text_tokens, dtype=torch.int64),
-        text_lengths=torch.full((U,), batch.text_tokens),
-        texts=[""] * U,
-        bad=[],
-        frames=torch.empty(U, int(frame_lengths.max()), encoder.width, device="meta"),
-        frame_lengths=frame_lengths,
-    )
-
-
-def _under_autocast(module: Module) -> None:
-    """Module by module, since nothing is left around a layer that the backward pass computes again."""
-    forward = module.forward
-
+def _under_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         with autocast("meta", True):
             return forward(*args)
 
-    setattr(module, "forward", call)  # noqa: B010
-
-
-def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return call
 
 
 class _Meter(TorchDispatchMode):
-    """Counts bytes of living "meta" storages other than `held`, floating-point operations, and launches."""
+    """Counts bytes of living "meta" tensors but for the `held` ones, floating-point operations, and launches."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self._held, self._living, self._kept = {_key(x) for x in held}, dict[int, int](), set[int]()
-        self.laps: list[int] = []
-        self.now = self.peak = self.operations = self.launches = 0
-
-    def hold(self, x: Tensor | None) -> bool:
-        """Count a tensor's storage until it is freed; False if it is counted already, or not to be."""
-        if x is None or x.device.type != "meta" or (key := _key(x)) in self._held or key in self._living:
-            return False
-        storage = x.untyped_storage()
-        self._living[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, key)
-        return True
-
-    def _release(self, key: int) -> None:
-        self.now -= self._living.pop(key)
-        self._kept.discard(key)
-
-    def keep(self, x: Tensor) -> Tensor:
-        """As a hook of what autograd saves."""
-        self._kept.add(_key(x))
-        return x
-
-    def kept(self) -> int:
-        """Bytes that autograd has saved and not given up."""
-        return sum(self._living.get(key, 0) for key in self._kept)
-
-    def lap(self, *_: Any) -> None:
-        """As a hook: the end of a phase."""
-        self.laps.append(self.peak)
-        self.peak = self.now
+        self._known = {x.untyped_storage()._cdata for x in held}
+        self.now = self.peak = self.earlier_peak = self.operations = self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type == "meta"]
-        new = [self.hold(x) for x in results]
-        self.launches += any(new) or bool(results and func._schema.is_mutable)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.operations += flop_registry[packet](*args, **kwargs, out_val=out)
-        elif packet == torch.ops.rwkv_speech.wkv6:
-            self.operations += _wkv6_operations(args[0])
-        elif packet == torch.ops.rwkv_speech.wkv6_backward:
-            self.operations += 3 * _wkv6_operations(args[2])
+        out, packet = func(*args, **(kwargs or {})), func._overloadpacket
+        results = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type == "meta"]
+        new = {x._cdata: x for x in results if x._cdata not in self._known}
+        for key, storage in new.items():
+            self._known.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self.now + _scratch(packet, args))
+        self.launches += bool(new) or bool(results and func._schema.is_mutable)
+        self.operations += _OPERATIONS[packet](*args, **(kwargs or {}), out_val=out) if packet in _OPERATIONS else 0
         return out
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.now -= nbytes
+
+    def lap_behind(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """As a hook of a layer: once its backward pass is done, the peak begins again."""
+
+        def lap(_: Tensor) -> None:
+            self.earlier_peak, self.peak = self.peak, self.now
+
+        inputs[0].register_hook(lap)
+
+
+def _wkv6_operations(r: Tensor, *_: Any, **__: Any) -> int:
+    """Each token of (B, T, H, N) reads the N² numbers of every head's state, decays them and adds to them."""
+    return 5 * r.numel() * r.shape[-1]
+
+
+_OPERATIONS = flop_registry | {
+    torch.ops.rwkv_speech.wkv6: _wkv6_operations,
+    torch.ops.rwkv_speech.wkv6_backward: lambda dy, dstate, r, *_, **__: 3 * _wkv6_operations(r),
+}
 
 
 def _scratch(packet: Any, args: Any) -> int:
     """Bytes that a kernel allocates beside its results, which "meta" does not."""
-    if packet in _COPYING and not args[0].is_contiguous():
-        return int(args[0].nbytes)
-    if packet == torch.ops.rwkv_speech.wkv6_backward:
+    if packet in (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution) and not args[0].is_contiguous():
+        return int(args[0].nbytes)  # they copy it
+    if packet == torch.ops.rwkv_speech.wkv6_backward:  # the states before all tiles of all sequences
         r, state = args[2], args[7]
-        # The states before all tiles of all sequences.
         return int((r.shape[0] * r.shape[1] // _KERNEL_TILE + len(state)) * state[0].nbytes)
     return 0
-
-
-def _wkv6_operations(r: Tensor) -> int:
-    """Each token of (B, T, H, N) reads the N² numbers of every head's state, decays them and adds to them."""
-    return 5 * r.numel() * r.shape[-1]
 
 
 class _EncoderOnGpu(TorchFunctionMode):

@@ -19,13 +19,10 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes, open_base
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM, check_sizes
-from rwkv_speech.planning.memory import Setup
-from rwkv_speech.planning.sizes import WAVLM_LARGE, EncoderSizes, Sizes, world_sizes
-from rwkv_speech.planning.tables import RunPlan
-from rwkv_speech.planning.time import DataPlan
+from rwkv_speech.planning.measure import WAVLM_LARGE, Sizes, world_sizes
+from rwkv_speech.planning.tables import Data, report
 
-_MEASURED_SECONDS = 3.0
-_BATCHES = 4
+_MEASURED_SECONDS, _BATCHES = 3.0, 4
 # LibriSpeech's utterances.
 _MEAN_SECONDS, _LONGEST_SECONDS, _SHORTEST_SECONDS = 12.3, 35.0, 1.3
 
@@ -40,55 +37,40 @@ def _has_model(config: TrainConfig) -> bool:
     return not sizes_are_given or Path(config.load_model).is_file()
 
 
-def plan_run(config: TrainConfig, model: SpeechLM | None = None, data: SpeechDataset | None = None) -> RunPlan:
-    """Parameters, memory, steps and time of this run; with model and data a few micro batches are computed, if it is
-    this machine's. Without them the flags say what they would be. Raises UserError where these do not.
+def plan_run(config: TrainConfig, model: SpeechLM | None = None, dataset: SpeechDataset | None = None) -> str:
+    """Tables of parameters, memory, steps and time of this run; with model and data a few micro batches are computed,
+    if it is this machine's. Without them the flags say what they would be. Raises UserError where these do not.
     """
     notes: list[str] = []
+    sizes = _sizes(config, notes)
+    durations, parts = (dataset.durations(), dataset.parts()) if dataset else _durations(config, notes)
     compute, (kind, devices) = compute_of(config, "meta"), accelerator(config)
+    lm, encoder = ("bf16" if x == torch.bfloat16 else "fp32" for x in (compute.lm_dtype, compute.encoder_dtype))
+    settled = replace(config, device=str(devices), precision=lm, encoder_precision=encoder)
+    data = Data.of(durations, parts, settled, sizes)
     here = kind == "cpu" or devices <= torch.cuda.device_count()
-    setup = Setup(
-        bf16=compute.lm_dtype == torch.bfloat16,
-        encoder_bf16=compute.encoder_dtype == torch.bfloat16,
-        cached_frames=bool(config.feature_cache),
-        grad_cp=bool(config.grad_cp),
-        strategy=config.strategy,
-        ranks=devices * config.num_nodes,
-        accumulate=config.accumulate,
-    )
-    sizes = _sizes(config, model, notes)
-    durations, weights = (data.durations(), data.parts()) if data else _durations(config, notes)
-    cut = (config.micro_bsz, config.batch_seconds, config.ctx_len, config.epoch_count, config.epoch_steps)
-    measured = config.accumulate * _measured(config, model, data) if model and data and here else None
-    return RunPlan(sizes, setup, DataPlan(durations, *cut, weights), measured=measured, notes=tuple(notes))
+    measured = config.accumulate * _measured(config, model, dataset) if model and dataset and here else None
+    return report(settled, sizes, data, measured, notes)
 
 
-def _sizes(config: TrainConfig, model: SpeechLM | None, notes: list[str]) -> Sizes:
-    parts = Parts.of(config)
-    if model:
-        parts, lm, encoder = model.parts.filled(), model.lm.sizes, EncoderSizes.of(model.encoder.model.config)
-    else:
-        if _has_model(config):
-            parts = parts.filled()
-            lm = RWKV6Sizes.of(open_base(parts.base_file())[1], parts.base_file())
-            check_sizes(parts, lm)
-        else:
-            lm = world_sizes(config.n_layer or 0, config.n_embd or 0)
-            parts = replace(parts, load_model=parts.load_model or "the base model").filled()
-            notes.append(f"{parts.load_model} is not here: planned from --n_layer {lm.n_layer} and --n_embd {lm.C}")
-        encoder = _encoder_sizes(parts.encoder_name(), notes)
-    assert parts.stack is not None and parts.adapter_hidden is not None
-    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
-
-
-def _encoder_sizes(name: str | Path, notes: list[str]) -> EncoderSizes:
+def _sizes(config: TrainConfig, notes: list[str]) -> Sizes:
     from transformers import AutoConfig
 
+    if _has_model(config):
+        parts = Parts.of(config).filled()
+        lm = RWKV6Sizes.of(open_base(parts.base_file())[1], parts.base_file())
+        check_sizes(parts, lm)
+    else:
+        lm = world_sizes(config.n_layer or 0, config.n_embd or 0)
+        parts = replace(Parts.of(config), load_model=config.load_model or "the base model").filled()
+        notes.append(f"{parts.load_model} is not here: planned from --n_layer {lm.n_layer} and --n_embd {lm.C}")
     try:
-        return EncoderSizes.of(AutoConfig.from_pretrained(name, local_files_only=True))
+        encoder = AutoConfig.from_pretrained(parts.encoder_name(), local_files_only=True).to_json_string()
     except (OSError, ValueError):
-        notes.append(f"encoder {name} is not here: planned with the sizes of WavLM-Large")
-        return WAVLM_LARGE
+        notes.append(f"encoder {parts.encoder_name()} is not here: planned with the sizes of WavLM-Large")
+        encoder = WAVLM_LARGE
+    assert parts.stack is not None and parts.adapter_hidden is not None
+    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
 
 
 def _durations(config: TrainConfig, notes: list[str]) -> tuple[Floats, list[Part]]:
@@ -113,15 +95,14 @@ def _durations(config: TrainConfig, notes: list[str]) -> tuple[Floats, list[Part
 def _measured(config: TrainConfig, model: SpeechLM, data: SpeechDataset) -> float:
     """Seconds of one micro batch, forward and backward, on the first device; raises UserError if none can be used."""
     device = torch_device(config)
-    model.to(device)
-    model.lm.grad_cp = bool(config.grad_cp)
+    model.to(device).lm.grad_cp = bool(config.grad_cp)
     loader = data.loader(Cut(config.micro_bsz, config.batch_seconds, config.seed))
     first = [batch for (batch,) in itertools.islice(loader, _BATCHES)]
     if not any(map(len, first)):
-        reasons = [f"{sample.id}: {sample.reason}" for batch in first for sample in batch.bad]
+        bad = [sample for batch in first for sample in batch.bad]
         raise UserError(
-            f"--train_data: none of the first {len(reasons)} utterances can be used ({reasons[0]}); mend them, or "
-            f"give a larger --ctx_len than {config.ctx_len}"
+            f"--train_data: none of the first {len(bad)} utterances can be used ({bad[0].id}: {bad[0].reason}); mend "
+            f"them, or give a larger --ctx_len than {config.ctx_len}"
         )
     batches = itertools.cycle([batch.to(device) for batch in first if len(batch)])
 

@@ -1,155 +1,167 @@
 """What a run will cost, before it starts: parameters, memory of each GPU, data, time. `train.py --plan 1` prints it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rwkv_speech.planning.memory import GIB, Memory, Setup, largest_micro_bsz, memory
-from rwkv_speech.planning.sizes import BASE_MODELS, WAVLM_LARGE, Sizes
-from rwkv_speech.planning.time import H200, DataPlan, Gpu, all_reduce_bytes, idle_share, step_time
+import numpy as np
 
-_RANKS = (1, 8, 64)
-_HOURS = (100, 1_000, 10_000, 100_000)
-_GROWTH_RANKS = 8
-_UNITS = (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86400))
-# What a GPU sold with 24 GB has.
-_SMALL_GPU = 23.5 * GIB
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
+from rwkv_speech.data.source import Part
+from rwkv_speech.errors import UserError
+from rwkv_speech.planning import cost
+from rwkv_speech.planning.cost import GIB, Step, ranks_of
+from rwkv_speech.planning.measure import BASE_MODELS, MicroBatch, Sizes
+
+# Read speech of LibriSpeech's pace in World tokens; and seconds that are taken where no duration is known.
+_TOKENS_PER_SECOND, _UNKNOWN_SECONDS = 4.0, 12.0
+_RANKS, _HOURS, _GROWTH_RANKS = (1, 8, 64), (100, 1_000, 10_000, 100_000), 8
+_UNITS = (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86400), ("days", 86400, float("inf")))
+# What a GPU sold with 24 GB has, and an H200.
+_SMALL_GPU, _H200 = 23.5 * GIB, 139 * GIB
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run on paper.
+class Data:
+    """What an epoch hears: `durations` (N,) seconds, NaN where unknown; in all so many utterances and micro batches."""
 
-    `measured` is the seconds of one optimizer step, where one was measured; `notes` say what was assumed.
+    durations: Floats
+    utterances: float
+    mean_seconds: float
+    micro_batches: int
+    largest: MicroBatch  # of the longest utterances, as far as the context reaches
+    average: MicroBatch
+
+    @classmethod
+    def of(cls, durations: Floats, parts: Sequence[Part], config: TrainConfig, sizes: Sizes) -> "Data":
+        """As the flags cut up `parts`; raises UserError for no utterances at all."""
+        if not len(durations):
+            raise UserError("--train_data: found no utterance, expected one at least to plan a run: check the data")
+        micro_batches = EpochPlan(durations, Cut(config.micro_bsz, config.batch_seconds), parts).steps
+        heard = np.repeat([float(part.weight) for part in parts], [part.size for part in parts])
+        known = ~np.isnan(durations)
+        mean = float(np.average(durations[known], weights=heard[known])) if known.any() else _UNKNOWN_SECONDS
+        tokens = (sizes.positions(MicroBatch(1, 100.0, 0)) - 1) / 100 + _TOKENS_PER_SECOND
+        longest = min((config.ctx_len - 1) / tokens, float(durations.max()) if known.all() else np.inf)
+        fit = max(1, int(config.batch_seconds // longest)) if config.batch_seconds else config.micro_bsz
+        some = max(1, round(heard.sum() / micro_batches))
+        largest, average = (MicroBatch(n, s, round(s * _TOKENS_PER_SECOND)) for n, s in ((fit, longest), (some, mean)))
+        return cls(durations, float(heard.sum()), mean, micro_batches, largest, average)
+
+    def steps(self, config: TrainConfig) -> int:
+        """Optimizer steps of an epoch."""
+        steps = -(-self.micro_batches // (ranks_of(config) * config.accumulate))
+        return min(steps, config.epoch_steps or steps)
+
+
+def report(config: TrainConfig, sizes: Sizes, data: Data, measured: float | None, notes: Sequence[str]) -> str:
+    """All tables, for a terminal; `measured` is the seconds of one optimizer step, where one was measured.
+
+    `config` leaves devices and number types to no machine.
     """
-
-    sizes: Sizes
-    setup: Setup
-    data: DataPlan
-    gpu: Gpu = H200
-    measured: float | None = None
-    notes: tuple[str, ...] = ()
-
-    def report(self) -> str:
-        """All tables, for a terminal."""
-        notes = [[f"note: {note}" for note in self.notes]] if self.notes else []
-        sections = (*notes, self._parameters(), self._memory(), self._epochs(), self._paper(), self._growth())
-        return "\n\n".join("\n".join(section) for section in sections)
-
-    def _parameters(self) -> list[str]:
-        count = self.sizes.parameters
-        kinds = {True: ("bf16", 2), False: ("fp32", 4)}
-        rows = [
-            ("language model", count["lm"], *kinds[self.setup.bf16], "frozen"),
-            ("encoder", count["encoder"], *kinds[self.setup.encoder_bf16], "frozen"),
-            ("adapter", count["adapter"], "fp32", 4, "trained"),
-            ("initial state", count["initial_states"], "fp32", 4, "trained"),
-        ]
-        head = ("part", "parameters", "type", "GiB", "")
-        body = [(name, f"{n:,}", kind, f"{n * width / GIB:.2f}", what) for name, n, kind, width, what in rows]
-        return ["Parameters", *table(head, body)]
-
-    def _memory(self) -> list[str]:
-        batch, setup, gpu = self.data.largest(self.sizes), self.setup, self.gpu
-        fits = largest_micro_bsz(self.sizes, batch, setup, gpu.memory)
-        published = Sizes(BASE_MODELS["1.6B"], WAVLM_LARGE)
-        small = [largest_micro_bsz(published, batch, replace(setup, grad_cp=cp), _SMALL_GPU) for cp in (False, True)]
-        return [
-            f"Memory of each GPU at its worst moment ({setup.ranks} x {setup.strategy}, grad_cp {int(setup.grad_cp)})",
-            f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, "
-            "the longest of the data",
-            *_memory_table(memory(self.sizes, batch, setup)),
-            f"  of such utterances, {fits} fit a {gpu.name} of {gpu.memory / GIB:.0f} GiB; with the 1.6B model, "
-            f"{small[0]} fit a GPU of 24 GB, {small[1]} with --grad_cp 1",
-        ]
-
-    def _epochs(self) -> list[str]:
-        data, setup = self.data, self.setup
-        steps, slots = data.steps(setup), setup.ranks * setup.accumulate
-        unknown = f" ({data.unknown():,} of unknown duration, taken as the mean)" if data.unknown() else ""
-        lines = [
-            "Data and steps",
-            f"  {data.hours:,.1f} h of audio in {data.utterances:,.0f} utterances{unknown}, "
-            f"{data.mean_seconds:.1f} s on average",
-            f"  {data.micro_batches:,} micro batches, {slots} in an optimizer step; {steps:,} steps an epoch, "
-            f"{steps * data.epochs:,} in all",
-        ]
-        if self.measured is not None:
-            epoch = steps * self.measured
-            heard = min(1.0, steps * slots / data.micro_batches) * data.hours * 3600
-            lines.append(
-                f"  measured {self.measured:.3f} s a step: {duration(epoch)} an epoch, "
-                f"{duration(epoch * data.epochs)} in all, {heard / epoch:,.0f} times real time"
-            )
-        else:
-            lines.append(f"  a step was not measured: that takes the model, the data and {setup.ranks} GPU(s)")
-        return lines
-
-    def _paper(self) -> list[str]:
-        head = ("GPUs", "steps an epoch", "encoder ms", "LM ms", "launches ms", "all-reduce MB", "ms", "idle %",
-                "s a step", "an epoch", "GPU hours")  # fmt: skip
-        rows = [self._paper_row(replace(self.setup, ranks=ranks)) for ranks in sorted({*_RANKS, self.setup.ranks})]
-        kind = "bfloat16" if self.setup.bf16 else "float32"
-        title = f"On paper, an epoch with these flags in {kind}; the longer of computing and launching counts"
-        return [title, f"  {self.gpu.assumptions()}", *table(head, rows)]
-
-    def _paper_row(self, setup: Setup) -> tuple[str, ...]:
-        data = self.data
-        step = step_time(self.sizes, data.average(), setup, self.gpu)
-        idle = idle_share(data.durations, data.micro_bsz, data.batch_seconds, setup)
-        steps, seconds = data.steps(setup), step.total / (1 - idle)
-        return (
-            str(setup.ranks),
-            f"{steps:,}",
-            f"{1e3 * step.encoder:.1f}",
-            f"{1e3 * step.lm:.1f}",
-            f"{1e3 * step.launches:.1f}",
-            f"{all_reduce_bytes(self.sizes, setup) / 1e6:,.0f}",
-            f"{1e3 * step.all_reduce:.1f}",
-            f"{100 * idle:.1f}",
-            f"{seconds:.3f}",
-            duration(steps * seconds),
-            f"{setup.ranks * steps * seconds / 3600:,.1f}",
-        )
-
-    def _growth(self) -> list[str]:
-        """Time of an epoch on 8 GPUs, by base model and hours of audio; memory of the largest micro batch."""
-        setup = replace(self.setup, ranks=_GROWTH_RANKS, bf16=True)
-        batch, largest = self.data.average(), self.data.largest(self.sizes)
-        audio = setup.ranks * setup.accumulate * batch.utterances * batch.seconds
-        rows = []
-        for name, lm in BASE_MODELS.items():
-            sizes = Sizes(lm, WAVLM_LARGE)
-            seconds = step_time(sizes, batch, setup, self.gpu).total
-            times = (duration(hours * 3600 / audio * seconds) for hours in _HOURS)
-            rows.append((name, f"{memory(sizes, largest, setup).needed / GIB:.1f}", *times))
-        title = f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs in bfloat16, with WavLM-Large"
-        return [title, *table(("base model", "GiB a GPU", *(f"{hours:,} h" for hours in _HOURS)), rows)]
-
-
-def _memory_table(found: Memory) -> list[str]:
-    phases = (("", found.held), ("encoding", found.encoding), ("learning", found.learning))
-    rows = [(part.name, f"{part.bytes / GIB:.2f}", when, part.note) for when, parts in phases for part in parts]
-    rows.append(
-        ("tensors at the worst moment", f"{found.tensors / GIB:.2f}", "", "all held, and the larger of the two")
+    lines = (
+        [f"note: {note}" for note in notes],
+        _parameters(config, sizes),
+        _memory(config, sizes, data.largest),
+        _epochs(config, data, measured),
+        _paper(config, sizes, data),
+        _growth(config, data),
     )
-    rows.append(("needed", f"{found.needed / GIB:.2f}", "", "with the CUDA context and 10 % lost between tensors"))
-    return table(("part", "GiB", "while", "what"), rows)
+    return "\n\n".join("\n".join(line.rstrip() for line in section) for section in lines).lstrip()
+
+
+def _parameters(config: TrainConfig, sizes: Sizes) -> Iterator[str]:
+    yield "Parameters"
+    yield f"  {'part':<14}  {'parameters':>14}  type  {'GiB':>6}"
+    for name, part, kind, what in (
+        ("language model", "lm", config.precision, "frozen"),
+        ("encoder", "encoder", config.encoder_precision, "frozen"),
+        ("adapter", "adapter", "fp32", "trained"),
+        ("initial state", "initial_states", "fp32", "trained"),
+    ):
+        count = sizes.parameters[part]
+        yield f"  {name:<14}  {count:>14,}  {kind}  {count * (2 if kind == 'bf16' else 4) / GIB:>6.2f}  {what}"
+
+
+def _memory(config: TrainConfig, sizes: Sizes, batch: MicroBatch) -> Iterator[str]:
+    step, published = Step(sizes, batch, config), Sizes(BASE_MODELS["1.6B"])
+    yield f"Memory of each GPU at its worst moment ({ranks_of(config)} x {config.strategy}, grad_cp {config.grad_cp})"
+    yield (
+        f"  for {batch.utterances} utterances of {batch.seconds:.1f} s with {batch.text_tokens} tokens of text, "
+        "the longest of the data"
+    )
+    yield f"  {'part':<39}  {'GiB':>6}  while     what"
+    for name, size, phase, note in (
+        *step.parts,
+        ("tensors at the worst moment", step.tensors, "", "all held, and the larger of the two"),
+        ("needed", step.needed, "", "with the CUDA context and 10 % lost between tensors"),
+    ):
+        yield f"  {name:<39}  {size / GIB:>6.2f}  {phase:<8}  {note}"
+    fits = cost.largest_micro_bsz(sizes, batch, config, _H200)
+    small = [cost.largest_micro_bsz(published, batch, replace(config, grad_cp=cp), _SMALL_GPU) for cp in (0, 1)]
+    yield (
+        f"  of such utterances, {fits} fit a H200 of {_H200 / GIB:.0f} GiB; with the 1.6B model, {small[0]} "
+        f"fit a GPU of 24 GB, {small[1]} with --grad_cp 1"
+    )
+
+
+def _epochs(config: TrainConfig, data: Data, measured: float | None) -> Iterator[str]:
+    ranks, steps, seconds = ranks_of(config), data.steps(config), data.utterances * data.mean_seconds
+    slots, unknown = ranks * config.accumulate, int(np.isnan(data.durations).sum())
+    guessed = f" ({unknown:,} of unknown duration, taken as the mean)" if unknown else ""
+    yield "Data and steps"
+    heard = f"{seconds / 3600:,.1f} h of audio in {data.utterances:,.0f} utterances"
+    yield f"  {heard}{guessed}, {data.mean_seconds:.1f} s on average"
+    yield (
+        f"  {data.micro_batches:,} micro batches, {slots} in an optimizer step; {steps:,} steps an epoch, "
+        f"{steps * config.epoch_count:,} in all"
+    )
+    if measured is None:
+        yield f"  a step was not measured: that takes the model, the data and {ranks} GPU(s)"
+    else:
+        epoch, of_real_time = (
+            steps * measured,
+            min(1.0, steps * slots / data.micro_batches) * seconds / steps / measured,
+        )
+        times = f"{duration(epoch)} an epoch, {duration(epoch * config.epoch_count)} in all"
+        yield f"  measured {measured:.3f} s a step: {times}, {of_real_time:,.0f} times real time"
+
+
+def _paper(config: TrainConfig, sizes: Sizes, data: Data) -> Iterator[str]:
+    kind = "bfloat16" if config.precision == "bf16" else "float32"
+    yield f"On paper, an epoch with these flags in {kind}; the longer of computing and launching counts"
+    yield f"  {cost.ASSUMED}"
+    heads = ("GPUs", "steps an epoch", "encoder ms", "LM ms", "launches ms", "all-reduce MB", "ms", "idle %",
+             "s a step", "an epoch", "GPU hours")  # fmt: skip
+    yield "  " + "  ".join(f"{head:>4}" for head in heads)
+    for ranks in sorted({*_RANKS, ranks_of(config)}):
+        config = replace(config, device=str(ranks), num_nodes=1)
+        step, idle, steps = (
+            Step(sizes, data.average, config),
+            cost.idle_share(data.durations, config),
+            data.steps(config),
+        )
+        seconds = step.seconds / (1 - idle)
+        cells = (
+            str(ranks), f"{steps:,}", *(f"{1e3 * x:.1f}" for x in (step.encoder, step.lm, step.launches)),
+            f"{step.sent / 1e6:,.0f}", f"{1e3 * step.all_reduce:.1f}", f"{100 * idle:.1f}", f"{seconds:.3f}",
+            duration(steps * seconds), f"{ranks * steps * seconds / 3600:,.1f}",
+        )  # fmt: skip
+        yield "  " + "  ".join(cell.rjust(max(4, len(head))) for cell, head in zip(cells, heads, strict=True))
+
+
+def _growth(config: TrainConfig, data: Data) -> Iterator[str]:
+    config = replace(config, device=str(_GROWTH_RANKS), num_nodes=1, precision="bf16")
+    audio = _GROWTH_RANKS * config.accumulate * data.average.utterances * data.average.seconds
+    yield f"On paper, an epoch of so many hours of audio on {_GROWTH_RANKS} GPUs in bfloat16, with WavLM-Large"
+    yield "  base model  GiB a GPU" + "".join(f"{f'{hours:,} h':>11}" for hours in _HOURS)
+    for name, lm in BASE_MODELS.items():
+        seconds, needed = Step(Sizes(lm), data.average, config).seconds, Step(Sizes(lm), data.largest, config).needed
+        times = (duration(hours * 3600 / audio * seconds) for hours in _HOURS)
+        yield f"  {name:>10}  {needed / GIB:>9.1f}" + "".join(f"{time:>11}" for time in times)
 
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: "4.5 s", "12 min", "3.4 h", "56 days"."""
-    unit, size = next(((unit, size) for unit, size, below in _UNITS if seconds < below), ("days", 86400))
-    value = seconds / size
-    return f"{value:.{1 if value < 9.95 else 0}f} {unit}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned lines: a column of numbers to the right, any other to the left."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(cell[:1].isdigit() for cell in column[1:]) for column in columns]
-    lines = []
-    for row in (head, *rows):
-        cells = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
-        lines.append(f"  {'  '.join(cells)}".rstrip())
-    return lines
+    unit, size = next((unit, size) for unit, size, below in _UNITS if seconds < below)
+    return f"{seconds / size:.{1 if seconds / size < 9.95 else 0}f} {unit}"

@@ -19,7 +19,7 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.planning.memory import REDUCE_BUCKET
+from rwkv_speech.planning.cost import REDUCE_BUCKET
 
 
 class Replicated:
