@@ -24,7 +24,7 @@ from rwkv_speech.devices import accelerator, uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import BEST, LAST, load_trained
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.planning.memory import memory_advice
+from rwkv_speech.planning.cost import memory_advice
 from rwkv_speech.reports.page import write_report
 from rwkv_speech.reports.record import read_metrics, write_run
 from rwkv_speech.training.callbacks import MetricsTable, Throughput, TrainedWeights
