@@ -245,7 +245,7 @@ def test_from_pretrained_names_the_tensors_that_do_not_fit(model: SpeechLM, tmp_
 
 def test_load_trained_names_a_state_of_another_depth(model: SpeechLM, tmp_path: Path):
     trained = load_trained(published(model, tmp_path))
-    with pytest.raises(UserError, match="initial state asr: found"):
+    with pytest.raises(UserError, match=r"initial_states\.asr: found"):
         model.load_trained(replace(trained, initial_states={"asr": trained.initial_states["asr"][:-1]}))
 
 

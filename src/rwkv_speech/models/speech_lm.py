@@ -94,15 +94,12 @@ class SpeechLM(nn.Module):
         """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
         if trained.parts is not None:
             self.parts.check_base(trained.parts.base_sha256, trained.path)
-        wanted = {f"adapter {name}": x for name, x in self.adapter.named_parameters()}
-        found = {f"adapter {name}": x for name, x in trained.adapter.items()}
-        for name, x in trained.initial_states.items():
-            if name in self.initial_states:
-                wanted[f"initial state {name}"], found[f"initial state {name}"] = self.initial_states[name], x
+        parameters = dict(self.named_parameters())
+        found = {name: x for name, x in trained.named_tensors().items() if name in parameters}
         wrong = [
-            f"{name}: found {tuple(found[name].shape)}, expected {tuple(x.shape)}"
-            for name, x in wanted.items()
-            if found[name].shape != x.shape
+            f"{name}: found {tuple(x.shape)}, expected {tuple(parameters[name].shape)}"
+            for name, x in found.items()
+            if x.shape != parameters[name].shape
         ]
         if wrong:
             raise UserError(
@@ -113,8 +110,8 @@ class SpeechLM(nn.Module):
             names = ", ".join(trained.ignored)
             logger.warning("%s: left %d tensors that are not trained: %s", trained.path, len(trained.ignored), names)
         with torch.no_grad():
-            for name, x in wanted.items():
-                x.copy_(found[name])
+            for name, x in found.items():
+                parameters[name].copy_(x)
         self.trained_on, self.metrics = trained.trained_on, trained.metrics
 
     def save(self, path: Path, **metrics: Any) -> None:

@@ -53,8 +53,7 @@ def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random)
     return Speech(np.concatenate(samples), synthesizer.sample_rate, phonemes)
 
 
-def _utterances(args: tuple[int, float, list[str]]) -> list[LabelledSpeech]:
-    seed, seconds, variants = args
+def _utterances(seed: int, seconds: float, variants: list[str]) -> list[LabelledSpeech]:
     torch.set_num_threads(1)
     rng, synthesizer, vocabulary = random.Random(seed), Synthesizer(), corpus.words()
     pool: list[LabelledSpeech] = []
@@ -86,4 +85,4 @@ def speech_pool(hours: float, variants: list[str], seed: int, workers: int = 2) 
     parts = 8
     jobs = [(seed * 1000 + part, hours * 3600 / parts, variants) for part in range(parts)]
     with get_context("spawn").Pool(workers) as processes:
-        return [utterance for part in processes.map(_utterances, jobs, chunksize=1) for utterance in part]
+        return [utterance for part in processes.starmap(_utterances, jobs, chunksize=1) for utterance in part]
