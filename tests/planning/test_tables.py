@@ -12,7 +12,7 @@ from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.epoch import Cut, EpochPlan
 from rwkv_speech.data.source import Part
 from rwkv_speech.errors import UserError
-from rwkv_speech.planning import cost
+from rwkv_speech.planning import cost, tables
 from rwkv_speech.planning.cost import GIB, Step
 from rwkv_speech.planning.measure import BASE_MODELS, Sizes
 from rwkv_speech.planning.tables import Data, _epochs, duration, report
@@ -36,6 +36,7 @@ def row_of(text: str, name: str, column: int) -> str:
 
 def test_report_of_the_published_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cost, "largest_micro_bsz", lambda *_: 77)  # takes seconds
+    monkeypatch.setattr(tables, "BASE_MODELS", {name: BASE_MODELS[name] for name in ("1.6B", "3B")})
     config = replace(CONFIG, grad_cp=1)
     data = data_of(list(np.random.default_rng(0).uniform(2, 22.6, 20_000)))
     text = report(config, PUBLISHED, data, 0.5, ["assumed"])
@@ -50,7 +51,7 @@ def test_report_of_the_published_setting(monkeypatch: pytest.MonkeyPatch):
     assert "3,750 in all" in text
     assert f"measured 0.500 s a step: {duration(625)} an epoch, {duration(1875)} in all" in text
     assert [row_of(text, ranks + " ", 1) for ranks in ("1", "4", "8", "64")] == ["5,000", "1,250", "625", "79"]
-    assert all(row_of(text, name, 0) == name for name in BASE_MODELS)
+    assert all(row_of(text, name, 0) == name for name in ("1.6B", "3B"))
     assert max(map(len, text.splitlines())) < 160
 
 

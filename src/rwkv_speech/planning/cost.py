@@ -39,7 +39,8 @@ class Step:
     parts            name, bytes, "encoding" or "learning" for what is not there throughout, and a note
     tensors, needed  bytes of all at the worst moment; with the CUDA context and the allocator's losses
     sent             bytes of each rank: gradients around a ring; by stage 3 also the frozen weights, which it shards
-    encoder, lm, launches, all_reduce  seconds; nothing can undercut what the operations take to start
+    encoder, lm, launches, all_reduce  seconds
+    seconds          computing or launching, whichever is longer, then the all-reduce
     """
 
     def __init__(self, sizes: Sizes, batch: MicroBatch, config: TrainConfig) -> None:
@@ -49,37 +50,33 @@ class Step:
         stage = int(config.strategy[-1]) if config.strategy.startswith("deepspeed") else 0
         learn = learning(sizes, batch, compute.lm_dtype, bool(config.grad_cp))
         encode = Cost() if config.feature_cache else encoding(sizes.encoder, batch, compute.encoder_dtype)
-        layers = (
-            f"{sizes.positions(batch)} positions, {sizes.lm.n_layer} layers{', their inputs alone' * config.grad_cp}"
+        kept = (
+            f"{sizes.positions(batch)} positions, {sizes.lm.n_layer} layers" + ", their inputs alone" * config.grad_cp
         )
         gathered = min(_GATHERED, n["lm"] + n["encoder"]) * compute.lm_dtype.itemsize
-        beside = "logits, or a layer's backward pass"
-        self.parts = [
+        parts = [
             *_held(lm, encoder, gathered, 4 * sizes.trained, stage, ranks),
-            *(
-                []
-                if config.feature_cache
-                else [("waveforms and the encoder's activations", encode.peak, "encoding", "no graph")]
+            ("waveforms and the encoder's activations", encode.peak, "encoding", "no graph"),
+            ("kept for the backward pass", learn.kept, "learning", kept),
+            (
+                "beside it at the worst moment",
+                learn.peak - learn.kept,
+                "learning",
+                "logits, or a layer's backward pass",
             ),
-            ("kept for the backward pass", learn.kept, "learning", layers),
-            ("beside it at the worst moment", learn.peak - learn.kept, "learning", beside),
         ]
+        self.parts = [part for part in parts if part[1]]
         held, *phases = (sum(x[1] for x in self.parts if x[2] == phase) for phase in ("", "encoding", "learning"))
         self.tensors, self.needed = held + max(phases), _CONTEXT + held + (1 + _FRAGMENTATION) * max(phases)
         self.sent = (2 * 4 * sizes.trained + (stage == 3) * times * (2 * lm + encoder)) * (ranks - 1) / ranks
-        self.all_reduce = (
-            self.sent / (_INSIDE if ranks <= 8 else _BETWEEN) + 2 * (ranks - 1).bit_length() * _HOP_SECONDS
-        )
+        bandwidth, hops = _INSIDE if ranks <= 8 else _BETWEEN, 2 * (ranks - 1).bit_length()
+        self.all_reduce = self.sent / bandwidth + hops * _HOP_SECONDS
         self.encoder, self.lm = (
             times * cost.operations / (REACHED[dtype] * OPERATIONS[dtype])
             for cost, dtype in ((encode, compute.encoder_dtype), (learn, compute.lm_dtype))
         )
         self.launches = times * _LAUNCH_SECONDS * (encode.launches + learn.launches)
-
-    @property
-    def seconds(self) -> float:
-        """Computing or launching, whichever is longer, then the all-reduce."""
-        return max(self.encoder + self.lm, self.launches) + self.all_reduce
+        self.seconds = max(self.encoder + self.lm, self.launches) + self.all_reduce
 
 
 def _held(lm: float, encoder: float, gathered: float, trained: float, stage: int, ranks: int) -> list[Part]:
@@ -87,7 +84,7 @@ def _held(lm: float, encoder: float, gathered: float, trained: float, stage: int
     shards = ranks if stage == 3 else 1
     note = f"1/{ranks} of them: stage 3 shards the frozen weights, too" if shards > 1 else ""
     moments = f"1/{ranks} of two in float32 and a copy of the weights" if stage else "two in float32"
-    parts = [
+    return [
         ("language model, frozen", lm / shards, "", note),
         ("encoder, frozen", encoder / shards, "", note),
         ("gathered weights", gathered * (shards > 1), "", "what stage 3 fetches ahead, at most 1e9 parameters"),
@@ -97,7 +94,6 @@ def _held(lm: float, encoder: float, gathered: float, trained: float, stage: int
         ("gradient buckets", 4 * REDUCE_BUCKET if stage else trained * (ranks > 1), "", ""),
         ("AdamW moments", (3 / ranks if stage else 2) * trained, "", moments),
     ]
-    return [part for part in parts if part[1]]
 
 
 def largest_micro_bsz(sizes: Sizes, batch: MicroBatch, config: TrainConfig, capacity: float) -> int:

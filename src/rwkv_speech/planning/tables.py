@@ -59,15 +59,10 @@ def report(config: TrainConfig, sizes: Sizes, data: Data, measured: float | None
 
     `config` leaves devices and number types to no machine.
     """
-    lines = (
-        [f"note: {note}" for note in notes],
-        _parameters(config, sizes),
-        _memory(config, sizes, data.largest),
-        _epochs(config, data, measured),
-        _paper(config, sizes, data),
-        _growth(config, data),
-    )
-    return "\n\n".join("\n".join(line.rstrip() for line in section) for section in lines).lstrip()
+    named = [f"note: {note}" for note in notes]
+    tables = (named, _parameters(config, sizes), _memory(config, sizes, data.largest), _epochs(config, data, measured),
+              _paper(config, sizes, data), _growth(config, data))  # fmt: skip
+    return "\n\n".join("\n".join(line.rstrip() for line in lines) for lines in tables).lstrip()
 
 
 def _parameters(config: TrainConfig, sizes: Sizes) -> Iterator[str]:
