@@ -110,8 +110,14 @@ def test_a_file_of_other_things_is_refused(content: Any, tmp_path: Path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: b"", lambda data: b"garbage", lambda data: bytes(1000), lambda data: data[: len(data) // 2]],
-    ids=["empty", "garbage", "zeros", "truncated"],
+    [
+        lambda data: b"",
+        lambda data: b"garbage",
+        lambda data: bytes(1000),
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:5000],
+    ],
+    ids=["empty", "garbage", "zeros", "truncated", "begun"],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes], suffix: str, tmp_path: Path):
     path = write(random_rwkv6_tensors(n_layer=1), tmp_path / f"base{suffix}")

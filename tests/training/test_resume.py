@@ -257,6 +257,20 @@ def test_extended_run_takes_the_rates_of_the_longer_one(
         assert all(torch.equal(x, two[name]) for name, x in one.items())
 
 
+def test_other_batches_keep_the_best_and_the_place_in_the_schedule(corpus: Path, tmp_path: Path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    # No WER is lower by more than 10: the third validation is the second that does not help, and ends the run.
+    early = {"patience": 2, "min_delta": 10}
+    assert train_script.main(arguments(corpus, run, **early)) == 0
+    flags = {"epoch_count": 4, "micro_bsz": 4}
+    assert train_script.main(arguments(corpus, run, **flags, **early)) == 0
+    wers, best = column(run, "wer"), load_trained(run / "best.safetensors").metrics
+    assert len(wers) == 3 and wers[best["epoch"] - 1] == min(wers)
+    # After 2 epochs of 6 steps, 1 of 3: the rates are those of the third epoch of 4 of 3.
+    assert train_script.main(arguments(corpus, whole, **flags, valid_data="")) == 0
+    assert column(run, "lr_state")[12:] == column(whole, "lr_state")[6:9]
+
+
 def test_moved_run_and_data_are_the_same_run(corpus: Path, tmp_path: Path):
     shutil.copytree(corpus, tmp_path / "here")
     shutil.copy(tiny.BASE_MODEL, tmp_path / f"base{tiny.BASE_MODEL.suffix}")

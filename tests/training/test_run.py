@@ -376,7 +376,7 @@ def test_run_that_ended_early_is_not_gone_on_with(corpus: Path, tmp_path: Path, 
     for _ in range(2):
         assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
         assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 2
-    assert "has ended early, after epoch 2: no lower WER in 1 validations" in capsys.readouterr().out
+        assert "has ended early, after epoch 2: no lower WER in 1 validations" in capsys.readouterr().out
     flags["patience"] = 2
     assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
     assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 3

@@ -82,7 +82,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, safetensors.SafetensorError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a torch zip of tensors'} "
             f"({first_line(error)}); download it again"

@@ -80,13 +80,9 @@ class SpeechModule(pl.LightningModule):
         return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in wanted}
 
     def on_fit_start(self) -> None:
-        """Take over weights and optimizer, if any; fill the feature cache, each rank its share."""
+        """Take over the state of another cut, if any; fill the feature cache, each rank its share."""
         if self.taken_over is not None:
-            self.load_state_dict(self.taken_over["state_dict"], strict=False)
-            self.trainer.optimizers[0].load_state_dict(self.taken_over["optimizer_states"][0])
-            schedule: Any = self.lr_schedulers()
-            schedule.last_epoch = self.taken_over["lr_schedulers"][0]["last_epoch"]
-            self._longest = self.taken_over["used"][2]
+            self._take_over(self.taken_over)
             self.taken_over = None
         if self._cache is None:
             return
@@ -101,6 +97,17 @@ class SpeechModule(pl.LightningModule):
         )
         self.trainer.strategy.barrier()
         self._cache.refresh()
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Weights, optimizer, and what callbacks know, as the best WER; the schedule by epochs, whose steps differ."""
+        self.load_state_dict(state["state_dict"], strict=False)
+        self.trainer.optimizers[0].load_state_dict(state["optimizer_states"][0])
+        schedule: Any = self.lr_schedulers()
+        schedule.last_epoch = self.start[0] * int(self.trainer.estimated_stepping_batches) // self.config.epoch_count
+        self._longest = state["used"][2]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.state_key])
 
     def on_train_epoch_start(self) -> None:
         """Not called where a run is resumed inside an epoch, whose numbers come with the point."""

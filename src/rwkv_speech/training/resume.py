@@ -77,7 +77,7 @@ def find_point(config: TrainConfig, settings: Mapping[str, Any]) -> ResumePoint 
     if different:
         raise UserError(
             f"{config.proj_dir}: the run in this folder began with other settings; give the same ones to resume it, "
-            "or --resume no to start another:\n  " + "\n  ".join(different)
+            "or --resume no to start another:\n  " + "; ".join(different)
         )
     return point
 
@@ -119,7 +119,7 @@ def resume_from(module: SpeechModule, config: TrainConfig, point: ResumePoint, t
             "or --strategy ddp"
         )
     again = f", from its beginning (its first {step} steps are done again)" if step else ""
-    say(f"{where}{again}; batches are cut otherwise: weights, optimizer and learning rates are kept")
+    say(f"{where}{again}; batches are cut otherwise: weights and optimizer are kept")
     module.taken_over = torch.load(state, map_location="cpu", weights_only=False)
     module.start, module.other_course = (epoch, 0), True
     progress: Any = trainer.fit_loop.epoch_progress.current

@@ -128,6 +128,8 @@ def fit(
         raise UserError(f"{error}\n{memory_advice(config)}") from error
     except SystemExit as error:  # what Lightning makes of Ctrl-C before the first step
         raise KeyboardInterrupt from error
+    if trainer.should_stop and (point := find_point(config, settings)) and point.info["epoch"] < config.epoch_count:
+        say(why_finished(config, point))
     if trainer.is_global_zero and (module.validated or read_metrics(Path(config.proj_dir))):
         print(f"report: {write_report(Path(config.proj_dir))}")
 
