@@ -71,8 +71,8 @@ class DyingPoints(ResumePoints):
 
     die_at: int | None = None
 
-    def _save(self, trainer, pl_epoch, step):  # type: ignore[no-untyped-def]
-        super()._save(trainer, pl_epoch, step)
+    def _save(self, trainer, *place):  # type: ignore[no-untyped-def]
+        super()._save(trainer, *place)
         if trainer.global_step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

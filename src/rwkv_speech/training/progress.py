@@ -98,7 +98,7 @@ class Progress(TQDMProgressBar):
         assert isinstance(pl_module, SpeechModule)
         super().on_train_epoch_end(trainer, pl_module)
         speed = self._audio_seconds / max(self._stepped - self._started, 1e-9)
-        parts = [f"loss {self._loss_sum / max(self._targets, 1):.3f}", f"{speed:.0f} audio hours per hour"]
+        parts = [f"loss {self._loss_sum / max(self._targets, 1):.3f}", f"{speed:.1f} audio hours per hour"]
         if pl_module.scores:
             parts.insert(1, f"WER {100 * pl_module.scores.wer:.2f} %")
         say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}")
