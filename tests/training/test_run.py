@@ -401,6 +401,10 @@ def test_train_without_a_usable_utterance_is_an_error(
     shutil.copytree(corpus, tmp_path / "corpus")
     for line in (tmp_path / "corpus" / broken).read_text().splitlines() if broken else ():
         (tmp_path / "corpus" / json.loads(line)["audio_filepath"]).write_text("not audio")
+    if not broken:  # known durations are looked at before
+        manifest = tmp_path / "corpus" / "train.jsonl"
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        manifest.write_text("".join(json.dumps({**row, "duration": None}) + "\n" for row in rows))
     data = {"train_data": tmp_path / "corpus" / "train.jsonl", "valid_data": tmp_path / "corpus" / "valid.jsonl"}
     assert train_script.main(arguments(corpus, tmp_path / "run", **data, **flags)) == 2
     shown = capsys.readouterr()
