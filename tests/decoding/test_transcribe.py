@@ -1,5 +1,6 @@
 """The road from audio to text, on random weights: batches, files, arrays, limits, notes."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +83,33 @@ def test_transcribe_takes_files_bytes_arrays_and_tensors_alone_or_in_a_list(
     assert [model.transcribe(form) for form in forms[:-1]] == [expected] * 7
     assert model.transcribe(forms[:-1]) == expected * 7 and len(model.transcribe((path, waves[1]))) == 2
     assert model.transcribe(forms[-1])[0].seconds == expected[0].seconds
+    assert model.transcribe(form for form in forms[:2]) == expected * 2
+    assert (
+        model.transcribe(waves[0].numpy().astype(">f4"))
+        == model.transcribe(waves[0].clone().requires_grad_())
+        == expected
+    )
+    fixed = (waves[0] * 2**15).round().to(torch.int16)
+    assert model.transcribe(fixed) == model.transcribe(fixed.numpy()) == model.transcribe(fixed.double() / 2**15)
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 0}, {"max_new_tokens": 0}])
+def test_limits_below_one_are_refused(model: SpeechLM, waves: list[Tensor], limits: dict[str, int]):
+    with pytest.raises(UserError, match="found 0, expected at least 1"):
+        model.transcribe(waves, **limits)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.zeros((2, 16_000), np.float32), r"audio 1: found torch.float32 of shape \(2, 16000\), expected samples"),
-        (torch.zeros(16_000, dtype=torch.int16), "audio 1: found torch.int16"),
+        (np.zeros((2, 16_000), np.float32), r"audio 1: found float32 of shape \(2, 16000\), expected samples"),
+        (torch.zeros(16_000, dtype=torch.int32), "audio 1: found int32"),
+        ([0.5, 0.25], "audio 1: found float, expected a path"),
+        ([Path("a.wav"), None], r"a\.wav"),
+        ({"array": np.zeros(9)}, "audio 1: found dict"),
+        (io.BytesIO(b"RIFF\nWAVE"), "audio 1: found BytesIO"),
+        (None, "audio 1: found NoneType"),
+        (np.array([None]), "audio 1: found object"),
         (torch.full((500,), torch.nan), "audio 1: holds NaN"),
         ("nowhere.wav", r"nowhere\.wav"),
         (b"no audio", "<bytes>"),

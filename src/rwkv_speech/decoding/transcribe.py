@@ -2,10 +2,12 @@
 
 # S samples · U utterances
 
+import io
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import greedy
 from rwkv_speech.decoding.results import Row, Transcript
+from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
 
@@ -35,14 +38,16 @@ class SpeechLM(speech_lm.SpeechLM):
     """The model with its road from audio to text: what `from rwkv_speech import SpeechLM` gives."""
 
     def transcribe(
-        self, audio: Audio | Sequence[Audio], batch_size: int = 8, max_new_tokens: int | None = None, task: str = ""
+        self, audio: Audio | Iterable[Audio], batch_size: int = 8, max_new_tokens: int | None = None, task: str = ""
     ) -> list[Transcript]:
         """A file, its bytes or a waveform (S,) at 16 kHz, or a list of these -> a Transcript of each, in order.
 
-        `task` names a learned state where there are several. Raises AudioError for what cannot be decoded; warns of
-        audio much longer than the weights were trained on.
+        A waveform holds floating-point numbers between -1 and 1, or int16. `task` names a learned state where there
+        are several. Raises AudioError for what cannot be decoded; warns of audio much longer than the weights were
+        trained on.
         """
-        items: Sequence[Audio] = [audio] if isinstance(audio, Audio) else audio
+        one = isinstance(audio, Audio | Mapping | io.IOBase) or not isinstance(audio, Iterable)
+        items: Any = [audio] if one else audio
         found = []
         for _, result in transcribe(self, items, batch_size, max_new_tokens, task):
             if isinstance(result, BadSample):
@@ -84,6 +89,9 @@ def transcribe(
     task: str = "",
 ) -> Iterator[tuple[int, Transcript | BadSample]]:
     """Each recording's number and transcript, in order, as they are made; a broken one gives a BadSample."""
+    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if number is not None and number < 1:
+            raise UserError(f"{name}: found {number}, expected at least 1; leave it out for the default")
     task = one_task("the weights", dict(model.initial_states.items()), task)
     device = next(model.trained_parameters()).device
     numbered = enumerate(audio)
@@ -97,10 +105,17 @@ def transcribe(
         yield from sorted(results.items())
 
 
-def _sample(audio: Audio, index: int, task: str) -> Sample | BadSample:
+def _sample(audio: Any, index: int, task: str) -> Sample | BadSample:
     name = str(audio) if isinstance(audio, (str, Path)) else f"audio {index + 1}"
     try:
-        waveform = load_audio(audio) if isinstance(audio, (str, Path, bytes)) else _waveform(audio, name)
+        if isinstance(audio, (Tensor, np.ndarray)):
+            waveform = _waveform(audio, name)
+        elif isinstance(audio, (str, Path, bytes)):
+            waveform = load_audio(audio)
+        else:
+            raise AudioError(
+                f"{name}: found {type(audio).__name__}, expected a path, the bytes of a file or a waveform"
+            )
     except AudioError as error:
         return BadSample(index, name, str(error))
     return Sample(name, waveform, "", [], len(waveform) / SAMPLE_RATE, index, task)
@@ -108,15 +123,18 @@ def _sample(audio: Audio, index: int, task: str) -> Sample | BadSample:
 
 def _waveform(samples: Tensor | np.ndarray, name: str) -> Tensor:
     """(S,) float32; raises AudioError for other shapes and kinds."""
-    waveform = samples if isinstance(samples, Tensor) else torch.from_numpy(np.ascontiguousarray(samples))
-    if waveform.dim() != 1 or not waveform.is_floating_point():
+    kind = samples.dtype.name if isinstance(samples, np.ndarray) else str(samples.dtype).removeprefix("torch.")
+    if samples.ndim != 1 or not ("float" in kind or kind == "int16"):
         raise AudioError(
-            f"{name}: found {waveform.dtype} of shape {tuple(waveform.shape)}, expected samples between -1 and 1 at "
-            f"{SAMPLE_RATE} Hz as floating-point numbers of shape (S,): convert them, or give a file"
+            f"{name}: found {kind} of shape {tuple(samples.shape)}, expected samples at {SAMPLE_RATE} Hz of shape "
+            "(S,), floating-point numbers between -1 and 1 or int16: convert them, or give a file"
         )
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(samples.astype(np.float32))
+    waveform = samples.detach().cpu().float() / (2**15 if kind == "int16" else 1)
     if not waveform.isfinite().all():
         raise AudioError(f"{name}: holds NaN or infinite samples; expected finite audio")
-    return waveform.float().cpu()
+    return waveform
 
 
 def length_note(model: speech_lm.SpeechLM, seconds: Iterable[float]) -> str:
