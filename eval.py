@@ -25,7 +25,7 @@ def score_all(config: EvalConfig) -> None:
 
     before_evaluation(config)
     weights = "untrained" if config.untrained else find_checkpoint(config.checkpoint or config.proj_dir)
-    specs = [spec for spec in config.eval_data.split(",") if spec]
+    specs = [spec.strip() for spec in config.eval_data.split(",")]
     sources = [open_source(spec, audio_column=config.audio_column, text_column=config.text_column) for spec in specs]
     parts, compute, task = Parts.of(config), compute_of(config), config.task or "asr"
     if config.untrained:
@@ -33,8 +33,9 @@ def score_all(config: EvalConfig) -> None:
         model = SpeechLM.build(parts, compute, [task]).eval()
     else:
         model = SpeechLM.from_pretrained(weights, parts, compute, task)
-    known = "".join(f", {name} {value:.4g}" for name, value in model.metrics.items() if isinstance(value, (int, float)))
-    print(f"weights: {weights}{known}")
+    then = model.metrics  # of the training
+    epoch = f", epoch {then['epoch']}" if "epoch" in then else ""
+    print(f"weights: {weights}{epoch}" + (f", WER in training {100 * then['wer']:.2f} %" if "wer" in then else ""))
     folder = Path(config.proj_dir)
     for spec, source in zip(specs, sources, strict=True):
         bad_files = BadFileLog(folder / "bad_files.jsonl", config.max_bad)

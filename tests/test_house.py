@@ -153,3 +153,34 @@ def test_every_field_is_read():
         if field not in read
     }
     assert unread == set()
+
+
+# Modules without a test file of their name, and where they are tested: with what they serve.
+TESTED_IN = {
+    "data.feature_fill": "data/test_feature_cache.py",
+    "data.folder": "data/test_sources.py",
+    "ops.build": "ops/test_native.py",
+    "ops.wkv6_chunked": "ops/test_wkv6.py",
+    "ops.wkv6_ref": "ops/test_wkv6.py",
+    **dict.fromkeys(
+        "synthetic.corpus synthetic.make_corpus synthetic.voices synthetic.rooms synthetic.speech_pool "
+        "synthetic.phone_prompts synthetic.pretrain_encoder synthetic.pretrain_lm".split(),
+        "journeys/test_tiny.py",
+    ),
+    "training.callbacks": "training/test_run.py",
+    "training.data": "training/test_run.py",
+    "training.module": "training/test_run.py",
+    "training.points": "training/test_resume.py",
+    "training.progress": "training/test_run.py",
+    "training.strategies": "training/test_deepspeed.py",
+}
+
+
+def test_every_module_has_tests_of_its_name_or_a_reason():
+    tests = ROOT / "tests"
+    named = {name_of(path) for path in MODULES if path.stem.strip("_") in ("init", "main")}
+    named |= {
+        name_of(path) for path in MODULES if (tests / path.relative_to(PACKAGE).with_name(f"test_{path.name}")).exists()
+    }
+    assert set(map(name_of, MODULES)) - named == set(TESTED_IN)
+    assert all((tests / place).exists() for place in TESTED_IN.values())
