@@ -73,6 +73,25 @@ def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
         assert_rms_close(name, second[name], x, 1e-4)
 
 
+def test_ranks_count_broken_recordings_together_and_say_each_line_once(corpus: Path, tmp_path: Path):
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["audio_filepath"] = str(corpus / row["audio_filepath"])
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    broken = [{"audio_filepath": "noise.wav", "text": "a"}] * 3
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *broken]))
+    flags = {"train_data": tmp_path / "train.jsonl", "ctx_len": 40, "epoch_count": 2}
+    process = train(corpus, tmp_path / "run", wait=False, max_bad=2, **flags)
+    _, errors = process.communicate(timeout=100)
+    listed = tmp_path / "run" / "bad_files.jsonl"
+    assert process.returncode == 2 and errors.count("\n") == 1, errors[-3000:]
+    assert f"error: {listed}: 3 recordings could not be used; expected 2 at most" in errors
+    shown, _ = train(corpus, tmp_path / "run", wait=False, max_bad=3, **flags).communicate(timeout=100)
+    assert "3 broken" in shown and "4 broken" not in shown and f"; listed in {listed}" in shown
+    assert [path.name for path in listed.parent.glob("bad_files*")] == [listed.name]
+    assert len(set(shown.splitlines())) == len(shown.splitlines()) and "are too long for --ctx_len 40" in shown
+
+
 def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     train(corpus, tmp_path / "whole", valid_data=corpus / "valid.jsonl")
     run = tmp_path / "killed"

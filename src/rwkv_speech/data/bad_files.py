@@ -13,11 +13,12 @@ class BadFileLog:
 
     An utterance is known by its data set and its index there. An existing list is continued; only what this run meets
     counts, and what is merely too long never counts towards `max_bad`. Whoever iterates over batches calls `add` for
-    each, prints `summary()` when done, and calls `require_used` where a data set has been gone through.
+    each, prints `summary()` when done, and calls `require_used` where a data set has been gone through. Of several
+    processes one `writes`.
     """
 
-    def __init__(self, path: str | Path, max_bad: int) -> None:
-        self.path, self._max_bad = Path(path), max_bad
+    def __init__(self, path: str | Path, max_bad: int, *, writes: bool = True) -> None:
+        self.path, self._max_bad, self._writes = Path(path), max_bad, writes
         self._listed = _listed(self.path)
         self._broken: set[tuple[str, int]] = set()
         self._too_long: set[tuple[str, int]] = set()
@@ -36,7 +37,7 @@ class BadFileLog:
         """List what is new in the data set named `data`; raises UserError when more than `max_bad` are broken."""
         for sample in bad:
             key = (data, sample.index)
-            if key not in self._listed:
+            if self._writes and key not in self._listed:
                 self._listed.add(key)
                 row = {"data": data, "index": sample.index, "id": sample.id, "reason": sample.reason}
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from rwkv_speech.data.source import Columns, Source
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.training.progress import say
 
 if TYPE_CHECKING:
     from rwkv_speech.data.streaming import Stream, StreamedData
@@ -76,7 +77,7 @@ def make_datasets(
         cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
     data = SpeechDataset(cast(Source, train), **settings, augment=augment, cache=cache)
     if note := data.count_too_long():
-        print(note)
+        say(note)
     return data, validation, cache
 
 

@@ -1,8 +1,11 @@
 """One training step and one validation of a SpeechLM, in Lightning's terms."""
 
 import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -11,7 +14,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.batch import Batch
+from rwkv_speech.batch import BadSample, Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
@@ -64,14 +67,14 @@ class SpeechModule(pl.LightningModule):
         # Of the epoch, over all ranks: utterances and samples that were trained on; of the run: the longest's samples.
         self._num_used = self._samples_used = self._longest = 0
         self._rows: dict[int, Row] = {}  # by place in the validation set
+        self._bad: list[BadSample] = []  # of this validation, on this rank
         self.validated: list[Row] = []
         self.scores: Scores | None = None
 
     def setup(self, stage: str) -> None:
-        """Open the list of bad files, one of each rank."""
-        rank = self.trainer.global_rank
-        name = f"bad_files-rank{rank}.jsonl" if rank else "bad_files.jsonl"
-        self.bad_files = BadFileLog(Path(self.config.proj_dir) / name, self.config.max_bad)
+        """Open the list of bad files, which all ranks know and the first writes."""
+        path = Path(self.config.proj_dir) / "bad_files.jsonl"
+        self.bad_files = BadFileLog(path, self.config.max_bad, writes=self.trainer.is_global_zero)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained tensors alone: frozen weights are in no checkpoint."""
@@ -127,7 +130,8 @@ class SpeechModule(pl.LightningModule):
 
     def note_trained(self) -> None:
         """Note in the model what an epoch trained on; raises UserError if it was nothing; for all ranks together."""
-        self.bad_files.require_used(self._num_used, self.config.train_data)
+        with self._said_once():
+            self.bad_files.require_used(self._num_used, self.config.train_data)
         self.share_longest()
         self.model.trained_on = TrainedOn(
             self._num_used, self._samples_used / SAMPLE_RATE / 3600, self._longest / SAMPLE_RATE
@@ -138,9 +142,21 @@ class SpeechModule(pl.LightningModule):
         self.ending = any(self._gathered(self.asked_to_end))
         return self.ending
 
-    def skipped(self) -> list[str]:
-        """What each rank has skipped, if anything, in words; for all to call together."""
-        return [line for line in self._gathered(self.bad_files.summary()) if line]
+    @contextmanager
+    def _said_once(self) -> Iterator[None]:
+        """An error that all ranks raise is said by the first; the others end without a word."""
+        try:
+            yield
+        except UserError:
+            if self.trainer.is_global_zero:
+                raise
+            sys.exit(0)  # an error of theirs would end the first before it has said it
+
+    def _note_bad(self, mine: Sequence[BadSample], data: str) -> None:
+        """List what any rank could not use; raises UserError if it is too much; for all ranks together."""
+        bad = [sample for part in self._gathered(mine) for sample in part]
+        with self._said_once():
+            self.bad_files.add(bad, data)
 
     def _gathered(self, mine: T) -> list[T]:
         """One of each rank."""
@@ -153,7 +169,8 @@ class SpeechModule(pl.LightningModule):
         """This rank's share of the training data; raises UserError if --epoch_steps asks for more than there is."""
         c = self.config
         cut = self._cut(c.accumulate)
-        loader = self._train_data.loader(cut, c.epoch_steps, c.workers, pin_memory=self.device.type == "cuda")
+        with self._said_once():
+            loader = self._train_data.loader(cut, c.epoch_steps, c.workers, pin_memory=self.device.type == "cuda")
         loader.set_state(*self.start)
         return loader
 
@@ -164,7 +181,8 @@ class SpeechModule(pl.LightningModule):
         cut = Cut(
             self.config.micro_bsz, shuffle=False, rank=self.trainer.global_rank, world_size=self.trainer.world_size
         )
-        return self._valid_data.loader(cut)
+        with self._said_once():
+            return self._valid_data.loader(cut)
 
     def _cut(self, accumulate: int = 1) -> Cut:
         """How the training data is cut and shared."""
@@ -197,12 +215,11 @@ class SpeechModule(pl.LightningModule):
 
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
         """One optimizer step over this rank's micro batches; raises UserError before it if the loss is not finite."""
-        for batch in step:
-            self.bad_files.add(batch.bad, self.config.train_data)
+        bad = [sample for batch in step for sample in batch.bad]
         targets = sum(batch.num_targets for batch in step)
         seconds = sum(float(batch.num_samples.sum()) for batch in step) / SAMPLE_RATE
         padded = sum(batch.waveforms.numel() for batch in step) / SAMPLE_RATE
-        known = [targets, seconds, padded, float(self.asked_to_end), float(sum(len(batch) for batch in step))]
+        known = [targets, seconds, padded, self.asked_to_end, sum(len(batch) for batch in step), len(bad)]
         counts = self._summed(torch.tensor(known, dtype=torch.float64))
         # Data-parallel training averages over ranks, which their number undoes.
         scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
@@ -210,18 +227,16 @@ class SpeechModule(pl.LightningModule):
         norm = self.strategy.gradient_norm(self.model)
         # The one time in a step that the device is waited for.
         numbers = torch.cat((counts, self._summed(losses.sum()[None]), norm[None])).tolist()
-        targets, seconds, padded, asked_to_end, num_used, loss_sum, norm_found = numbers
+        targets, seconds, padded, asked_to_end, num_used, num_bad, loss_sum, norm_found = numbers
+        if num_bad:
+            self._note_bad(bad, self.config.train_data)
         self.ending = asked_to_end > 0
         self._num_used += int(num_used)
         self._samples_used += round(seconds * SAMPLE_RATE)
         self._longest = max(self._longest, *(int(batch.num_samples.max()) for batch in step if len(batch)), 0)
         if not math.isfinite(loss_sum):
             ids = [name for batch, loss in zip(step, losses, strict=True) if not loss.isfinite() for name in batch.ids]
-            raise UserError(
-                f"step {self.global_step}: the loss is {loss_sum}, expected a finite number, for the utterances "
-                f"{', '.join(ids) or 'of another rank'}; no weight was changed by it: listen to them, lower "
-                "--lr_state and --lr_adapter, or set --precision fp32"
-            )
+            self._refuse_loss(loss_sum, ids)
         rates = {f"lr_{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
         if targets:
             rates["grad_norm"] = self._update(norm, norm_found)
@@ -229,6 +244,16 @@ class SpeechModule(pl.LightningModule):
             self.trainer.optimizers[0].zero_grad()
         self.log_dict({"loss": loss_sum / max(targets, 1), "target_tokens": targets, "audio_seconds": seconds,
                        "padding": 1 - seconds / padded if padded else 0.0, **rates})  # fmt: skip
+
+    def _refuse_loss(self, loss_sum: float, ids: Sequence[str]) -> NoReturn:
+        """Raises UserError naming the utterances of all ranks whose loss is not finite; for all ranks together."""
+        names = ", ".join(name for part in self._gathered(ids) for name in part)
+        with self._said_once():
+            raise UserError(
+                f"step {self.global_step}: the loss is {loss_sum}, expected a finite number, for the utterances "
+                f"{names}; no weight was changed by it: listen to them, lower --lr_state and --lr_adapter, or set "
+                "--precision fp32"
+            )
 
     def _autocast(self) -> torch.autocast:
         """The trained tensors stay in float32; Lightning's DeepSpeed plugin would not compute in bfloat16 by itself."""
@@ -252,7 +277,7 @@ class SpeechModule(pl.LightningModule):
     def validation_step(self, step: list[Batch], batch_idx: int) -> None:
         """Decode one batch; a rank may be left with an empty one."""
         (batch,) = step
-        self.bad_files.add(batch.bad, self.config.valid_data)
+        self._bad += batch.bad
         if not len(batch):
             return
         with self._autocast():
@@ -261,8 +286,10 @@ class SpeechModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
         gathered = {index: row for part in self._gathered(self._rows) for index, row in part.items()}
-        self._rows = {}
-        self.bad_files.require_used(len(gathered), self.config.valid_data)
+        self._note_bad(self._bad, self.config.valid_data)
+        self._rows, self._bad = {}, []
+        with self._said_once():
+            self.bad_files.require_used(len(gathered), self.config.valid_data)
         self.validated = [row for _, row in sorted(gathered.items())]
         self.scores = score_rows(self.validated)
         # The same number on every rank, so that all decide alike by it.

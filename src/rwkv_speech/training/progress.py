@@ -25,7 +25,7 @@ class Progress(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int) -> None:
         super().__init__(refresh_rate if sys.stdout.isatty() else 0)
-        self._skipped: list[str] = []
+        self._skipped = ""
         self._restart()
 
     def _restart(self) -> None:
@@ -102,8 +102,6 @@ class Progress(TQDMProgressBar):
         if pl_module.scores:
             parts.insert(1, f"WER {100 * pl_module.scores.wer:.2f} %")
         say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}")
-        skipped = pl_module.skipped()
-        for line in skipped:
-            if line not in self._skipped:
-                say(line)
+        if (skipped := pl_module.bad_files.summary()) and skipped != self._skipped:
+            say(skipped)
         self._skipped = skipped

@@ -126,8 +126,10 @@ def fit(
         sys.exit(128 + signal.SIGTERM)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{error}\n{memory_advice(config)}") from error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C before the first step
-        raise KeyboardInterrupt from error
+    except SystemExit as error:
+        if not error.code:  # the first rank says why
+            raise
+        raise KeyboardInterrupt from error  # Lightning makes this of Ctrl-C before the first step
     if trainer.should_stop and (point := find_point(config, settings)) and point.info["epoch"] < config.epoch_count:
         say(why_finished(config, point))
     if trainer.is_global_zero and (module.validated or read_metrics(Path(config.proj_dir))):
