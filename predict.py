@@ -31,6 +31,8 @@ def predict(config: PredictConfig) -> None:
     for number, result in tqdm(results, total=len(files), unit="file", disable=None if len(files) > 1 else True):
         name = files[number]
         if isinstance(result, BadSample):
+            if len(files) == 1:
+                raise UserError(result.reason)
             num_broken += 1
             tqdm.write(f"error: {result.reason}", file=sys.stderr)
             continue

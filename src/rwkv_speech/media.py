@@ -97,6 +97,8 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
             raise AudioError(f"{label}: is a folder, a pipe or a device; expected an audio file: check the path")
         # By number, so that no decoder guesses from a name's end what the content does not say.
         return open(os.open(path, os.O_RDONLY), "rb", buffering=0)
+    except AudioError:
+        raise
     except FileNotFoundError as error:
         raise AudioError(f"{label}: no such audio file; expected a readable file: check the path") from error
     except OSError as error:

@@ -44,6 +44,12 @@ def test_files_are_found_beside_the_checkpoint(tmp_path: Path):
     assert found == replace(parts, load_model=str(tmp_path / "base.pth"), encoder=str(tmp_path / "enc"))
 
 
+def test_files_are_found_beside_the_run_s_folder(tmp_path: Path):
+    parts, _ = recorded(tmp_path)
+    found = parts.recorded_in(tmp_path / "run" / "last.safetensors", Parts())
+    assert found == replace(parts, load_model=str(tmp_path / "base.pth"), encoder=str(tmp_path / "enc"))
+
+
 def test_what_the_caller_gives_goes_before_what_is_recorded(tmp_path: Path):
     parts, path = recorded(tmp_path)
     found = parts.recorded_in(path, Parts(load_model="mine.pth", encoder="e", vocab_file="v", n_layer=9))

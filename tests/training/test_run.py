@@ -232,9 +232,11 @@ def test_train_leaves_out_what_does_not_fit(corpus: Path, tmp_path: Path):
 def test_eval_writes_scores_that_jiwer_agrees_with(corpus: Path, run: Path, capsys: pytest.CaptureFixture[str]):
     import jiwer
 
-    argv = ["--proj_dir", str(run), "--eval_data", str(corpus / "test.jsonl"), "--device", "cpu", "--micro_bsz", "2"]
+    sets = f"{corpus / 'test.jsonl'}, {corpus / 'valid.jsonl'}"
+    argv = ["--proj_dir", str(run), "--eval_data", sets, "--device", "cpu", "--micro_bsz", "2"]
     assert eval_script.main(argv) == 0
     shown = capsys.readouterr().out
+    assert f"{corpus / 'valid.jsonl'}: 4 utterances" in shown
     rows = [json.loads(line) for line in next(run.glob("eval-best-test-*.jsonl")).read_text().splitlines()]
     summary = json.loads(next(run.glob("eval-best-test-*.json")).read_text())
     assert len(rows) == summary["num_utterances"] == 3
@@ -265,6 +267,9 @@ def test_predict_prints_one_line_a_file_and_names_broken_ones(
     shown = capsys.readouterr()
     assert shown.out.split("\n")[0] == f"{one}\t{alone}" and shown.out.split("\n")[1].startswith(f"{two}\t")
     assert "gone.wav: no such audio file" in shown.err
+    assert predict_script.main(["--proj_dir", str(run), "--device", "cpu", "--file_path", str(tmp_path)]) == 2
+    what = "is a folder, a pipe or a device; expected an audio file: check the path"
+    assert capsys.readouterr().err == f"error: {tmp_path}: {what}\n"
 
 
 def test_predict_without_weights_names_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

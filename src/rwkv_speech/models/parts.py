@@ -109,13 +109,14 @@ def _absolute(name: str) -> str:
 
 
 def _find(flag: str, name: str, checkpoint: Path, sha256: str = "") -> str:
-    """Where a checkpoint's file or folder is: as recorded, else beside it with this content; a hub id stays."""
+    """Where a checkpoint's file or folder is: as recorded, else in or beside its folder, of this content; ids stay."""
     if name == tiny.NAME or Path(name).exists() or not (sha256 or Path(name).is_absolute()):
         return name
-    beside = checkpoint.resolve().parent / Path(name).name
-    if beside.exists() and (not sha256 or sha256_file(beside) == sha256):
-        return str(beside)
+    folder = checkpoint.resolve().parent
+    for found in (folder / Path(name).name, folder.parent / Path(name).name):
+        if found.exists() and (not sha256 or sha256_file(found) == sha256):
+            return str(found)
     content = f"expected a file of SHA-256 {sha256[:12]}...: " if sha256 else ""
     raise UserError(
-        f"{checkpoint}: its {name} is neither there nor in {beside.parent}; {content}give its path with --{flag}"
+        f"{checkpoint}: its {name} is neither there nor in {folder} or beside it; {content}give its path with --{flag}"
     )
