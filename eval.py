@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_speech.config import EvalConfig, parse
+from rwkv_speech.config import EvalConfig
 from rwkv_speech.errors import exit_code
+from rwkv_speech.flags import parse
 
 
 def score_all(config: EvalConfig) -> None:

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from rwkv_speech.config import PredictConfig, parse
+from rwkv_speech.config import PredictConfig
 from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.flags import parse
 
 
 def predict(config: PredictConfig) -> None:

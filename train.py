@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-from rwkv_speech.config import TrainConfig, parse
+from rwkv_speech.config import TrainConfig
 from rwkv_speech.errors import exit_code
+from rwkv_speech.flags import parse
 
 
 def with_own_folder(config: TrainConfig) -> TrainConfig:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech import text
-from rwkv_speech.config import DATA_FORMS, LABEL_MODES, EvalConfig, ModelConfig, PredictConfig, TrainConfig, parse
+from rwkv_speech.config import DATA_FORMS, LABEL_MODES, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.errors import UserError
+from rwkv_speech.flags import parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [TrainConfig, EvalConfig, PredictConfig]

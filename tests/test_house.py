@@ -13,7 +13,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 
 # A room imports rooms of lower rank only; rooms of one rank never each other.
 RANKS = [
-    "errors files config media audio text tokenizer tiny",
+    "errors files flags config media audio text tokenizer tiny",
     "devices tasks ops",
     "batch",
     "models data",
@@ -24,8 +24,8 @@ RANKS = [
     "__main__",
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms.split()}
-# The ground floor's one order: all may raise errors, audio decodes media.
-GROUND = {"errors", "media"}
+# The ground floor's one order: all may raise errors, audio decodes media, the configuration is made of flags.
+GROUND = {"errors", "media", "flags"}
 
 
 def name_of(path: Path) -> str:
@@ -157,6 +157,7 @@ def test_every_field_is_read():
 
 # Modules without a test file of their name, and where they are tested: with what they serve.
 TESTED_IN = {
+    "flags": "test_config.py",
     "data.feature_fill": "data/test_feature_cache.py",
     "data.folder": "data/test_sources.py",
     "ops.build": "ops/test_native.py",

@@ -5,8 +5,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_speech.config import Parser
 from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.flags import Parser
 
 # Each verb imports what it needs when it runs: --help and wrong words are answered before torch is there.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import soundfile
 
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.config import OutFlags, flag, parse
 from rwkv_speech.errors import exit_code
 from rwkv_speech.files import write_text_atomically
+from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
 from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS, voice

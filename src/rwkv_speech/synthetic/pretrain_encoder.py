@@ -14,8 +14,8 @@ from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
-from rwkv_speech.config import OutFlags, flag, parse
 from rwkv_speech.errors import exit_code
+from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.models.encoder import length_mask, normalise
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool

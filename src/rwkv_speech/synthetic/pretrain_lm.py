@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rwkv_speech.config import OutFlags, flag, parse
 from rwkv_speech.errors import exit_code
+from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.models import splice
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.losses import token_loss_sum
