@@ -1,6 +1,8 @@
 """What the checks let pass; tests/journeys/test_mistakes.py holds what they refuse."""
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,3 +51,14 @@ def test_audio_files_may_hold_a_comma(tmp_path: Path):
     (tmp_path / "a,b.wav").touch()
     assert audio_files(PredictConfig(file_path=str(tmp_path / "a,b.wav"))) == [str(tmp_path / "a,b.wav")]
     assert audio_files(PredictConfig(file_path="a.wav, b.wav")) == ["a.wav", "b.wav"]
+
+
+def test_compile_is_refused_where_torchs_compiler_would_fail(monkeypatch: pytest.MonkeyPatch, manifest: Path):
+    real = importlib.util.find_spec
+
+    def elsewhere(name: str) -> object:
+        return SimpleNamespace(origin="/my clone/torch/__init__.py") if name == "torch" else real(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", elsewhere)
+    with pytest.raises(UserError, match=r"--compile: found /my clone/torch/.*a folder with a blank"):
+        before_training(TrainConfig(device="cpu", train_data=str(manifest), compile=1))

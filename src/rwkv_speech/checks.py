@@ -26,6 +26,12 @@ def before_training(config: TrainConfig) -> None:
                 f"--{flag}: found {getattr(config, flag)!r} without the package {package}, expected it to be "
                 f"installed; leave the flag out, or run: pip install {package}"
             )
+    torch = importlib.util.find_spec("torch")
+    if config.compile and torch and " " in str(torch.origin):
+        raise UserError(
+            f"--compile: found {torch.origin}, a folder with a blank, which torch's compiler cannot take; leave the "
+            "flag out, or make the environment in another folder"
+        )
     _check_model_files(config)
     if config.init_from:
         find_checkpoint(config.init_from)

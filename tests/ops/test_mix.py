@@ -93,6 +93,7 @@ def test_gated_takes_a_wider_value():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile does not quote the blank in torch's own path")
 def test_fused_parts_equal_the_others():
     given = draw(torch.float32)
     y, gate = (torch.randn(B, T, C, requires_grad=True) for _ in range(2))
