@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +30,17 @@ def column(run: Path, name: str) -> list[float]:
     """One column of the table of metrics, where it has a value."""
     with (run / "logs/csv/metrics.csv").open(newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def assert_steps_alike(run: Path, other: Path, first: float, later: float) -> None:
+    """Loss and gradient norm of each step: relative errors of the first step, and of those that magnify its rounding.
+
+    How much they do hangs on processor and corpus: a wrong scale or a lost micro batch is off by far more.
+    """
+    for name in ("loss", "grad_norm"):
+        (one, *rest), (two, *others) = column(run, name), column(other, name)
+        assert one == pytest.approx(two, rel=first), name
+        assert rest == pytest.approx(others, rel=later), name
 
 
 def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:

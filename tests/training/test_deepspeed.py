@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, column, learned
+from run_files import LINEAR_STEPS, assert_steps_alike, column, learned
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
@@ -88,9 +88,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Of a first step and of later ones. Stage 3 rounds matrix products in another way: where a ReLU flips, so do the
+# gradients in front of it.
+BOUNDS = {1: (1e-6, 2e-4), 2: (1e-6, 2e-4), 3: (5e-5, 5e-3)}
+
+
 def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
     one, two = learned(plain), learned(run)
-    # Stage 3 rounds matrix products in another way: where a ReLU flips, so do the gradients in front of it.
     tolerances = {"adapter.0": 5e-3 if stage == 3 else 1e-4, "": 3e-4 if stage == 3 else 1e-4}
     for name, x in one.items():
         assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
@@ -101,8 +105,9 @@ def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
 def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int, accumulate: int):
     run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{2 * accumulate}"
     assert len(column(run, "loss")) == 4 // accumulate
-    for name in ("loss", "grad_norm", "lr_adapter", "lr_state"):
-        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5 if stage == 3 else 1e-5), name
+    for name in ("lr_adapter", "lr_state"):
+        assert column(run, name) == pytest.approx(column(plain, name), rel=1e-6), name
+    assert_steps_alike(run, plain, *BOUNDS[stage])
     assert min(column(run, "grad_norm")) > 0.1  # all steps were clipped
     assert_learned_alike(run, plain, stage)
 
@@ -111,8 +116,7 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
 def test_a_rank_without_utterances_takes_part(folder: Path, stage: int):
     run, plain = folder / f"zero{stage}-odd", folder / "plain-odd"
     assert len(column(run, "loss")) == 2
-    for name in ("loss", "grad_norm"):
-        assert column(run, name) == pytest.approx(column(plain, name), rel=5e-5 if stage == 3 else 1e-5), name
+    assert_steps_alike(run, plain, *BOUNDS[stage])
     assert_learned_alike(run, plain, stage)
 
 

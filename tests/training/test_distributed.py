@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, column, learned
+from run_files import LINEAR_STEPS, assert_steps_alike, column, learned
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
@@ -57,12 +57,8 @@ def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
     """1 rank x 4 micro batches is 2 ranks x 2."""
     train(corpus, tmp_path / "one", device="cpu", strategy="auto", accumulate=4, **LINEAR_STEPS)
     train(corpus, tmp_path / "two", accumulate=2, **LINEAR_STEPS)
-    for name in ("loss", "grad_norm"):
-        one, two = (column(tmp_path / run, name) for run in ("one", "two"))
-        assert len(one) == len(two) == 2
-        assert two[0] == pytest.approx(one[0], rel=1e-6)
-        # Rounding of the first step's gradient, magnified by the second step: 1.1e-5 was found on another processor.
-        assert two[1] == pytest.approx(one[1], rel=5e-5)
+    assert len(column(tmp_path / "one", "loss")) == 2
+    assert_steps_alike(tmp_path / "two", tmp_path / "one", first=1e-6, later=2e-4)
     # AdamW's first moment behind the first step is a tenth of its gradient.
     for one, two in zip(first_moments(tmp_path / "one"), first_moments(tmp_path / "two"), strict=True):
         assert_rms_close("gradient", two, one, 1e-6)
