@@ -7,6 +7,9 @@ import torch
 
 from rwkv_speech.models.parts import Parts
 
+# Their asserts say what was compared.
+pytest.register_assert_rewrite("run_files", "assertions")
+
 
 def write_vocab(path: Path) -> Path:
     """All single bytes, ids 1 to 256, and a few words."""
