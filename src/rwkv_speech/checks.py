@@ -30,7 +30,7 @@ def before_training(config: TrainConfig) -> None:
     if config.compile and torch and " " in str(torch.origin):
         raise UserError(
             f"--compile: found {torch.origin}, a folder with a blank, which torch's compiler cannot take; leave the "
-            "flag out, or make the environment in another folder"
+            "flag out, or install torch in another folder"
         )
     _check_model_files(config)
     if config.init_from:
