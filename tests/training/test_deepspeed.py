@@ -95,7 +95,8 @@ BOUNDS = {1: (1e-5, 2e-4), 2: (1e-5, 2e-4), 3: (5e-5, 5e-3)}
 
 def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
     one, two = learned(plain), learned(run)
-    tolerances = {"adapter.0": 5e-3 if stage == 3 else 1e-4, "": 3e-4 if stage == 3 else 1e-4}
+    # As the later steps: with a margin for corpora and processors.
+    tolerances = {"adapter.0": 2e-2, "": 2e-3} if stage == 3 else {"": 5e-4}
     for name, x in one.items():
         assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
 

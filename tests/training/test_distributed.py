@@ -66,7 +66,7 @@ def test_two_ranks_take_the_steps_of_one(corpus: Path, tmp_path: Path):
     assert one == two is not None
     first, second = learned(tmp_path / "one"), learned(tmp_path / "two")
     for name, x in first.items():
-        assert_rms_close(name, second[name], x, 1e-4)
+        assert_rms_close(name, second[name], x, 5e-4)
 
 
 def test_ranks_count_broken_recordings_together_and_say_each_line_once(corpus: Path, tmp_path: Path):
