@@ -38,15 +38,15 @@ class Data:
         if not len(durations):
             raise UserError("--train_data: found no utterance, expected one at least to plan a run: check the data")
         micro_batches = EpochPlan(durations, Cut(config.micro_bsz, config.batch_seconds), parts).steps
-        heard = np.repeat([float(part.weight) for part in parts], [part.size for part in parts])
+        weights = np.repeat([float(part.weight) for part in parts], [part.size for part in parts])
         known = ~np.isnan(durations)
-        mean = float(np.average(durations[known], weights=heard[known])) if known.any() else _UNKNOWN_SECONDS
+        mean = float(np.average(durations[known], weights=weights[known])) if known.any() else _UNKNOWN_SECONDS
         tokens = (sizes.positions(MicroBatch(1, 100.0, 0)) - 1) / 100 + _TOKENS_PER_SECOND
         longest = min((config.ctx_len - 1) / tokens, float(durations.max()) if known.all() else np.inf)
         fit = max(1, int(config.batch_seconds // longest)) if config.batch_seconds else config.micro_bsz
-        some = max(1, round(heard.sum() / micro_batches))
+        some = max(1, round(weights.sum() / micro_batches))
         largest, average = (MicroBatch(n, s, round(s * _TOKENS_PER_SECOND)) for n, s in ((fit, longest), (some, mean)))
-        return cls(durations, float(heard.sum()), mean, micro_batches, largest, average)
+        return cls(durations, float(weights.sum()), mean, micro_batches, largest, average)
 
     def steps(self, config: TrainConfig) -> int:
         """Optimizer steps of an epoch."""
@@ -105,8 +105,8 @@ def _epochs(config: TrainConfig, data: Data, measured: float | None) -> Iterator
     slots, unknown = ranks * config.accumulate, int(np.isnan(data.durations).sum())
     guessed = f" ({unknown:,} of unknown duration, taken as the mean)" if unknown else ""
     yield "Data and steps"
-    heard = f"{seconds / 3600:,.1f} h of audio in {data.utterances:,.0f} utterances"
-    yield f"  {heard}{guessed}, {data.mean_seconds:.1f} s on average"
+    audio = f"{seconds / 3600:,.1f} h of audio in {data.utterances:,.0f} utterances"
+    yield f"  {audio}{guessed}, {data.mean_seconds:.1f} s on average"
     yield (
         f"  {data.micro_batches:,} micro batches, {slots} in an optimizer step; {steps:,} steps an epoch, "
         f"{steps * config.epoch_count:,} in all"

@@ -102,7 +102,7 @@ class Throughput(Callback):
 class MetricsTable(Callback):
     """logs/csv/metrics.csv: a row every `every` steps and one for each validation.
 
-    A callback, not a logger, so that a step's row is written before its point is saved: a resumed run goes on behind
+    A callback, not a logger, so that a step's row is written before its point is saved: a resumed run continues after
     the point's step, and no row is missing or there twice.
     """
 

@@ -1,4 +1,4 @@
-"""Points from which an interrupted run goes on: whole or not there, checked by SHA-256, the newest usable one first.
+"""Points to resume an interrupted run from: whole or not there, checked by SHA-256, the newest usable one first.
 
 A point is a folder `step-N` of files that training wrote, and beside them `complete.json`, which names each file with
 its size and SHA-256, and what the run must know before it loads anything. It is filled under another name and renamed
