@@ -14,6 +14,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
 SCHEDULES = ("cosine", "constant")
+VADS = ("silero", "none")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 # What --train_data, --valid_data and --eval_data accept.
 DATA_FORMS = {
@@ -42,11 +43,17 @@ def _are_factors(text: str) -> bool:
     return all(0.5 <= x <= 2.0 and abs(100 * x - round(100 * x)) < 1e-6 for x in numbers(text))
 
 
+def _are_temperatures(text: str) -> bool:
+    found = numbers(text)
+    return bool(found) and all(0 <= x <= 2 for x in found) and list(found) == sorted(set(found))
+
+
 def _are_limits(text: str) -> bool:
     found = numbers(text)
     return len(found) == 2 and -100 <= found[0] <= found[1] <= 100
 
 
+_TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
 _LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
 
 
@@ -238,7 +245,56 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
 
 
 @dataclass(frozen=True)
-class EvalConfig(_ColumnFlags, ModelConfig):
+class DecodeFlags(Flags):
+    """How text is made of audio; names and defaults are those of whisper where it has them."""
+
+    group: ClassVar[str] = "decoding"
+    beam: int = flag(1, "hypotheses that a beam search keeps; 1: greedy", at_least=1, at_most=64)
+    best_of: int = flag(5, "samples of which the likeliest is taken, above temperature 0", at_least=1, at_most=64)
+    patience: float = flag(1.0, "a beam search ends with beam x patience whole hypotheses", above=0, at_most=100)
+    length_penalty: float | None = flag(
+        None, "alpha of ((5 + length) / 6)^alpha; empty: by length", at_least=0, at_most=1
+    )
+    temperature: str = flag(
+        "0,0.2,0.4,0.6,0.8,1.0",
+        "temperatures, each of which is tried where the text of the one before fails a threshold; 0: greedy or beam",
+        form=_TEMPERATURES,
+    )
+    compression_ratio_threshold: float = flag(2.4, "a text that compresses better failed: it repeats itself", above=0)
+    logprob_threshold: float = flag(-1.0, "a text of lower mean log-probability failed", at_most=0)
+    no_speech_threshold: float = flag(
+        0.6, "what is likelier no speech, and failed, gives no text", at_least=0, at_most=1
+    )
+    top_k: int = flag(0, "tokens that are sampled from; 0: all", at_least=0)
+    top_p: float = flag(1.0, "probability of the likeliest tokens, which are sampled from", above=0, at_most=1)
+    presence_penalty: float = flag(0.0, "taken from the logit of a token that has come", at_least=-2, at_most=2)
+    frequency_penalty: float = flag(0.0, "the same for each time that it has come", at_least=-2, at_most=2)
+    repetition_penalty: float = flag(1.0, "what such a logit is divided by; 1: nothing", above=0, at_most=10)
+    no_repeat_ngram_size: int = flag(0, "n-grams of tokens of this length come once; 0: no limit", at_least=0)
+    initial_prompt: str = flag("", "text before the audio")
+    prompt: str = flag("", "text between audio and separator")
+    condition_on_previous_text: int = flag(0, "1: the text so far stands before the audio of the next piece", OFF_ON)
+    draft: int = flag(0, "1: verify the text of the CTC head instead of making each token; the same text", OFF_ON)
+    word_timestamps: int = flag(0, "1: start, end and probability of each word, by the CTC head", OFF_ON)
+    vad: str = flag("silero", "what finds speech, the rest being left out; none: all is speech", VADS)
+    max_segment: float | None = flag(
+        None, "seconds of audio that are read at once; empty: the longest of training", at_least=1, at_most=3600
+    )
+    max_new_tokens: int | None = flag(None, "longest text of a piece in tokens; empty: by its length", at_least=1)
+    sampling_seed: int = flag(0, "seed of what is sampled", at_least=0, at_most=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class _EvalDecodeFlags(DecodeFlags):
+    group: ClassVar[str] = "decoding"
+    temperature: str = flag(
+        "0", "as in predict.py, whose fallback temperatures an evaluation leaves out", form=_TEMPERATURES
+    )
+    vad: str = flag("none", "as in predict.py; an evaluation takes utterances as they are", VADS)
+
+
+@dataclass(frozen=True)
+class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     """eval.py"""
 
     group: ClassVar[str] = "run"
@@ -246,7 +302,6 @@ class EvalConfig(_ColumnFlags, ModelConfig):
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
-    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
     seed: int = flag(1, "seed of the untrained weights", needs="untrained", at_least=0, at_most=2**32 - 1)
 
@@ -258,14 +313,13 @@ class EvalConfig(_ColumnFlags, ModelConfig):
 
 
 @dataclass(frozen=True)
-class PredictConfig(ModelConfig):
+class PredictConfig(DecodeFlags, ModelConfig):
     """predict.py"""
 
     group: ClassVar[str] = "run"
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     file_path: str = flag("", "audio files, separated by commas")
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
-    max_new_tokens: int | None = flag(None, "longest text in tokens; empty: 25 per second of audio", at_least=1)
 
     def check(self) -> None:
         """Raises UserError for flags that have no effect on one device."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from rwkv_speech.errors import UserError
 
-GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "run")
+GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "decoding", "run")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _LARGEST_WHOLE_NUMBER = 2**31 - 1
 

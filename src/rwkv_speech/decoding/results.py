@@ -10,13 +10,56 @@ from rwkv_speech.files import write_text_atomically
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word with the blank before it, if there is one, its seconds in the recording and how sure it is, 0 to 1."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a recording that was decoded at once: `start` and `end` in its seconds, the text and its `tokens`.
+
+    The names are those of whisper's JSON. `avg_logprob` is the mean log-probability of the tokens and the end of text,
+    `cut` says whether the text was cut off at its limit; `words` is None where no times were asked for.
+    """
+
+    id: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    cut: bool = False
+    words: list[Word] | None = None
+
+
+@dataclass(frozen=True)
 class Transcript:
-    """What is said: `text`, its token `ids`, the audio's `seconds`, and whether the text was `cut` at the limit."""
+    """What is said in a recording of so many `seconds`, of which `removed_seconds` held no speech."""
 
     text: str
-    ids: list[int]
+    segments: list[Segment]
     seconds: float
-    cut: bool
+    task: str
+    language: str | None = None
+    removed_seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of all segments."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def cut(self) -> bool:
+        """Whether a segment's text was cut off at its limit."""
+        return any(segment.cut for segment in self.segments)
 
 
 @dataclass(frozen=True)

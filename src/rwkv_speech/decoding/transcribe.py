@@ -17,7 +17,7 @@ from rwkv_speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import greedy
-from rwkv_speech.decoding.results import Row, Transcript
+from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
@@ -69,7 +69,13 @@ def decode_batch(model: speech_lm.SpeechLM, batch: Batch, max_new_tokens: int | 
     ]
     logits, state = model.prefill(batch)
     ids, cut = greedy(model.lm, logits, state, limits, model.tokenizer.eos_id)
-    return [Transcript(model.tokenizer.decode(i), i, s, c) for i, s, c in zip(ids, seconds, cut, strict=True)]
+    found = zip(batch.tasks, batch.langs, ids, seconds, cut, strict=True)
+    return [_transcript(model.tokenizer.decode(i), i, s, c, task, lang) for task, lang, i, s, c in found]
+
+
+def _transcript(text: str, ids: list[int], seconds: float, cut: bool, task: str, lang: str | None) -> Transcript:
+    segment = Segment(0, 0.0, seconds, text, ids, 0.0, 0.0, 0.0, 0.0, cut)
+    return Transcript(text, [segment], seconds, task, lang)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, max_new_tokens: int | None = None) -> list[Row]:

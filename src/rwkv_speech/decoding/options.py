@@ -1,0 +1,35 @@
+"""How text is made of audio: the flags of decoding as Python takes them."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rwkv_speech.config import DecodeFlags, numbers
+
+
+@dataclass(frozen=True)
+class Options(DecodeFlags):
+    """What config.DecodeFlags explains, whose ranges hold here, too; raises UserError for a value outside them."""
+
+    @classmethod
+    def of(cls, config: DecodeFlags) -> "Options":
+        """The flags of a command that decodes."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    @classmethod
+    def given(cls, temperature: float | Sequence[float] | None = None, **others: Any) -> "Options":
+        """From Python, where `temperature` is a number or several."""
+        if temperature is not None:
+            several = temperature if isinstance(temperature, Sequence) else (temperature,)
+            others["temperature"] = ",".join(f"{x:g}" for x in several)
+        return cls(**others)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The first is used, each further one where the text of the one before failed a threshold."""
+        return numbers(self.temperature)
+
+
+# What validation decodes with: each utterance as it is, once.
+GREEDY = Options.given(0.0, vad="none")
