@@ -63,7 +63,8 @@ def test_every_number_has_a_range_and_is_finite(config: type[ModelConfig], field
     bounds = field.metadata["bounds"].values()
     assert field.metadata["choices"] or any(bound is not None for bound in bounds)
     whole = field.type in (int, int | None)
-    for wrong in ("nan", "inf", "-1", "x", "9" * 30 if whole else "1e999"):
+    negatives = field.name in ("logprob_threshold", "presence_penalty", "frequency_penalty")
+    for wrong in ("nan", "inf", "-2000" if negatives else "-1", "x", "9" * 30 if whole else "1e999"):
         assert said(config, f"--{field.name}", wrong).startswith(f"--{field.name}: found "), wrong
 
 

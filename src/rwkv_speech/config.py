@@ -261,7 +261,7 @@ class DecodeFlags(Flags):
         form=_TEMPERATURES,
     )
     compression_ratio_threshold: float = flag(2.4, "a text that compresses better failed: it repeats itself", above=0)
-    logprob_threshold: float = flag(-1.0, "a text of lower mean log-probability failed", at_most=0)
+    logprob_threshold: float = flag(-1.0, "a text of lower mean log-probability failed", at_least=-1000, at_most=0)
     no_speech_threshold: float = flag(
         0.6, "what is likelier no speech, and failed, gives no text", at_least=0, at_most=1
     )
