@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech import text
-from rwkv_speech.config import DATA_FORMS, LABEL_MODES, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.config import DATA_FORMS, LABEL_MODES, DecodeFlags, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import parse
 
@@ -109,7 +109,8 @@ def test_every_flag_is_read(config: type[ModelConfig]):
               [ROOT / "src/rwkv_speech" / name, *(ROOT / "src/rwkv_speech" / name).glob("*.py")]]  # fmt: skip
     sources = (ROOT / "src/rwkv_speech").rglob("*.py") if config is TrainConfig else filter(Path.is_file, shared)
     source = (ROOT / script).read_text() + "".join(path.read_text() for path in sources)
-    names = [field.name for field in dataclasses.fields(config)]
+    handed_on = {field.name for field in dataclasses.fields(DecodeFlags)}  # as Options
+    names = [field.name for field in dataclasses.fields(config) if field.name not in handed_on]
     assert [name for name in names if not re.search(rf'\b(config|self|c)(\.|, "){name}\b', source)] == []
 
 
