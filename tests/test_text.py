@@ -3,7 +3,7 @@ import unicodedata
 import pytest
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.text import normalise_label, normalise_score
+from rwkv_speech.text import join_texts, normalise_label, normalise_score
 
 SAMPLES = [
     "Ｈｅｌｌｏ, World!",
@@ -58,3 +58,19 @@ def test_normalisation_is_idempotent_and_normal(text: str):
     for mode in ("none", "lower"):
         label = normalise_label(text, mode)
         assert normalise_label(label, mode) == label and unicodedata.is_normalized("NFC", label)
+
+
+@pytest.mark.parametrize(
+    ("texts", "whole"),
+    [
+        ([], ""),
+        (["one "], "one"),
+        (["one", "", " two"], "one two"),
+        (["今日は", "晴れ"], "今日は晴れ"),
+        (["今日は", "OK"], "今日は OK"),
+        (["สวัสดี", "ครับ"], "สวัสดีครับ"),
+        (["안녕", "하세요"], "안녕 하세요"),
+    ],
+)
+def test_join_texts_puts_blanks_where_a_script_has_them(texts: list[str], whole: str):
+    assert join_texts(texts) == whole
