@@ -1,0 +1,56 @@
+"""When a decoded text has failed: whisper's rules, under whisper's names and with its defaults."""
+
+# F frames · K labels of the CTC head, the first being blank
+
+import zlib
+from typing import Protocol
+
+from torch import Tensor
+
+from rwkv_speech.audio import FRAME_RATE
+from rwkv_speech.decoding.options import Options
+
+
+class Scored(Protocol):
+    """A decoded text with the mean log-probability of its tokens and its end."""
+
+    @property
+    def avg_logprob(self) -> float: ...
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of the text per byte of it compressed: above 2.4 it repeats itself (openai/whisper, utils.py)."""
+    content = text.encode("utf-8", "backslashreplace")
+    return len(content) / len(zlib.compress(content))
+
+
+def needs_fallback(hypothesis: Scored, text: str, no_speech_prob: float, options: Options) -> bool:
+    """Whether to decode again at the next temperature (openai/whisper c0d2f62, `decode_with_fallback`).
+
+    So if the text repeats itself or is unlikely; not if it is unlikely because nobody speaks.
+    """
+    unlikely = hypothesis.avg_logprob < options.logprob_threshold
+    if unlikely and no_speech_prob > options.no_speech_threshold:
+        return False
+    return unlikely or compression_ratio(text) > options.compression_ratio_threshold
+
+
+def is_silence(hypothesis: Scored, no_speech_prob: float, options: Options) -> bool:
+    """Whether the text is to be dropped, as nobody seems to speak and it is not likely (openai/whisper c0d2f62)."""
+    unlikely = hypothesis.avg_logprob <= options.logprob_threshold
+    return unlikely and no_speech_prob > options.no_speech_threshold
+
+
+def no_speech_prob(ctc: Tensor | None) -> float:
+    """How sure the CTC head is, 0 to 1, that nobody speaks in a piece of audio; 0 without a head.
+
+    `ctc` (F, K) holds its log-probabilities. It is exp(-n), n being the frames that hold a label, as expected, of the
+    second that holds the most: one word among silence is speech, while doubts spread over a long silence are not.
+    """
+    if ctc is None:
+        return 0.0
+    heard = (1 - ctc[:, 0].double().exp()).clamp(min=0)
+    sums = heard.new_zeros(len(heard) + FRAME_RATE)  # of all frames before each, the first second's being none
+    sums[FRAME_RATE:] = heard.cumsum(0)
+    in_a_second = sums[FRAME_RATE:] - sums[: len(heard)]
+    return float((-in_a_second.max()).exp()) if len(heard) else 1.0
