@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_speech.audio import SAMPLE_RATE
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -78,6 +80,27 @@ class Batch:
     def num_targets(self) -> int:
         """What there is to learn: the tokens of the texts, and the end of each."""
         return len(self.text_ids) + len(self)
+
+    def samples(self) -> list[Sample]:
+        """The B utterances one by one, each at its own length."""
+        ids = self.text_ids.split(self.text_lengths.tolist())
+        frames = [None] * len(self) if self.frames is None else self.frames
+        lengths = self.num_samples if self.frame_lengths is None else self.frame_lengths
+        return [
+            Sample(
+                self.ids[i],
+                self.waveforms[i, : int(self.num_samples[i])],
+                self.texts[i],
+                ids[i].tolist(),
+                int(self.num_samples[i]) / SAMPLE_RATE,
+                self.indices[i],
+                self.tasks[i],
+                self.langs[i],
+                self.normalised,
+                None if x is None else x[: int(lengths[i])],
+            )
+            for i, x in enumerate(frames)
+        ]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.

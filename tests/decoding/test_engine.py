@@ -1,105 +1,148 @@
-from pathlib import Path
+"""Greedy decoding in slots against reading everything again for every token."""
+
+import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import random_rwkv6_tensors
-from torch import Tensor
+from sounds import samples, sounds
 
-from rwkv_speech.decoding.engine import greedy
-from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.models.state import State
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.loader import collate
+from rwkv_speech.decoding.engine import Done, Engine, Request
+from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.decoding.strategy import Hypothesis
+from rwkv_speech.decoding.transcribe import SpeechLM
 
-NEVER = -1  # no token has this id: nothing ends
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> RWKV6:
-    path: Path = tmp_path_factory.mktemp("lm") / "base.pth"
-    torch.save(random_rwkv6_tensors(), path)
-    return RWKV6.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def prefixes(lm: RWKV6) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(3)
-    return [torch.randint(1, 250, (n,), generator=draw).tolist() for n in (5, 1, 17, 9, 2, 30, 3, 12)]
-
-
-def read(lm: RWKV6, prefixes: list[list[int]]) -> tuple[Tensor, State]:
-    """The logits (B, V) after each prefix, and the states."""
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-    output = lm(input_ids=torch.tensor([[i for prefix in prefixes for i in prefix]]), cu_seqlens=bounds)
-    return output.logits[0, bounds[1:] - 1], output.state
+LENGTHS = [3_000, 6_000, 1_450, 5_555, 2_000, 9_000, 2_500, 4_000]
+NOTHING = [0, 399, 600]  # no frame, no frame, fewer frames than an audio token has
 
 
 @torch.no_grad()
-def oracle(lm: RWKV6, prefix: list[int], limit: int, eos: int) -> tuple[list[int], bool]:
+def oracle(model: SpeechLM, sample: Sample, limit: int, before: str = "", after: str = "") -> Hypothesis:
     """Reads everything again for every token, as no decoder should."""
-    ids: list[int] = []
+    audio, _ = model.audio_tokens(collate([sample]))
+    encode, embed = model.tokenizer.encode, model.lm.embed
+    ids, logprobs, entropies = list[int](), list[float](), list[float]()
     while True:
-        token = int(lm(input_ids=torch.tensor([prefix + ids])).logits[0, -1].argmax())
-        if token == eos:
-            return ids, False
-        if len(ids) == limit:
-            return ids, True
+        prompt = embed(torch.tensor(encode(before), dtype=torch.int64))
+        text = embed(torch.tensor([*encode(after), model.separator_id, *ids]))
+        state = model.initial_state([sample.task])
+        logits = model.lm(inputs_embeds=torch.cat((prompt, audio, text))[None], state=state).logits[0, -1]
+        distribution = torch.distributions.Categorical(logits=logits.double())
+        token = int(logits.argmax())
+        if token != 0 and len(ids) == limit:
+            return Hypothesis(tuple(ids), tuple(logprobs), tuple(entropies), True)
+        logprobs.append(float(distribution.log_prob(torch.tensor(token))))
+        entropies.append(float(distribution.entropy()))
+        if token == 0:
+            return Hypothesis(tuple(ids), tuple(logprobs), tuple(entropies), False)
         ids.append(token)
 
 
 @pytest.fixture(scope="module")
-def endless(lm: RWKV6, prefixes: list[list[int]]) -> list[list[int]]:
-    """24 tokens of each prefix, by the oracle."""
-    return [oracle(lm, prefix, 24, NEVER)[0] for prefix in prefixes]
-
-
-@pytest.fixture(scope="module")
-def eos(endless: list[list[int]]) -> int:
-    """The token that ends the most rows at different steps."""
+def ending(model: SpeechLM) -> SpeechLM:
+    """The model with the token that ends the most texts at different places made the end: its rows are swapped."""
+    endless = [oracle(model, sample, 24).ids for sample in samples(sounds(LENGTHS))]
+    assert len(set(endless)) > 4  # else the audio would not matter
     tokens = {token for ids in endless for token in ids}
-    return max(sorted(tokens), key=lambda t: len({ids.index(t) for ids in endless if t in ids}))
+    end = max(sorted(tokens), key=lambda t: len({ids.index(t) for ids in endless if t in ids}))
+    with torch.no_grad():
+        for matrix in (model.lm.head.weight, model.lm.emb.weight):
+            matrix[[0, end]] = matrix[[end, 0]].clone()
+    return model
 
 
-def test_greedy_equals_reading_the_whole_prefix_again(lm: RWKV6, prefixes: list[list[int]], endless: list[list[int]]):
-    for prefix, expected in zip(prefixes, endless, strict=True):
-        ids, cut = greedy(lm, *read(lm, [prefix]), [24], NEVER)
-        assert ids == [expected] and cut == [True]
-    assert len({tuple(ids) for ids in endless}) > 1  # else the prefix would not matter
+def requests(chosen: Sequence[Sample], limit: int = 24) -> list[Request]:
+    return [Request(sample.index, sample, limit) for sample in chosen]
 
 
-def test_greedy_rows_that_end_at_different_times_equal_each_alone(
-    lm: RWKV6, prefixes: list[list[int]], endless: list[list[int]], eos: int
-):
-    limits = [24] * len(prefixes)
-    ids, cut = greedy(lm, *read(lm, prefixes), limits, eos)
-    alone = [oracle(lm, prefix, 24, eos) for prefix in prefixes]
-    assert list(zip(ids, cut, strict=True)) == alone
-    # The case is worth its name: several rows end, not together, and some never do.
-    ends = {len(row) for row, was_cut in alone if not was_cut}
-    assert len(ends) >= 2 and any(was_cut for _, was_cut in alone)
+def decode(engine: Engine, wanted: list[Request]) -> dict[int, Done]:
+    return {done.request.key: done for done in engine.run(wanted)}
 
 
-def test_greedy_keeps_each_rows_own_limit(lm: RWKV6, prefixes: list[list[int]], endless: list[list[int]]):
+def test_greedy_texts_equal_reading_everything_again(ending: SpeechLM):
+    chosen = samples(sounds(LENGTHS))
+    found = decode(Engine(ending, GREEDY, slots=3), requests(chosen))
+    expected = {sample.index: oracle(ending, sample, 24) for sample in chosen}
+    assert found.keys() == expected.keys()
+    for key, wanted in expected.items():
+        [text] = found[key].hypotheses
+        assert (text.ids, text.cut) == (wanted.ids, wanted.cut)
+        assert text.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+        assert text.entropies == pytest.approx(wanted.entropies, abs=1e-4)
+        assert text.avg_logprob == pytest.approx(sum(wanted.logprobs) / len(wanted.logprobs), abs=1e-4)
+    # The case is worth its name: texts end at different places, and some never do.
+    assert len({len(text.ids) for text in expected.values() if not text.cut}) >= 2
+    assert any(text.cut for text in expected.values())
+
+
+def test_every_order_and_number_in_flight_gives_the_same_bits(ending: SpeechLM):
+    chosen = samples(sounds(LENGTHS))
+    alone = {
+        key: done.hypotheses
+        for sample in chosen
+        for key, done in decode(Engine(ending, GREEDY, slots=4), requests([sample])).items()
+    }
+    for order in itertools.islice(itertools.permutations(chosen), 0, 40_000, 5_000):
+        engine, found = Engine(ending, GREEDY, slots=4), {}
+        for request in requests(order):  # dribbling in: each round has other neighbours
+            engine.submit(request)
+            found |= {done.request.key: done.hypotheses for done in engine.poll()}
+        while engine.num_unfinished:
+            found |= {done.request.key: done.hypotheses for done in engine.poll()}
+        assert found == alone
+
+
+def test_a_request_keeps_its_own_limit(ending: SpeechLM):
+    chosen = samples(sounds(LENGTHS))
     limits = [3, 24, 0, 1, 7, 7, 2, 12]
-    ids, cut = greedy(lm, *read(lm, prefixes), limits, NEVER)
-    assert ids == [row[:limit] for row, limit in zip(endless, limits, strict=True)]
-    assert cut == [True] * len(limits)
+    wanted = [Request(s.index, s, limit) for s, limit in zip(chosen, limits, strict=True)]
+    found = decode(Engine(ending, GREEDY, slots=2), wanted)
+    for request in wanted:
+        expected = oracle(ending, request.sample, request.limit)
+        [text] = found[request.key].hypotheses
+        assert (text.ids, text.cut, len(text.logprobs)) == (expected.ids, expected.cut, len(expected.logprobs))
 
 
-def test_greedy_that_ends_exactly_at_the_limit_is_not_cut(
-    lm: RWKV6, prefixes: list[list[int]], endless: list[list[int]], eos: int
-):
-    row, length = next((i, ids.index(eos)) for i, ids in enumerate(endless) if eos in ids and ids[0] != eos)
-    for limit, cut in ((length, False), (length - 1, True)):
-        found = greedy(lm, *read(lm, [prefixes[row]]), [limit], eos)
-        assert found == ([endless[row][:limit]], [cut])
+def test_prompts_before_and_after_the_audio_are_read(ending: SpeechLM):
+    [sample] = samples(sounds([6_000]))
+    options = Options.given(0.0, initial_prompt=" the weather", prompt=" is good")
+    [plain] = Engine(ending, GREEDY, slots=1).run(requests([sample]))
+    [prompted] = Engine(ending, options, slots=1).run(requests([sample]))
+    [other] = Engine(ending, options, slots=1).run([Request(0, sample, 24, before=" good good")])
+    for done, before, after in (
+        (plain, "", ""),
+        (prompted, " the weather", " is good"),
+        (other, " good good", " is good"),
+    ):
+        assert done.hypotheses[0].ids == oracle(ending, sample, 24, before, after).ids
+    assert len({done.hypotheses[0].logprobs for done in (plain, prompted, other)}) == 3
 
 
-def test_greedy_of_a_row_that_ends_at_once_is_empty(lm: RWKV6, prefixes: list[list[int]], endless: list[list[int]]):
-    first = endless[2][0]
-    ids, cut = greedy(lm, *read(lm, prefixes), [5] * len(prefixes), first)
-    assert ids[2] == [] and cut[2] is False
-    assert list(zip(ids, cut, strict=True)) == [oracle(lm, prefix, 5, first) for prefix in prefixes]
+def test_what_holds_no_audio_token_is_done_at_once(ending: SpeechLM):
+    engine = Engine(ending, GREEDY, slots=1)
+    for request in requests(samples(sounds(NOTHING))):
+        engine.submit(request)
+    done = engine.poll()
+    assert engine.num_unfinished == 0 and len(done) == len(NOTHING)
+    assert all(d.hypotheses == [Hypothesis((), (), (), False)] for d in done)
+    assert done[0].hypotheses[0].avg_logprob == 0
 
 
-def test_greedy_of_no_row_is_nothing(lm: RWKV6):
-    assert greedy(lm, torch.zeros(0, lm.sizes.vocab), lm.zero_state(0), [], 0) == ([], [])
+def test_the_longest_of_what_waits_comes_first(ending: SpeechLM):
+    engine = Engine(ending, GREEDY, slots=1)
+    for request in requests(samples(sounds(LENGTHS)), limit=1):
+        engine.submit(request)
+    order = []
+    while engine.num_unfinished:
+        order += [len(done.request.sample.waveform) for done in engine.poll()]
+    assert order == sorted(LENGTHS, reverse=True)
+
+
+def test_run_takes_requests_as_they_are_wanted(ending: SpeechLM):
+    taken = itertools.count()
+    source = (request for request in requests(samples(sounds(LENGTHS * 4)), limit=2) if next(taken) >= 0)
+    results = Engine(ending, GREEDY, slots=1).run(source)
+    assert sum(1 for _ in itertools.islice(results, 3)) == 3 and next(taken) < 12
+    assert sum(1 for _ in results) == len(LENGTHS) * 4 - 3

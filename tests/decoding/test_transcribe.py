@@ -7,39 +7,23 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import samples, sounds
 from torch import Tensor
 
 from rwkv_speech.audio import AudioError
-from rwkv_speech.batch import BadSample, Sample
+from rwkv_speech.batch import BadSample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.results import Row, Transcript, write_rows
 from rwkv_speech.decoding.transcribe import SpeechLM, decode_batch, length_note, transcribe, transcribe_batch
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.parts import Parts, TrainedOn
+from rwkv_speech.models.parts import TrainedOn
 
 LENGTHS = [3_000, 0, 6_000, 399, 1_450, 5_555, 2_000]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_parts: Parts) -> SpeechLM:
-    model = SpeechLM.build(tiny_parts)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for x in model.trained_parameters():
-            x.copy_(0.5 * torch.randn(x.shape, generator=draw))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
 def waves() -> list[Tensor]:
-    """Noise of a different colour each, so that utterances differ to the encoder."""
-    draw = torch.Generator().manual_seed(6)
-    noises = [torch.randn(length + 1, generator=draw) for length in LENGTHS]
-    return [0.1 * (noise[1:] + (i % 3 - 1) * noise[:-1]) for i, noise in enumerate(noises)]
-
-
-def samples(waves: list[Tensor]) -> list[Sample]:
-    return [Sample(f"u{i}", x, f"ref {i}", [], len(x) / 16_000, 10 + i, "asr", "de") for i, x in enumerate(waves)]
+    return sounds(LENGTHS)
 
 
 def test_decode_batch_equals_reading_the_whole_prefix_again(model: SpeechLM, waves: list[Tensor]):

@@ -156,7 +156,9 @@ def test_a_training_step_never_waits_for_the_device(tiny_parts: Parts, normalise
 
 
 def logits_of(model: SpeechLM) -> Tensor:
-    logits, _ = model.prefill(batch_of(model, sounds(LENGTHS), TEXTS))
+    audio, lengths = model.audio_tokens(batch_of(model, sounds(LENGTHS), TEXTS))
+    tasks = ["asr"] * len(lengths)
+    logits, _ = model.prefill(audio, [model.prefix(n, "asr") for n in lengths.tolist()], tasks)
     return logits
 
 

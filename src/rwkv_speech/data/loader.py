@@ -184,7 +184,7 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
 def _padded(tensors: Sequence[Tensor]) -> Tensor:
     """B of (S, ...) -> (B, S_max, ...), zero after each one's own S."""
     first = tensors[0]
-    padded = torch.empty(len(tensors), max(map(len, tensors)), *first.shape[1:], dtype=first.dtype)
+    padded = first.new_empty(len(tensors), max(map(len, tensors)), *first.shape[1:])
     for row, tensor in zip(padded, tensors, strict=True):
         row[: len(tensor)] = tensor
         row[len(tensor) :] = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.loader import collate
-from rwkv_speech.decoding.engine import greedy
+from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
@@ -61,16 +61,20 @@ class SpeechLM(speech_lm.SpeechLM):
 @torch.no_grad()
 def decode_batch(model: speech_lm.SpeechLM, batch: Batch, max_new_tokens: int | None = None) -> list[Transcript]:
     """Transcripts of a batch on the model's device, at most `max_new_tokens` each, by default 25 a second."""
-    if not len(batch):
-        return []
-    seconds = [samples / SAMPLE_RATE for samples in batch.num_samples.tolist()]
-    limits = [
-        max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * s)) if max_new_tokens is None else max_new_tokens for s in seconds
-    ]
-    logits, state = model.prefill(batch)
-    ids, cut = greedy(model.lm, logits, state, limits, model.tokenizer.eos_id)
-    found = zip(batch.tasks, batch.langs, ids, seconds, cut, strict=True)
-    return [_transcript(model.tokenizer.decode(i), i, s, c, task, lang) for task, lang, i, s, c in found]
+    found: dict[int, Transcript] = {}
+    for done in Engine(model, slots=max(1, len(batch))).run(_requests(batch, max_new_tokens)):
+        sample, text = done.request.sample, done.hypotheses[0]
+        ids = list(text.ids)
+        found[done.request.key] = _transcript(
+            model.tokenizer.decode(ids), ids, sample.duration, text.cut, sample.task, sample.lang
+        )
+    return [found[index] for index in range(len(batch))]
+
+
+def _requests(batch: Batch, max_new_tokens: int | None) -> Iterator[Request]:
+    for key, sample in enumerate(batch.samples()):
+        limit = max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * sample.duration))
+        yield Request(key, sample, limit if max_new_tokens is None else max_new_tokens)
 
 
 def _transcript(text: str, ids: list[int], seconds: float, cut: bool, task: str, lang: str | None) -> Transcript:

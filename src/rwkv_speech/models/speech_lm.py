@@ -141,44 +141,60 @@ class SpeechLM(nn.Module):
         states = [self.initial_states[name] for name in task_names]
         return zero._replace(wkv=torch.stack(states, 1)) if states else zero
 
+    def frames(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The encoder's frames (U, F, D) float32 and F of each utterance: the batch's own where it has them."""
+        if batch.frames is not None and batch.frame_lengths is not None:
+            return batch.frames.float(), batch.frame_lengths
+        return self.encoder(batch.waveforms, batch.num_samples, batch.normalised)
+
     def audio_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Packed audio tokens (sum of A, C) and A of each utterance."""
-        if batch.frames is not None and batch.frame_lengths is not None:
-            return self.adapter(batch.frames.float(), batch.frame_lengths)
-        return self.adapter(*self.encoder(batch.waveforms, batch.num_samples, batch.normalised))
+        return self.adapter(*self.frames(batch))
+
+    def prefix(
+        self, num_audio: int, task: str, before: Sequence[int] = (), after: Sequence[int] = ()
+    ) -> list[splice.Segment]:
+        """What a text follows: the ids `before`, the audio, the task's prompt, the ids `after`, the separator."""
+        prompt = self.tokenizer.encode(tasks.task_named(task).prompt)
+        return [splice.Prompt(before), splice.Audio(num_audio), splice.Prompt([*prompt, *after, self.separator_id])]
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of a batch over its `num_targets`, float32.
 
         With lengths and text on the host, where they are wanted, nothing here waits for the device.
         """
+        audio, lengths = self.audio_tokens(batch)
         texts = batch.text_ids.cpu().split(batch.text_lengths.tolist())
-        spliced, hidden, _ = self._read(batch, [[splice.Text(text.tolist())] for text in texts], keep_state=False)
+        sequences = [
+            [*self.prefix(length, task), splice.Text(text.tolist())]
+            for length, task, text in zip(lengths.tolist(), batch.tasks, texts, strict=True)
+        ]
+        spliced, hidden, _ = self._read(audio, sequences, batch.tasks, keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
         return self.lm.head(hidden[rows], targets)
 
     @torch.no_grad()
-    def prefill(self, batch: Batch) -> tuple[Tensor, State]:
-        """Read audio and prompt: the logits (U, V) of each utterance's first text token, and the state before it."""
-        spliced, hidden, state = self._read(batch, [[] for _ in batch.ids])
+    def prefill(
+        self, audio: Tensor, sequences: Sequence[Sequence[splice.Segment]], task_names: Sequence[str]
+    ) -> tuple[Tensor, State]:
+        """Read U sequences with their audio tokens (sum of A, C): the logits (U, V) after each, and their states."""
+        spliced, hidden, state = self._read(audio, sequences, task_names)
         return self.lm.head(hidden[(spliced.cu_seqlens[1:] - 1).to(hidden.device)]), state
 
     def _read(
-        self, batch: Batch, texts: Sequence[Sequence[splice.Segment]], keep_state: bool = True
+        self,
+        audio: Tensor,
+        sequences: Sequence[Sequence[splice.Segment]],
+        task_names: Sequence[str],
+        keep_state: bool = True,
     ) -> tuple[splice.Spliced, Tensor, State]:
-        """The layout of audio, prompts and texts, the hidden states (T, C), and the last state of each sequence."""
-        audio, lengths = self.audio_tokens(batch)
-        prompts = {name: self.tokenizer.encode(tasks.task_named(name).prompt) for name in set(batch.tasks)}
-        sequences = [
-            [splice.Audio(length), splice.Prompt([*prompts[task], self.separator_id]), *text]
-            for length, task, text in zip(lengths.tolist(), batch.tasks, texts, strict=True)
-        ]
+        """The layout of the sequences, the hidden states (T, C), and the last state of each sequence."""
         spliced = splice.splice(sequences, self.tokenizer.eos_id)
         packing = Packing.of(spliced.cu_seqlens).to(audio.device)
         there = spliced.to(audio.device)
         x = splice.fill(there, audio, self.lm.embed(there.token_ids))
-        hidden, state = self.lm.hidden(x, self.initial_state(batch.tasks), packing, keep_state)
+        hidden, state = self.lm.hidden(x, self.initial_state(task_names), packing, keep_state)
         return spliced, hidden[0], state
 
 
