@@ -53,6 +53,10 @@ def _are_limits(text: str) -> bool:
     return len(found) == 2 and -100 <= found[0] <= found[1] <= 100
 
 
+_PHRASES = (
+    lambda found: isinstance(found, str) or all(isinstance(line, str) for line in found),
+    "a file, or in Python a list of phrases",
+)
 _TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
 _LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
 
@@ -273,6 +277,12 @@ class DecodeFlags(Flags):
     no_repeat_ngram_size: int = flag(0, "n-grams of tokens of this length come once; 0: no limit", at_least=0)
     initial_prompt: str = flag("", "text before the audio")
     prompt: str = flag("", "text between audio and separator")
+    keywords: str | tuple[str, ...] = flag(
+        "", "file of phrases to expect, one a line, its own weight behind a tab", form=_PHRASES
+    )
+    keyword_weight: float = flag(
+        2.0, "by which each token of such a phrase is likelier, a log-probability", above=0, at_most=20
+    )
     condition_on_previous_text: int = flag(0, "1: the text so far stands before the audio of the next piece", OFF_ON)
     draft: int = flag(0, "1: verify the text of the CTC head instead of making each token; the same text", OFF_ON)
     word_timestamps: int = flag(0, "1: start, end and probability of each word, by the CTC head", OFF_ON)

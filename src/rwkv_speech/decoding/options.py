@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rwkv_speech.config import DecodeFlags, numbers
@@ -18,12 +19,18 @@ class Options(DecodeFlags):
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     @classmethod
-    def given(cls, temperature: float | Sequence[float] | None = None, **others: Any) -> "Options":
-        """From Python, where `temperature` is a number or several."""
+    def given(
+        cls,
+        temperature: float | Sequence[float] | None = None,
+        keywords: str | Path | Sequence[str] = "",
+        **others: Any,
+    ) -> "Options":
+        """From Python, where `temperature` is a number or several, and `keywords` a file or the lines of one."""
         if temperature is not None:
             several = temperature if isinstance(temperature, Sequence) else (temperature,)
             others["temperature"] = ",".join(f"{x:g}" for x in several)
-        return cls(**others)
+        lines = str(keywords) if isinstance(keywords, str | Path) else tuple(keywords)
+        return cls(keywords=lines, **others)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

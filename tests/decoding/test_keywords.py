@@ -1,0 +1,171 @@
+"""Keywords: what a text earns in sum equals a search by regular expressions; files and their mistakes."""
+
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_speech.decoding.keywords import Keywords, read_keywords
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.parts import Parts
+from rwkv_speech.tokenizer import WorldTokenizer
+
+VOCAB = 272
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_parts: Parts) -> WorldTokenizer:
+    return WorldTokenizer(tiny_parts.vocab_file)
+
+
+def earned(keywords: Keywords, tokens: list[int], vocab: int) -> list[float]:
+    """What each token and the end of the text change, step by step, as a decoder adds it."""
+    nodes = keywords.walk(tokens)
+    found = keywords.add(torch.zeros(len(nodes), vocab), nodes)
+    return [round(float(row[token]), 4) for row, token in zip(found, [*tokens, 0], strict=True)]
+
+
+def expected(phrases: dict[str, float], text: str, tokenizer: WorldTokenizer) -> float:
+    """The weight of every token of every phrase that stands in a text as whole words."""
+    tokens, ends = tokenizer.encode(text), [0]
+    for token in tokens:
+        ends.append(ends[-1] + len(tokenizer.decode_bytes([token])))
+    total = 0.0
+    for phrase, weight in phrases.items():
+        for form in {phrase, phrase.lower(), phrase.upper()}:
+            for match in re.finditer(rf"(?<!\w)(?={re.escape(form)}(?!\w))", text):
+                start = len(text[: match.start()].encode())
+                end = start + len(form.encode())
+                total += weight * sum(a < end and b > start for a, b in itertools.pairwise(ends))
+    return total
+
+
+WORDS = ["the", "weather", "is", "good", "the-re", "goods", "a", "isle", "Is", "é", "le"]
+
+
+def test_a_text_earns_the_tokens_of_the_listed_phrases_in_it(tiny: WorldTokenizer):
+    rng, seen = random.Random(0), 0
+    for _ in range(60):
+        phrases = {" ".join(rng.choices(WORDS, k=rng.randint(1, 3))): rng.choice([0.5, 1, 2]) for _ in range(4)}
+        # A phrase of two spellings has one weight here, for the oracle's sake.
+        phrases = {phrase.lower(): weight for phrase, weight in phrases.items()}
+        keywords = Keywords(phrases, tiny, VOCAB)
+        for _ in range(10):
+            blanks = rng.choices([" ", "", "-", ". ", '"', "  "], [9, 1, 1, 1, 1, 1], k=8)
+            text = "".join(rng.choice(WORDS) + blank for blank in blanks)
+            found = sum(earned(keywords, tiny.encode(text), VOCAB))
+            assert found == pytest.approx(expected(phrases, text, tiny), abs=1e-3), (phrases, text)
+            seen += found > 0
+    assert seen > 200
+
+
+def test_a_text_earns_the_same_with_the_world_vocabulary():
+    tokenizer, rng = WorldTokenizer(), random.Random(1)
+    phrases = {"Mississauga": 2.0, "miss": 1.0, "Grünwald": 1.5, "new york city": 1.0, "york": 3.0, "cat": 2.0}
+    keywords = Keywords(phrases, tokenizer, 65_536)
+    words = [
+        "Mississauga",
+        "MISSISSAUGA",
+        "miss",
+        "missing",
+        "Grünwald",
+        "new",
+        "york",
+        "city",
+        "cat",
+        "category",
+        "we",
+    ]
+    for _ in range(40):
+        text = " ".join(rng.choices(words, k=6)) + rng.choice(["", ".", "'s", "-"])
+        found = sum(earned(keywords, tokenizer.encode(text), 65_536))
+        assert found == pytest.approx(expected(phrases, text, tokenizer), abs=1e-3), text
+
+
+def test_a_started_phrase_earns_at_once_and_gives_back_what_does_not_complete(tiny: WorldTokenizer):
+    keywords = Keywords({"the weather is": 1.0}, tiny, VOCAB)
+    whole, left = tiny.encode(" the weather is"), tiny.encode(" the weather good")
+    assert earned(keywords, whole, VOCAB) == [1, 1, 1, 0]
+    assert earned(keywords, left, VOCAB) == [1, 1, -2, 0]
+    assert earned(keywords, whole[:2], VOCAB) == [1, 1, -2]
+
+
+def test_a_word_inside_another_earns_nothing():
+    tokenizer = WorldTokenizer()
+    keywords = Keywords({"cat": 2.0}, tokenizer, 65_536)
+    cat, letters = tokenizer.encode(" cat")[0], tokenizer.encode("ness")
+    assert sum(earned(keywords, [cat], 65_536)) == 2
+    assert sum(earned(keywords, [cat, *letters], 65_536)) == 0
+    assert sum(earned(keywords, tokenizer.encode("bobcat cats category"), 65_536)) == 0
+    assert sum(earned(keywords, tokenizer.encode("CAT. (cat) Cat, cat"), 65_536)) == 6  # not "Cat"
+
+
+def test_scripts_without_blanks_are_found_anywhere():
+    tokenizer = WorldTokenizer()
+    keywords = Keywords({"東京": 2.0, "สวัสดี": 1.0}, tokenizer, 65_536)
+    text = "我去東京都。 東京"
+    assert sum(earned(keywords, tokenizer.encode(text), 65_536)) == 8
+    assert sum(earned(keywords, tokenizer.encode("คำสวัสดีครับ"), 65_536)) >= 1
+
+
+def test_rows_do_not_change_each_other_and_no_phrase_changes_nothing(tiny: WorldTokenizer):
+    keywords = Keywords({"the weather": 1.0, "weather": 2.5, "is good": 0.5}, tiny, VOCAB)
+    nodes = keywords.walk(tiny.encode("the weather is goodly the weather"))
+    scores = torch.randn(len(nodes), VOCAB, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    together = keywords.add(scores, nodes)
+    alone = torch.cat([keywords.add(scores[i : i + 1], nodes[i : i + 1]) for i in range(len(nodes))])
+    assert torch.equal(together, alone) and torch.equal(scores, before)
+    assert torch.equal(Keywords({}, tiny, VOCAB).add(scores, [Keywords.start] * len(nodes)), scores)
+
+
+def options(keywords: object, **others: float) -> Options:
+    return Options.given(keywords=keywords, **others)  # type: ignore[arg-type]
+
+
+def test_read_keywords_of_a_file_and_of_a_list(tmp_path: Path):
+    file = tmp_path / "names of people.txt"
+    file.write_bytes("\ufeffGrünwald\r\n\r\nnew   york\t3.5\r\nGrünwald\r\nC#\n".encode())
+    found = {"Grünwald": 1.5, "new york": 3.5, "C#": 1.5}
+    assert read_keywords(options(str(file), keyword_weight=1.5)) == found
+    assert read_keywords(options(["Grünwald", "new york\t3.5", "C#"], keyword_weight=1.5)) == found
+    assert read_keywords(Options.given()) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\n" + 201 * b"a", "line 2: found 201 characters, expected a phrase of at most 200"),
+        (b"fine\n...\n", "line 2: found '...', expected a phrase of letters or digits"),
+        (b"\t3\n", "line 1: found .*, expected a phrase"),
+        (b"a\tmuch\n", "line 1: found 'much' behind the tab, expected a weight above 0 and at most 20"),
+        (b"a\t-1\n", "line 1: found '-1' behind the tab"),
+        (b"a\tnan\n", "line 1: found 'nan' behind the tab"),
+        (b"a\t1\t2\n", "line 1: found '1.t2' behind the tab"),
+        (b"a\t2\nb\na\t3\n", "line 3: found a second weight of 'a', expected one; delete the other line"),
+        (b"a\n\xff\n", "line 2: found bytes that are not UTF-8; save the file as UTF-8"),
+        (b"\n \n", "found no phrase, expected one a line"),
+        (b"", "found no phrase, expected one a line"),
+    ],
+)
+def test_read_keywords_names_file_and_line(tmp_path: Path, content: bytes, message: str):
+    file = tmp_path / "list.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_keywords(options(str(file)))
+    assert str(file) in str(error.value)
+
+
+def test_read_keywords_without_a_file_or_of_no_text(tmp_path: Path):
+    with pytest.raises(UserError, match="--keywords: .*nothing.txt: No such file"):
+        read_keywords(options(tmp_path / "nothing.txt"))
+    with pytest.raises(UserError, match="--keywords: .*Is a directory"):
+        read_keywords(options(tmp_path))
+    with pytest.raises(UserError, match="--keywords: found .*3.*, expected a file, or in Python a list"):
+        read_keywords(options(["a", 3]))
+    with pytest.raises(UserError, match="keywords: found no phrase"):
+        read_keywords(options([" "]))
