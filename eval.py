@@ -18,6 +18,7 @@ def score_all(config: EvalConfig) -> None:
     from rwkv_speech.checks import before_evaluation
     from rwkv_speech.data.bad_files import BadFileLog
     from rwkv_speech.data.sources import open_source
+    from rwkv_speech.decoding.options import Options
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint
     from rwkv_speech.models.parts import Parts
@@ -41,7 +42,7 @@ def score_all(config: EvalConfig) -> None:
     for spec, source in zip(specs, sources, strict=True):
         bad_files = BadFileLog(folder / "bad_files.jsonl", config.max_bad)
         with tqdm(total=len(source), unit="utterance", desc=spec, disable=None, leave=False) as bar:
-            limits = (config.micro_bsz, bad_files, config.max_new_tokens)
+            limits = (config.micro_bsz, bad_files, Options.of(config))
             result = evaluate(model, source, spec, *limits, task=config.task, progress=bar.update)
         print(result.report())
         paths = result.write(folder, result_stem(spec, str(weights)))

@@ -18,7 +18,8 @@ def predict(config: PredictConfig) -> None:
 
     from rwkv_speech.batch import BadSample
     from rwkv_speech.checks import audio_files, before_prediction
-    from rwkv_speech.decoding.transcribe import length_note, transcribe
+    from rwkv_speech.decoding.options import Options
+    from rwkv_speech.decoding.transcribe import transcribe
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
@@ -28,7 +29,7 @@ def predict(config: PredictConfig) -> None:
     parts, compute = Parts.of(config), compute_of(config)
     model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
     num_broken = 0
-    results = transcribe(model, files, config.micro_bsz, config.max_new_tokens, config.task)
+    results = transcribe(model, files, config.micro_bsz, config.task, Options.of(config))
     for number, result in tqdm(results, total=len(files), unit="file", disable=None if len(files) > 1 else True):
         name = files[number]
         if isinstance(result, BadSample):
@@ -40,8 +41,6 @@ def predict(config: PredictConfig) -> None:
         tqdm.write(result.text if len(files) == 1 else f"{name}\t{result.text}")
         if result.cut:
             tqdm.write(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
-        if note := length_note(model, [result.seconds]):
-            tqdm.write(f"warning: {name}: {note}", file=sys.stderr)
     if num_broken:
         raise UserError(
             f"--file_path: {num_broken} of {len(files)} files could not be read; the others' texts are above"

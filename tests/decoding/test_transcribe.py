@@ -1,7 +1,9 @@
 """The road from audio to text, on random weights: batches, files, arrays, limits, notes."""
 
 import io
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,17 @@ from torch import Tensor
 from rwkv_speech.audio import AudioError
 from rwkv_speech.batch import BadSample
 from rwkv_speech.data.loader import collate
-from rwkv_speech.decoding.results import Row, Transcript, write_rows
-from rwkv_speech.decoding.transcribe import SpeechLM, decode_batch, length_note, transcribe, transcribe_batch
+from rwkv_speech.decoding.engine import Done, Request
+from rwkv_speech.decoding.long_audio import Piece
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.results import Row, write_rows
+from rwkv_speech.decoding.strategy import Hypothesis
+from rwkv_speech.decoding.transcribe import SpeechLM, transcribe, transcribe_batch, transcribe_batches
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import TrainedOn
 
+# Of noise nothing else would be left.
+ONCE = {"temperature": 0.0, "vad": "none"}
 LENGTHS = [3_000, 0, 6_000, 399, 1_450, 5_555, 2_000]
 
 
@@ -26,8 +34,8 @@ def waves() -> list[Tensor]:
     return sounds(LENGTHS)
 
 
-def test_decode_batch_equals_reading_the_whole_prefix_again(model: SpeechLM, waves: list[Tensor]):
-    found = decode_batch(model, collate(samples(waves)), max_new_tokens=6)
+def test_transcribe_equals_reading_the_whole_prefix_again(model: SpeechLM, waves: list[Tensor]):
+    found = model.transcribe(waves, max_new_tokens=6, **ONCE)
     for wave, transcript in zip(waves, found, strict=True):
         audio, _ = model.audio_tokens(collate(samples([wave])))
         for length in range(len(transcript.ids)):
@@ -37,49 +45,49 @@ def test_decode_batch_equals_reading_the_whole_prefix_again(model: SpeechLM, wav
 
 
 def test_transcribe_of_a_batch_equals_each_alone_in_order(model: SpeechLM, waves: list[Tensor]):
-    together = model.transcribe(waves, batch_size=3, max_new_tokens=8)
-    alone = [model.transcribe(wave, max_new_tokens=8)[0] for wave in waves]
-    assert together == alone and together == model.transcribe(waves, batch_size=100, max_new_tokens=8)
+    together = model.transcribe(waves, batch_size=3, max_new_tokens=8, **ONCE)
+    assert together == [model.transcribe(wave, batch_size=3, max_new_tokens=8, **ONCE)[0] for wave in waves]
+    many = model.transcribe(waves, batch_size=100, max_new_tokens=8, **ONCE)
+    assert [transcript.ids for transcript in together] == [transcript.ids for transcript in many]
     assert [transcript.seconds for transcript in together] == [len(wave) / 16_000 for wave in waves]
     assert all(transcript.text == model.tokenizer.decode(transcript.ids) for transcript in together)
     assert len({tuple(transcript.ids) for transcript in together}) > 2  # else order would not show
 
 
 def test_transcribe_keeps_the_order_of_more_than_it_reads_ahead(model: SpeechLM, waves: list[Tensor]):
-    many = waves * 3  # 21 recordings, 8 at a time
-    assert model.transcribe(many, 1, 4) == 3 * model.transcribe(waves, 7, 4)
+    limits = {"batch_size": 2, "max_new_tokens": 4, **ONCE}
+    assert model.transcribe(waves * 3, **limits) == 3 * model.transcribe(waves, **limits)
 
 
 def test_transcribe_of_nothing(model: SpeechLM):
-    assert model.transcribe([]) == [] and decode_batch(model, collate([])) == []
+    assert model.transcribe([]) == [] and transcribe_batch(model, collate([])) == []
     [silent] = model.transcribe([torch.zeros(0)])
-    assert silent.seconds == 0 and isinstance(silent.text, str)
+    assert (silent.text, silent.segments, silent.seconds) == ("", [], 0)
 
 
 def test_transcribe_takes_files_bytes_arrays_and_tensors_alone_or_in_a_list(
     model: SpeechLM, waves: list[Tensor], tmp_path: Path
 ):
+    def transcribed(audio):
+        return model.transcribe(audio, **ONCE)
+
     path = tmp_path / "a.wav"
     soundfile.write(path, waves[0].numpy(), 16_000, subtype="FLOAT")
     double = waves[0].double()
     forms = [path, str(path), path.read_bytes(), waves[0], waves[0].numpy(), double, double.numpy(), waves[0].half()]
-    expected = model.transcribe([waves[0]])
-    assert [model.transcribe(form) for form in forms[:-1]] == [expected] * 7
-    assert model.transcribe(forms[:-1]) == expected * 7 and len(model.transcribe((path, waves[1]))) == 2
-    assert model.transcribe(forms[-1])[0].seconds == expected[0].seconds
-    assert model.transcribe(form for form in forms[:2]) == expected * 2
-    assert (
-        model.transcribe(waves[0].numpy().astype(">f4"))
-        == model.transcribe(waves[0].clone().requires_grad_())
-        == expected
-    )
+    expected = transcribed([waves[0]])
+    assert [transcribed(form) for form in forms[:-1]] == [expected] * 7
+    assert transcribed(forms[:-1]) == expected * 7 and len(transcribed((path, waves[1]))) == 2
+    assert transcribed(forms[-1])[0].seconds == expected[0].seconds
+    assert transcribed(form for form in forms[:2]) == expected * 2
+    assert transcribed(waves[0].numpy().astype(">f4")) == transcribed(waves[0].clone().requires_grad_()) == expected
     fixed = (waves[0] * 2**15).round().to(torch.int16)
-    assert model.transcribe(fixed) == model.transcribe(fixed.numpy()) == model.transcribe(fixed.double() / 2**15)
+    assert transcribed(fixed) == transcribed(fixed.numpy()) == transcribed(fixed.double() / 2**15)
 
 
 @pytest.mark.parametrize("limits", [{"batch_size": 0}, {"max_new_tokens": 0}])
 def test_limits_below_one_are_refused(model: SpeechLM, waves: list[Tensor], limits: dict[str, int]):
-    with pytest.raises(UserError, match="found 0, expected at least 1"):
+    with pytest.raises(UserError, match="found 0, expected (a whole number )?at least 1"):
         model.transcribe(waves, **limits)
 
 
@@ -96,7 +104,7 @@ def test_limits_below_one_are_refused(model: SpeechLM, waves: list[Tensor], limi
         (np.array([None]), "audio 1: found object"),
         (torch.full((500,), torch.nan), "audio 1: holds NaN"),
         ("nowhere.wav", r"nowhere\.wav"),
-        (b"no audio", "<bytes>"),
+        (b"no audio", "audio 1: cannot be decoded"),
     ],
 )
 def test_transcribe_names_what_cannot_be_read(model: SpeechLM, wrong: object, message: str):
@@ -105,20 +113,21 @@ def test_transcribe_names_what_cannot_be_read(model: SpeechLM, wrong: object, me
 
 
 def test_a_broken_recording_does_not_stop_the_others(model: SpeechLM, waves: list[Tensor]):
-    found = dict(transcribe(model, [waves[0], "nowhere.wav", waves[4]], max_new_tokens=3))
+    options = Options.given(max_new_tokens=3, **ONCE)
+    found = dict(transcribe(model, [waves[0], "nowhere.wav", waves[4]], options=options))
     assert isinstance(found[1], BadSample) and (found[1].index, found[1].id) == (1, "nowhere.wav")
-    assert [found[0], found[2]] == model.transcribe([waves[0], waves[4]], max_new_tokens=3)
+    assert [found[0], found[2]] == model.transcribe([waves[0], waves[4]], max_new_tokens=3, **ONCE)
 
 
 def test_decoding_stops_at_a_rate_no_speaker_reaches(model: SpeechLM, waves: list[Tensor]):
     long = torch.cat(waves * 2)[:32_000]
-    for transcript, limit in zip(model.transcribe([waves[0], long]), (16, 50), strict=True):
+    for transcript, limit in zip(model.transcribe([waves[0], long], **ONCE), (16, 50), strict=True):
         assert len(transcript.ids) == limit if transcript.cut else len(transcript.ids) <= limit
 
 
 def test_rows_say_whose_text_it_is(model: SpeechLM, waves: list[Tensor], tmp_path: Path):
-    rows = transcribe_batch(model, collate(samples(waves[:2])), max_new_tokens=4)
-    transcripts = model.transcribe(waves[:2], max_new_tokens=4)
+    rows = transcribe_batch(model, collate(samples(waves[:2])), Options.given(max_new_tokens=4, **ONCE))
+    transcripts = model.transcribe(waves[:2], max_new_tokens=4, **ONCE)
     assert rows == [
         Row(f"u{i}", 10 + i, f"ref {i}", found.text, "de", "asr", found.seconds, found.cut)
         for i, found in enumerate(transcripts)
@@ -133,16 +142,91 @@ def test_a_task_without_a_state_lists_those_there_are(model: SpeechLM, waves: li
         model.transcribe(waves, task="st")
 
 
-def test_audio_much_longer_than_that_of_training_is_noted(model: SpeechLM, waves: list[Tensor]):
-    assert length_note(model, [40.0]) == "" and "do not say" in length_note(model, [3.0, 60.0])
-    model.trained_on = TrainedOn(utterances=3, hours=0.1, longest_seconds=0.25)
+def test_what_is_longer_than_the_audio_of_training_is_read_in_pieces(model: SpeechLM, waves: list[Tensor]):
+    model.trained_on = TrainedOn(utterances=3, hours=0.1, longest_seconds=1.0)
     try:
-        assert length_note(model, [0.3]) == ""
-        with pytest.warns(UserWarning, match=r"2 recording\(s\) of up to 0\.4 s, but .* trained on up to 0\.2 s"):
-            model.transcribe(waves, max_new_tokens=1)
+        [found] = model.transcribe(torch.cat(waves * 2), **ONCE)
+        bounds = [(segment.start, segment.end) for segment in found.segments]
+        assert len(bounds) == 3 and bounds[0][0] == 0 and bounds[-1][1] == found.seconds
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(bounds))
+        assert all(end - start <= 1.2 for start, end in bounds)
+        [whole] = model.transcribe(torch.cat(waves * 2), max_segment=60, **ONCE)
+        assert len(whole.segments) == 1 and whole.segments[0].id == 0
+        assert found.text == " ".join(segment.text.strip() for segment in found.segments)
     finally:
         model.trained_on = None
 
 
-def test_transcript_is_the_public_result():
-    assert Transcript("a", [1], 0.5, False).text == "a"
+class Scripted:
+    """An engine that gives texts from a table, by the number of samples and the temperature."""
+
+    def __init__(self, table: dict[tuple[int, float], tuple[str, float]], model: SpeechLM) -> None:
+        self.table, self.tokenizer = table, model.tokenizer
+        self.requests: list[Request] = []
+        self.waiting: list[Request] = []
+
+    def __call__(self, model, options, slots) -> "Scripted":
+        return self
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting)
+
+    def submit(self, request: Request) -> None:
+        self.requests.append(request)
+        self.waiting.append(request)
+
+    def poll(self) -> list[Done]:
+        request = self.waiting.pop()
+        text, logprob = self.table[len(request.sample.waveform), request.temperature]
+        ids = tuple(self.tokenizer.encode(text))
+        numbers = (logprob,) * (len(ids) + 1)
+        return [Done(request, [Hypothesis(ids, numbers, numbers, cut=False)], None)]
+
+
+def test_a_text_that_failed_is_made_again_at_the_next_temperature(model: SpeechLM, monkeypatch: pytest.MonkeyPatch):
+    table = {
+        (16_000, 0.0): ("unlikely", -1.5),
+        (16_000, 0.5): ("la " * 100, -0.1),
+        (16_000, 1.0): ("at last", -3.0),
+        (8_000, 0.0): ("at once", -0.2),
+    }
+    engine = Scripted(table, model)
+    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    options = {"temperature": (0, 0.5, 1.0), "vad": "none"}
+    long, short = model.transcribe([torch.rand(16_000), torch.rand(8_000)], **options)
+    assert (long.text, long.segments[0].temperature) == ("at last", 1.0)
+    assert long.segments[0].avg_logprob == pytest.approx(-3.0)
+    assert (short.text, short.segments[0].temperature) == ("at once", 0.0)
+    assert sorted(request.temperature for request in engine.requests) == [0, 0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"), [(0.2, [None, "Said one", "Said one two"]), (0.6, [None, None, None])]
+)
+def test_context_is_the_text_so_far_unless_it_was_guessed(
+    model: SpeechLM, monkeypatch: pytest.MonkeyPatch, temperature: float, expected: list[str | None]
+):
+    pieces = (24_000, 20_000, 19_000)
+    monkeypatch.setattr(
+        "rwkv_speech.decoding.transcribe.Segmenter",
+        lambda *_: SimpleNamespace(
+            push=lambda x: map(Piece, (0, 1, 2), x.split(pieces)), finish=list, removed_samples=0
+        ),
+    )
+    table = {(size, temperature): (text, -0.1) for size, text in zip(pieces, ("one", "two", "three"), strict=True)}
+    engine = Scripted(table, model)
+    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    options = {"temperature": temperature, "condition_on_previous_text": True, "initial_prompt": "Said"}
+    [found] = model.transcribe(torch.rand(sum(pieces)), **options)
+    assert found.text == "one two three"
+    assert [request.before for request in engine.requests] == expected
+    model.transcribe(torch.rand(sum(pieces)), **{**options, "condition_on_previous_text": False})
+    assert [request.before for request in engine.requests[3:]] == [None] * 3
+
+
+def test_rows_come_from_batches_of_any_size(model: SpeechLM, waves: list[Tensor]):
+    several = [collate(samples(waves)[:3]), collate([]), collate(samples(waves)[3:])]
+    rows = sorted(transcribe_batches(model, several, Options.given(**ONCE)), key=lambda row: row.index)
+    assert rows == transcribe_batch(model, collate(samples(waves)), Options.given(**ONCE))
+    assert list(transcribe_batches(model, [])) == []

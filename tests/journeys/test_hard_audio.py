@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-import torch
 from data.test_tar_shards import write_tar
 from hard_files import HERTZ, hard_files, heard, sound, tones
 
@@ -15,7 +14,9 @@ from rwkv_speech.batch import BadSample
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding import transcribe
-from rwkv_speech.decoding.results import Transcript
+from rwkv_speech.decoding.engine import Done
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.tokenizer import WorldTokenizer
 
 NAMES = ["total_68719476735.flac", "frames_5.mp3", "no_xing.mp3", "size_0.wav", "granule_40000000000.ogg", "two.opus",
@@ -73,18 +74,28 @@ def test_every_source_gives_all_of_the_audio(folder: Path, tmp_path: Path, road)
 
 
 def test_prediction_gives_all_of_the_audio_and_names_what_is_broken(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    model = SimpleNamespace(initial_states={"asr": None}, trained_parameters=lambda: iter([torch.zeros(1)]))
+    class Listener:
+        """An engine whose texts say what is heard."""
 
-    def decode(model, batch, max_new_tokens):
-        return [
-            Transcript(str(heard(w.numpy()[:n])), [], 0.0, False)
-            for w, n in zip(batch.waveforms, batch.num_samples, strict=True)
-        ]
+        num_unfinished = 0
 
-    monkeypatch.setattr(transcribe, "decode_batch", decode)
+        def __init__(self, model, options, slots):
+            self.waiting = []
+
+        def submit(self, request):
+            self.waiting.append(request)
+
+        def poll(self):
+            done, self.waiting = self.waiting, []
+            return [Done(x, [Hypothesis(heard(x.sample.waveform.numpy()), (0.0,), (0.0,), False)], None) for x in done]
+
+    monkeypatch.setattr(transcribe, "Engine", Listener)
+    tokenizer = SimpleNamespace(decode=lambda ids: str(list(ids)))
+    model = SimpleNamespace(initial_states={"asr": None}, trained_on=None, tokenizer=tokenizer)
+    options = Options.given(0.0, vad="none")
     files = [folder / name for name in [*NAMES, RAW]]
     for audio in (files, [path.read_bytes() for path in files]):
-        found = [result for _, result in transcribe.transcribe(model, audio)]
+        found = [result for _, result in transcribe.transcribe(model, audio, options=options)]
         assert [result.text for result in found[:-1]] == [
             str(list(HERTZ) * (2 if name == "two.opus" else 1)) for name in NAMES
         ]

@@ -26,12 +26,14 @@ _AHEAD = 4
 class Request:
     """One piece of audio to decode: `key` is the caller's, `limit` the most tokens of its text.
 
-    `before` is text that stands before the audio, in place of the options' `initial_prompt`.
+    Above `temperature` 0 the tokens are sampled. `before` is text that stands before the audio, in place of the
+    options' `initial_prompt`.
     """
 
     key: Any
     sample: Sample
     limit: int
+    temperature: float = 0.0
     before: str | None = None
 
 

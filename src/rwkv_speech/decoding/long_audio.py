@@ -111,7 +111,8 @@ class Segmenter:
         """End the open piece at `end`; it is none if it holds no speech, or too little between two pauses."""
         begin, self._begin, self._windows = self._begin, None, []
         assert begin is not None
-        return [self._piece(begin, end)] if silence > begin and silence - self._speech > _MIN_SPEECH else []
+        least = _MIN_SPEECH if self._vad else 0
+        return [self._piece(begin, end)] if silence > begin and silence - self._speech > least else []
 
     def _cut(self, end: int) -> list[Piece]:
         """End the open piece, which cannot grow beyond `end`, at the best place, where the next one begins."""

@@ -1,11 +1,15 @@
-"""The one road from audio to text: prediction, evaluation, validation and Python all take it."""
+"""The one road from audio to text: prediction, evaluation, validation and Python all take it.
 
-# S samples · U utterances
+recording -> pieces (long_audio) -> engine -> again at a higher temperature? (guards) -> segment -> transcript
+"""
+
+# S samples
 
 import io
 import itertools
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,120 +19,272 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.batch import BadSample, Batch, Sample
-from rwkv_speech.data.loader import collate
-from rwkv_speech.decoding.engine import Engine, Request
+from rwkv_speech.decoding import guards
+from rwkv_speech.decoding.engine import Done, Engine, Request
+from rwkv_speech.decoding.long_audio import Piece, Segmenter
+from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
+from rwkv_speech.text import join_texts
 
 # Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
 TOKENS_PER_SECOND = 25
 MIN_NEW_TOKENS = 16
-# Of the weights that do not say what they were trained on: LibriSpeech's longest utterance is 35 s.
-_LONGEST_IF_UNKNOWN = 40.0
-_LENGTHS_BEYOND = 1.2  # times the longest of training
-# Read ahead, so that audio of like length shares a batch.
-_WINDOW = 8
+# Seconds of the pieces for weights that do not say what they were trained on.
+_LONGEST_IF_UNKNOWN = 30.0
+_LENGTHS_BEYOND = 1.2  # times the longest of training are decoded as well as these
+# So many pieces are read ahead for each slot, so that audio of like length is decoded together.
+_AHEAD = 4
+# Above this temperature a text is no context for the next piece, as in whisper.
+_CONTEXT_TEMPERATURE = 0.5
 
 Audio = str | Path | bytes | Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is to be transcribed: `blocks()` gives its samples at 16 kHz, or AudioError; `key` is the caller's."""
+
+    key: Any
+    name: str
+    blocks: Callable[[], Iterable[Tensor]]
+    task: str
+    language: str | None = None
+    normalised: bool = False
+
+
+@dataclass
+class _Work:
+    """A recording on its way."""
+
+    recording: Recording
+    waiting: deque[Piece] = field(default_factory=deque)  # for the text of the one before, their context
+    in_flight: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    samples: int = 0
+    removed: int = 0
+    is_read: bool = False
+    error: str = ""
+    context: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        return bool(self.error) or (self.is_read and not self.waiting and not self.in_flight)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a request belongs: its recording, its piece, and which of the temperatures it is decoded with."""
+
+    work: _Work
+    piece: Piece
+    attempt: int
+
+
+class Transcriber:
+    """Takes recordings to transcripts through an engine of so many slots, which several of them share."""
+
+    def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int) -> None:
+        self._model, self._options = model, options
+        self._engine = Engine(model, options, slots)
+        self._ahead = _AHEAD * slots
+        known = model.trained_on
+        longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
+        self._max_seconds = options.max_segment or longest
+
+    @torch.no_grad()
+    def run(self, recordings: Iterable[Recording]) -> Iterator[tuple[Recording, Transcript | BadSample]]:
+        """Each recording with its transcript, or what is wrong with it, as they are done; read as they are needed."""
+        open_works: list[_Work] = []
+        reading = self._read(recordings, open_works)
+        while True:
+            # Not one read ahead beyond what keeps the slots full: hours of audio do not fit into memory.
+            while self._engine.num_unfinished < self._ahead and next(reading, None) is not None:
+                pass
+            for done in self._engine.poll():
+                self._take(done)
+            for work in [work for work in open_works if work.has_ended]:
+                open_works.remove(work)
+                yield work.recording, self._result(work)
+            if not open_works and next(reading, None) is None:
+                return
+
+    def _read(self, recordings: Iterable[Recording], open_works: list[_Work]) -> Iterator[bool]:
+        """Submits pieces; stops after each block of audio."""
+        for recording in recordings:
+            work = _Work(recording)
+            open_works.append(work)
+            segmenter = Segmenter(self._max_seconds, self._options.vad)
+            try:
+                for block in recording.blocks():
+                    work.samples += len(block)
+                    self._add(work, segmenter.push(block))
+                    yield True
+            except AudioError as error:
+                work.error = str(error)
+                continue
+            self._add(work, segmenter.finish())
+            work.removed, work.is_read = segmenter.removed_samples, True
+            yield True
+
+    def _add(self, work: _Work, pieces: Iterable[Piece]) -> None:
+        work.waiting.extend(pieces)
+        one_by_one = self._options.condition_on_previous_text
+        while work.waiting and not (one_by_one and work.in_flight):
+            self._submit(work, work.waiting.popleft())
+
+    def _submit(self, work: _Work, piece: Piece, attempt: int = 0) -> None:
+        recording, seconds = work.recording, len(piece.waveform) / SAMPLE_RATE
+        sample = Sample(
+            recording.name, piece.waveform, "", [], seconds, piece.start, recording.task, recording.language,
+            recording.normalised,
+        )  # fmt: skip
+        request = Request(
+            key=_Place(work, piece, attempt),
+            sample=sample,
+            limit=self._options.max_new_tokens or max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * seconds)),
+            temperature=self._options.temperatures[attempt],
+            before=join_texts([self._options.initial_prompt, work.context]) if work.context else None,
+        )
+        work.in_flight += 1
+        self._engine.submit(request)
+
+    def _take(self, done: Done) -> None:
+        """A decoded piece becomes a segment, unless it is to be decoded again or holds no speech."""
+        work, piece, attempt = done.request.key.work, done.request.key.piece, done.request.key.attempt
+        work.in_flight -= 1
+        best, o = done.hypotheses[0], self._options
+        text = self._model.tokenizer.decode(best.ids)
+        silence = guards.no_speech_prob(done.ctc)
+        again = attempt + 1 < len(o.temperatures)
+        if again and guards.needs_fallback(best, text, silence, o):
+            return self._submit(work, piece, attempt + 1)
+        if text.strip() and not guards.is_silence(best, silence, o):
+            work.segments.append(self._segment(done, text, silence))
+        if o.condition_on_previous_text:
+            hot = done.request.temperature > _CONTEXT_TEMPERATURE
+            work.context = "" if hot else join_texts([work.context, text])
+        self._add(work, ())
+
+    def _segment(self, done: Done, text: str, silence: float) -> Segment:
+        best, piece = done.hypotheses[0], done.request.key.piece
+        return Segment(
+            id=0,
+            start=piece.start / SAMPLE_RATE,
+            end=piece.end / SAMPLE_RATE,
+            text=text,
+            tokens=list(best.ids),
+            temperature=done.request.temperature,
+            avg_logprob=best.avg_logprob,
+            compression_ratio=guards.compression_ratio(text),
+            no_speech_prob=silence,
+            cut=best.cut,
+        )
+
+    def _result(self, work: _Work) -> Transcript | BadSample:
+        if work.error:
+            return BadSample(-1, work.recording.name, work.error)
+        ordered = sorted(work.segments, key=lambda segment: segment.start)
+        segments = [replace(segment, id=number) for number, segment in enumerate(ordered)]
+        return Transcript(
+            text=join_texts(segment.text for segment in segments),
+            segments=segments,
+            seconds=work.samples / SAMPLE_RATE,
+            task=work.recording.task,
+            language=work.recording.language,
+            removed_seconds=work.removed / SAMPLE_RATE,
+        )
 
 
 class SpeechLM(speech_lm.SpeechLM):
     """The model with its road from audio to text: what `from rwkv_speech import SpeechLM` gives."""
 
     def transcribe(
-        self, audio: Audio | Iterable[Audio], batch_size: int = 8, max_new_tokens: int | None = None, task: str = ""
+        self, audio: Audio | Iterable[Audio], batch_size: int = 8, task: str = "", **options: Any
     ) -> list[Transcript]:
         """A file, its bytes or a waveform (S,) at 16 kHz, or a list of these -> a Transcript of each, in order.
 
         A waveform holds floating-point numbers between -1 and 1, or int16. `task` names a learned state where there
-        are several. Raises AudioError for what cannot be decoded; warns of audio much longer than the weights were
-        trained on.
+        are several; `options` are those of predict.py, as config.DecodeFlags explains them: `beam=4`,
+        `word_timestamps=True`, `temperature=0.0`. Raises AudioError for what cannot be decoded, and UserError for an
+        option that is unknown or out of range.
         """
         one = isinstance(audio, Audio | Mapping | io.IOBase) or not isinstance(audio, Iterable)
         items: Any = [audio] if one else audio
         found = []
-        for _, result in transcribe(self, items, batch_size, max_new_tokens, task):
+        for _, result in transcribe(self, items, batch_size, task, Options.given(**options)):
             if isinstance(result, BadSample):
                 raise AudioError(result.reason)
             found.append(result)
-        if note := length_note(self, (transcript.seconds for transcript in found)):
-            warnings.warn(note, stacklevel=2)
         return found
-
-
-@torch.no_grad()
-def decode_batch(model: speech_lm.SpeechLM, batch: Batch, max_new_tokens: int | None = None) -> list[Transcript]:
-    """Transcripts of a batch on the model's device, at most `max_new_tokens` each, by default 25 a second."""
-    found: dict[int, Transcript] = {}
-    for done in Engine(model, slots=max(1, len(batch))).run(_requests(batch, max_new_tokens)):
-        sample, text = done.request.sample, done.hypotheses[0]
-        ids = list(text.ids)
-        found[done.request.key] = _transcript(
-            model.tokenizer.decode(ids), ids, sample.duration, text.cut, sample.task, sample.lang
-        )
-    return [found[index] for index in range(len(batch))]
-
-
-def _requests(batch: Batch, max_new_tokens: int | None) -> Iterator[Request]:
-    for key, sample in enumerate(batch.samples()):
-        limit = max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * sample.duration))
-        yield Request(key, sample, limit if max_new_tokens is None else max_new_tokens)
-
-
-def _transcript(text: str, ids: list[int], seconds: float, cut: bool, task: str, lang: str | None) -> Transcript:
-    segment = Segment(0, 0.0, seconds, text, ids, 0.0, 0.0, 0.0, 0.0, cut)
-    return Transcript(text, [segment], seconds, task, lang)
-
-
-def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, max_new_tokens: int | None = None) -> list[Row]:
-    """The rows of a data set's batch, with its references."""
-    names = zip(batch.ids, batch.indices, batch.texts, batch.langs, batch.tasks, strict=True)
-    return [
-        Row(name, index, ref, found.text, lang, task, found.seconds, found.cut)
-        for (name, index, ref, lang, task), found in zip(names, decode_batch(model, batch, max_new_tokens), strict=True)
-    ]
 
 
 def transcribe(
     model: speech_lm.SpeechLM,
     audio: Iterable[Audio],
     batch_size: int = 8,
-    max_new_tokens: int | None = None,
     task: str = "",
+    options: Options = Options(),  # noqa: B008 (it is frozen)
 ) -> Iterator[tuple[int, Transcript | BadSample]]:
     """Each recording's number and transcript, in order, as they are made; a broken one gives a BadSample."""
-    for name, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if number is not None and number < 1:
-            raise UserError(f"{name}: found {number}, expected at least 1; leave it out for the default")
+    if batch_size < 1:
+        raise UserError(f"batch_size: found {batch_size}, expected at least 1; leave it out for the default")
     task = one_task("the weights", dict(model.initial_states.items()), task)
-    device = next(model.trained_parameters()).device
-    numbered = enumerate(audio)
-    while window := list(itertools.islice(numbered, _WINDOW * batch_size)):
-        samples = [_sample(item, index, task) for index, item in window]
-        results: dict[int, Transcript | BadSample] = {s.index: s for s in samples if isinstance(s, BadSample)}
-        good = sorted((s for s in samples if isinstance(s, Sample)), key=lambda s: s.duration)
-        for start in range(0, len(good), batch_size):
-            batch = collate(good[start : start + batch_size]).to(device)
-            results.update(zip(batch.indices, decode_batch(model, batch, max_new_tokens), strict=True))
-        yield from sorted(results.items())
+    recordings = (recording_of(item, number, task) for number, item in enumerate(audio))
+    results: dict[int, Transcript | BadSample] = {}
+    wanted = 0
+    for recording, result in Transcriber(model, options, batch_size).run(recordings):
+        results[recording.key] = replace(result, index=recording.key) if isinstance(result, BadSample) else result
+        while wanted in results:
+            yield wanted, results.pop(wanted)
+            wanted += 1
 
 
-def _sample(audio: Any, index: int, task: str) -> Sample | BadSample:
-    name = str(audio) if isinstance(audio, (str, Path)) else f"audio {index + 1}"
-    try:
+def transcribe_batches(
+    model: speech_lm.SpeechLM, batches: Iterable[Batch], options: Options = GREEDY, slots: int = 0
+) -> Iterator[Row]:
+    """The rows of a data set's batches, with its references, as they are done; by default of the first one's size."""
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return
+    rows: dict[int, Row] = {}
+    recordings = _recordings(itertools.chain([first], batches), rows)
+    for recording, found in Transcriber(model, options, slots or max(1, len(first))).run(recordings):
+        assert isinstance(found, Transcript)
+        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut)
+
+
+def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:
+    """The rows of one batch, in its order."""
+    rows = {row.index: row for row in transcribe_batches(model, [batch], options)}
+    return [rows[index] for index in batch.indices]
+
+
+def _recordings(batches: Iterable[Batch], rows: dict[int, Row]) -> Iterator[Recording]:
+    """The utterances of batches; what is known of each goes into `rows`, by its place in the data set."""
+    for batch in batches:
+        for ref, sample in zip(batch.texts, batch.samples(), strict=True):
+            row = Row(sample.id, sample.index, ref, "", sample.lang, sample.task, sample.duration, False)
+            rows[sample.index] = row
+            blocks = lambda samples=sample.waveform: [samples]  # noqa: E731
+            yield Recording(sample.index, sample.id, blocks, sample.task, sample.lang, sample.normalised)
+
+
+def recording_of(audio: Any, number: int, task: str) -> Recording:
+    """What Python was given as a recording; what cannot be one raises AudioError when it is read."""
+    name = str(audio) if isinstance(audio, (str, Path)) else f"audio {number + 1}"
+
+    def blocks() -> Iterable[Tensor]:
         if isinstance(audio, (Tensor, np.ndarray)):
-            waveform = _waveform(audio, name)
-        elif isinstance(audio, (str, Path, bytes)):
-            waveform = load_audio(audio)
-        else:
-            raise AudioError(
-                f"{name}: found {type(audio).__name__}, expected a path, the bytes of a file or a waveform"
-            )
-    except AudioError as error:
-        return BadSample(index, name, str(error))
-    return Sample(name, waveform, "", [], len(waveform) / SAMPLE_RATE, index, task)
+            return [_waveform(audio, name)]
+        if isinstance(audio, (str, Path, bytes)):
+            return [load_audio(audio, name=name)]
+        raise AudioError(f"{name}: found {type(audio).__name__}, expected a path, the bytes of a file or a waveform")
+
+    return Recording(number, name, blocks, task)
 
 
 def _waveform(samples: Tensor | np.ndarray, name: str) -> Tensor:
@@ -145,17 +301,3 @@ def _waveform(samples: Tensor | np.ndarray, name: str) -> Tensor:
     if not waveform.isfinite().all():
         raise AudioError(f"{name}: holds NaN or infinite samples; expected finite audio")
     return waveform
-
-
-def length_note(model: speech_lm.SpeechLM, seconds: Iterable[float]) -> str:
-    """A line about the recordings that are much longer than those of training; empty if none is."""
-    known = model.trained_on
-    longest = known.longest_seconds if known else _LONGEST_IF_UNKNOWN
-    beyond = [s for s in seconds if s > _LENGTHS_BEYOND * longest]
-    if not beyond:
-        return ""
-    trained = f"were trained on up to {longest:.1f} s" if known else "do not say what lengths they were trained on"
-    return (
-        f"{len(beyond)} recording(s) of up to {max(beyond):.1f} s, but the weights {trained}: words may be missing; "
-        "cut the audio into shorter pieces"
-    )

@@ -15,8 +15,9 @@ from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.source import Source
+from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Row, write_rows
-from rwkv_speech.decoding.transcribe import length_note, transcribe_batch
+from rwkv_speech.decoding.transcribe import transcribe_batch
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.models.checkpoint import one_task
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -25,13 +26,12 @@ from rwkv_speech.scoring.metrics import Scores, score_rows
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one data set, its texts, how long it took, and a note on lengths the weights were not made for."""
+    """The scores of one data set, its texts, and how long it took."""
 
     name: str
     scores: Scores
     rows: list[Row]
     compute_seconds: float
-    note: str = ""
 
     @property
     def audio_seconds(self) -> float:
@@ -74,7 +74,7 @@ class Evaluation:
         ]
         if langs := self.by_lang():
             lines.insert(2, "  WER " + ", ".join(f"{lang} {100 * x.wer:.2f} %" for lang, x in langs.items()))
-        return "\n".join([*lines, f"  warning: {self.note}"] if self.note else lines)
+        return "\n".join(lines)
 
     def write(self, folder: Path, stem: str) -> list[Path]:
         """Texts as `stem`.jsonl, numbers as `stem`.json."""
@@ -102,7 +102,7 @@ def evaluate(
     name: str,
     batch_size: int,
     bad_files: BadFileLog,
-    max_new_tokens: int | None = None,
+    options: Options,
     *,
     task: str = "",
     progress: Callable[[int], object] = lambda _: None,
@@ -122,10 +122,10 @@ def evaluate(
         bad_files.add(batch.bad, name)
         moved = batch.to(device)
         started = time.perf_counter()
-        rows += transcribe_batch(model, moved, max_new_tokens)
+        rows += transcribe_batch(model, moved, options)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         spent += time.perf_counter() - started
         progress(len(batch) + len(batch.bad))
     bad_files.require_used(len(rows), name)
-    return Evaluation(name, score_rows(rows), rows, spent, length_note(model, (row.seconds for row in rows)))
+    return Evaluation(name, score_rows(rows), rows, spent)
