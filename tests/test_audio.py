@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from rwkv_speech import audio
-from rwkv_speech.audio import AudioError, audio_seconds, load_audio, num_audio_tokens, num_frames
+from rwkv_speech.audio import AudioError, audio_seconds, load_audio, num_audio_tokens, num_frames, read_blocks
 
 
 def tone(rate: int, seconds: float, hertz: float = 440.0) -> np.ndarray:
@@ -121,3 +121,62 @@ def test_channels_that_cancel_each_other_out_give_the_loudest_with_a_note(
 def test_import_takes_neither_pyav_nor_torchaudio():
     code = "import sys, rwkv_speech.audio; sys.exit(bool({'av', 'torchaudio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 0.77])
+@pytest.mark.parametrize("rate", [4_000, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 15_998])
+def test_blocks_are_those_of_the_whole(tmp_path: Path, rate: int, seconds: float):
+    file = tmp_path / "noise.flac"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(1.73 * rate)).astype(np.float32)
+    soundfile.write(file, noise, rate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_speech.media._BLOCK", 97)
+        blocks = list(read_blocks(file, seconds))
+    whole = load_audio(file)
+    assert len(blocks) > 1.73 / (seconds + 0.1) and max(map(len, blocks)) < 16_000 * seconds + 2_000
+    found = torch.cat(blocks)
+    assert len(found) == len(whole) and (found - whole).abs().max() <= 1e-6
+    if rate == 16_000:
+        assert torch.equal(found, whole)
+    if rate != 15_998:
+        from torchaudio.functional import resample
+
+        stored = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
+        assert (whole - resample(stored, rate, 16_000)).abs().max() <= 1e-6
+
+
+def test_blocks_decide_from_what_came_so_far_whether_channels_cancel_each_other_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    file, x = tmp_path / "a.wav", tone(16_000, 1.0)
+    silence = np.zeros_like(x)
+    left, right = np.concatenate([silence, x, x]), np.concatenate([silence, -0.9 * x, -0.9 * x])
+    soundfile.write(file, np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
+    assert np.allclose(torch.cat(list(read_blocks(file, 0.25))), left)
+    assert caplog.text.count("cancel each other out") == 1
+    soundfile.write(file, np.stack([left, np.abs(right)], axis=1), 16_000, subtype="FLOAT")
+    assert torch.equal(torch.cat(list(read_blocks(file, 0.25))), load_audio(file))
+    assert caplog.text.count("cancel each other out") == 1
+
+
+def test_an_hour_takes_no_more_memory_than_a_minute(tmp_path: Path):
+    """In a process of its own, in which only the longer file is new."""
+    for name, minutes in (("minute", 1), ("hour", 60)):
+        with soundfile.SoundFile(tmp_path / f"{name}.flac", "w", 16_000, 1) as file:
+            for _ in range(minutes):
+                file.write(np.zeros(60 * 16_000, np.float32))
+    code = """
+import sys
+from pathlib import Path
+from rwkv_speech.audio import read_blocks
+
+def peak(path):
+    assert sum(map(len, read_blocks(path))) > 0
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+minute, hour = map(peak, sys.argv[1:])
+sys.exit(hour > minute + 30_000)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "minute.flac"), str(tmp_path / "hour.flac")]
+    assert subprocess.run(command, check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hard_files import HERTZ, SECONDS, encode, hard_files, heard, sound, tones, with_data_size
 
-from rwkv_speech.audio import AudioError, audio_seconds, load_audio
+from rwkv_speech.audio import AudioError, audio_seconds, load_audio, read_blocks
 
 HARD_FILES = hard_files()
 
@@ -23,6 +23,8 @@ def test_all_that_a_file_holds_is_decoded_whatever_its_header_says(tmp_path: Pat
     assert torch.equal(load_audio(content, name=name), waveform)
     assert audio_seconds(path) == pytest.approx(len(waveform) / 16_000, abs=0.1)
     assert audio_seconds(content) == audio_seconds(path)
+    blocks = torch.cat(list(read_blocks(path, 0.3)))
+    assert len(blocks) == len(waveform) and (blocks - waveform).abs().max() <= 1e-6
     part = load_audio(path, offset=0.5, duration=0.5)
     assert len(part) == 8_000 and torch.allclose(part[1_000:7_000], waveform[9_000:15_000], atol=2e-4)
 
@@ -63,6 +65,23 @@ def test_what_cannot_be_used_is_named_with_the_reason(tmp_path: Path, name: str)
         load_audio(tmp_path / name)
     with pytest.raises(AudioError, match=f"^{name}: .*{reason}"):
         load_audio(content, name=name)
+
+
+@pytest.mark.parametrize("name", ["cut.wav", "cut_law.wav", "cut.flac", "damaged.flac", "promised.wav"])
+def test_what_was_read_before_an_error_is_not_lost(name: str):
+    whole, found = torch.from_numpy(tones()), []
+    with pytest.raises(AudioError, match="is cut off or damaged"):
+        found.extend(read_blocks(BROKEN[name][0], 0.1))
+    waveform = torch.cat(found)
+    assert 14_000 < len(waveform) < 40_000 and torch.allclose(waveform[:14_000], whole[:14_000], atol=0.03)
+
+
+def test_what_was_read_before_a_sample_that_is_no_number_is_not_lost():
+    samples = np.concatenate([tones(), [np.nan], tones()])
+    found = []
+    with pytest.raises(AudioError, match="NaN"):
+        found.extend(read_blocks(sound(samples, "WAV", "FLOAT"), 0.5))
+    assert len(found) in (0, 4)
 
 
 def test_what_is_no_file_is_named(tmp_path: Path):

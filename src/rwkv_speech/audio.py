@@ -3,11 +3,13 @@
 S samples · C channels · F frames · A audio tokens
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.errors import AudioError as AudioError
-from rwkv_speech.media import Decoded, check_size, decode, measure, opened
+from rwkv_speech.media import FAILURES, Block, check_size, decode, measure, opened
+from rwkv_speech.media import check_duration as check_duration
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +36,6 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 
 MIN_SAMPLES = receptive_field(CONV_KERNELS, CONV_STRIDES)  # 400
 
-# People round the durations of manifests, some to whole seconds.
-_ROUNDING_SECONDS, _ROUNDING = 0.5, 1.01
 # torchaudio builds a dense filter of rate x rate / gcd^2 taps: 0.1 M for 44.1 kHz, 256 M for 15,999 Hz.
 _MAX_RESAMPLE_TAPS = 20_000_000
 # The mean of unrelated channels has the power of all of them by C^2; far below that, they cancel each other out.
@@ -71,21 +72,48 @@ def load_audio(
     Raises AudioError for a file that is missing, undecodable, cut off, empty or not finite, for a segment outside it,
     and for a `duration` that is above what there is by more than rounding.
     """
+    blocks = list(read_blocks(source, math.inf, offset, duration, name=name))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def read_blocks(
+    source: str | Path | bytes,
+    seconds: float = 30.0,
+    offset: float = 0.0,
+    duration: float | None = None,
+    *,
+    name: str | None = None,
+) -> Iterator[Tensor]:
+    """Decode a recording of any length, as `load_audio` does, in blocks (S,) of about `seconds`, in constant memory.
+
+    One after another they are what `load_audio` gives, where it resamples to 1e-6: how a convolution rounds depends on
+    its length. Whether channels cancel each other out is decided from what came so far.
+
+    Raises AudioError as `load_audio`, after the blocks that could be decoded.
+    """
     label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
     if not (0 <= offset < math.inf) or (duration is not None and not (0 < duration < math.inf)):
         raise AudioError(
             f"{label}: segment offset {offset!r} s, duration {duration!r} s; expected an offset of 0 or "
             "more and a duration above 0, both finite"
         )
+    failures = list[Exception]()
+
+    def decoded(file: BinaryIO) -> Iterator[Block]:
+        try:
+            yield from decode(file, label, offset, duration)
+        except FAILURES as error:
+            failures.append(error)
+
     with opened(source, label) as file:
-        decoded = decode(file, label, offset, duration)
-        _check_segment(decoded, label, offset, duration)
-        parts = [_resample(_mono(samples, label), rate, label) for samples, rate in decoded.pieces]
-        waveform = parts[0] if len(parts) == 1 else torch.cat(parts)
-    # A finite sum has finite terms only, and takes a twentieth of the time.
-    if not (waveform.sum().isfinite() or waveform.isfinite().all()):
-        raise AudioError(f"{label}: holds NaN or infinite samples; expected finite audio: export it again")
-    return waveform
+        for (rate, _), run in itertools.groupby(decoded(file), lambda block: (block[1], block[0].shape[1])):
+            mixer, resampler = _Mixer(label), _Resampler(rate, label)
+            for samples in _joined(run, seconds * rate, label):
+                yield _finite(resampler.push(mixer.mono(samples)), label)
+            if len(rest := resampler.finish()):
+                yield _finite(rest, label)
+        if failures:
+            raise failures[0]
 
 
 def audio_seconds(source: str | Path | bytes, *, name: str | None = None) -> float:
@@ -98,64 +126,119 @@ def audio_seconds(source: str | Path | bytes, *, name: str | None = None) -> flo
         return measure(file, label)
 
 
-def check_duration(seconds: float, claimed: float | None, label: str) -> None:
-    """Raise AudioError if the `claimed` duration is above the decoded `seconds` by more than rounding."""
-    if claimed is not None and claimed > _ROUNDING * seconds + _ROUNDING_SECONDS:
-        raise AudioError(
-            f"{label}: lasts {seconds:.3f} s, expected the {claimed:.3f} s that its duration says: mend it, or copy "
-            "the audio again"
-        )
+def _joined(blocks: Iterator[Block], size: float, label: str) -> Iterator[NDArray[np.float32]]:
+    """Blocks (S, C) of one rate as blocks of at least `size` samples, but for the last."""
+    waiting, count = list[NDArray[np.float32]](), 0
+    for samples, _ in blocks:
+        waiting.append(samples)
+        count += len(samples)
+        check_size(count * samples.shape[1], label)
+        if count >= size:
+            yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            waiting, count = [], 0
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
 
 
-def _check_segment(decoded: Decoded, label: str, offset: float, duration: float | None) -> None:
-    end = decoded.end
-    if end == 0:
-        raise AudioError(f"{label}: holds no audio; expected at least one sample: remove it or record it again")
-    if not decoded.pieces:
-        length = "" if duration is None else f" of {duration} s"
-        raise AudioError(
-            f"{label}: its segment at {offset} s{length} holds no sample; it was read to {end:.3f} s: mend it"
-        )
-    check_duration(end - offset, duration, f"{label} from {offset:g} s on" if offset else label)
+def _finite(waveform: Tensor, label: str) -> Tensor:
+    # A finite sum has finite terms only, and takes a twentieth of the time.
+    if not (waveform.sum().isfinite() or waveform.isfinite().all()):
+        raise AudioError(f"{label}: holds NaN or infinite samples; expected finite audio: export it again")
+    return waveform
 
 
-def _mono(samples: NDArray[np.float32], label: str) -> Tensor:
-    """(S, C) -> (S,): the mean of the channels, or the loudest where they cancel each other out."""
-    channels = samples.shape[1]
-    if channels == 1:
-        return torch.from_numpy(samples[:, 0])
-    tracks = torch.from_numpy(samples).T.contiguous()
-    mean, powers = tracks.mean(0), tracks.var(1, correction=0)
-    if mean.var(correction=0) < _CANCELLED * powers.sum() / channels**2:
-        loudest = int(powers.argmax())
-        logger.warning(
-            "note: %s: its channels cancel each other out, as when one is inverted; only channel %d of %d is used",
-            label, loudest + 1, channels,
-        )  # fmt: skip
+class _Mixer:
+    """From channels to one: their mean, or the loudest where they cancel each other out."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._is_told = label, False
+        self._count, self._centres, self._powers = 0, torch.zeros(1), torch.zeros(1)  # of the channels and their mean
+
+    def mono(self, samples: NDArray[np.float32]) -> Tensor:
+        """The next (S, C) -> (S,)."""
+        channels = samples.shape[1]
+        if channels == 1:
+            return torch.from_numpy(samples[:, 0])
+        tracks = torch.from_numpy(samples).T.contiguous()
+        mean = tracks.mean(0)
+        self._add(len(samples), *(torch.cat([f(tracks, 1), f(mean[None], 1)]).double() for f in (torch.mean, _power)))
+        *powers, of_mean = self._powers.tolist()
+        if of_mean >= _CANCELLED * sum(powers) / channels**2:
+            return mean
+        loudest = powers.index(max(powers))
+        if not self._is_told:
+            self._is_told = True
+            logger.warning(
+                "note: %s: its channels cancel each other out, as when one is inverted; only channel %d of %d is used",
+                self._label, loudest + 1, channels,
+            )  # fmt: skip
         return tracks[loudest].clone()
-    return mean
+
+    def _add(self, count: int, centres: Tensor, powers: Tensor) -> None:
+        """Means and variances of all samples so far from those of a block (Chan et al., 1979)."""
+        self._count += count
+        share, change = count / self._count, centres - self._centres
+        self._powers = (1 - share) * self._powers + share * powers + share * (1 - share) * change.square()
+        self._centres = self._centres + share * change
 
 
-def _resample(mono: Tensor, rate: int, label: str) -> Tensor:
-    """(S,) at `rate` -> (S,) at 16 kHz."""
-    if rate == SAMPLE_RATE:
-        return mono
-    check_size(len(mono) * SAMPLE_RATE / rate, label)
-    common = math.gcd(rate, SAMPLE_RATE)
-    if (rate // common) * (SAMPLE_RATE // common) > _MAX_RESAMPLE_TAPS:
-        return _resample_any(mono, rate)
-    from torchaudio.functional import resample
-
-    resampled: Tensor = resample(mono, rate, SAMPLE_RATE)
-    return resampled
+def _power(tracks: Tensor, dim: int) -> Tensor:
+    return tracks.var(dim, correction=0)
 
 
-def _resample_any(mono: Tensor, rate: int) -> Tensor:
-    """FFmpeg's interpolated filter, for rates with no useful ratio to 16 kHz."""
-    import av
+class _Resampler:
+    """From `rate` to 16 kHz, block by block."""
 
-    frame = av.AudioFrame.from_ndarray(mono.numpy()[None], format="flt", layout="mono")
-    frame.sample_rate = rate
-    resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-    blocks = [block.to_ndarray()[0] for part in (frame, None) for block in resampler.resample(part)]
-    return torch.from_numpy(np.concatenate(blocks))
+    def __init__(self, rate: int, label: str) -> None:
+        self._rate, self._label = rate, label
+        common = math.gcd(rate, SAMPLE_RATE)
+        # So many samples become so many.
+        self._step, self._made = rate // common, SAMPLE_RATE // common
+        self._is_sinc = rate != SAMPLE_RATE and self._step * self._made <= _MAX_RESAMPLE_TAPS
+        self._waiting, self._skip = torch.zeros(0), 0  # what the next steps see; the first ones of them are made
+        self._any: Any = None
+
+    def push(self, mono: Tensor) -> Tensor:
+        """The next (S,) -> what they make certain."""
+        if self._rate == SAMPLE_RATE:
+            return mono
+        check_size(len(mono) * SAMPLE_RATE / self._rate, self._label)
+        if not self._is_sinc:
+            return self._through_ffmpeg(mono)
+        sinc = _sinc(self._rate)
+        samples = torch.cat([self._waiting, mono]) if len(self._waiting) else mono
+        steps = (len(samples) - sinc.width) // self._step
+        if steps <= self._skip:
+            self._waiting = samples
+            return samples[:0]
+        made: Tensor = sinc(samples)[self._skip * self._made : steps * self._made]
+        # A step sees `width` samples before it and behind it.
+        self._skip = min(steps, -(-sinc.width // self._step))
+        self._waiting = samples[(steps - self._skip) * self._step :].clone()
+        return made
+
+    def finish(self) -> Tensor:
+        """The rest (S,)."""
+        if self._is_sinc and len(self._waiting):
+            rest: Tensor = _sinc(self._rate)(self._waiting)[self._skip * self._made :]
+            return rest
+        return self._through_ffmpeg(None) if self._any else torch.zeros(0)
+
+    def _through_ffmpeg(self, mono: Tensor | None) -> Tensor:
+        """Its interpolated filter, for rates with no useful ratio to 16 kHz; None for the rest."""
+        import av
+
+        self._any = self._any or av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        frame = None
+        if mono is not None:
+            frame = av.AudioFrame.from_ndarray(mono.numpy()[None], format="flt", layout="mono")
+            frame.sample_rate = self._rate
+        blocks = [block.to_ndarray()[0] for block in self._any.resample(frame)]
+        return torch.from_numpy(np.concatenate(blocks)) if blocks else torch.zeros(0)
+
+
+@lru_cache(8)
+def _sinc(rate: int) -> Any:
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, SAMPLE_RATE, dtype=torch.float32)

@@ -13,10 +13,10 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -39,14 +39,14 @@ _PLAIN_SUBTYPES = frozenset(
     "PCM_U8 PCM_S8 PCM_16 PCM_24 PCM_32 FLOAT DOUBLE G721_32 NMS_ADPCM_16 NMS_ADPCM_24 NMS_ADPCM_32".split()
 )
 # Bytes that FFmpeg reads and values (samples x channels) that libsndfile reads at a time, and the most kept: 8 GiB.
-_BUFFER, _BLOCK, _MOST_VALUES = 1 << 17, 1 << 22, 1 << 31
+_BUFFER, _BLOCK, _MOST_VALUES = 1 << 17, 1 << 20, 1 << 31
+# People round the durations of manifests, some to whole seconds.
+_ROUNDING_SECONDS, _ROUNDING = 0.5, 1.01
+# What decoders raise for broken files.
+FAILURES = (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError)
 
-
-class Decoded(NamedTuple):
-    """The wanted samples as pieces (S, C) float32 with their rates, and the second at which decoding ended."""
-
-    pieces: list[tuple[NDArray[np.float32], int]]
-    end: float
+# Samples (S, C) float32 and their rate.
+Block = tuple[NDArray[np.float32], int]
 
 
 class _Undecodable(AudioError):
@@ -60,9 +60,36 @@ class _Undecodable(AudioError):
         )
 
 
-def decode(file: BinaryIO, label: str, offset: float, duration: float | None) -> Decoded:
-    """Decode a segment (s) of an open file, without a `duration` up to its end; raises AudioError."""
-    return _read_plain(file, label, offset, duration) or _read_any(file, label, offset, duration)
+def decode(file: BinaryIO, label: str, offset: float, duration: float | None) -> Iterator[Block]:
+    """Yield a segment (s) of an open file in blocks, without a `duration` up to its end.
+
+    Raises AudioError, behind the blocks if it is for what comes after them.
+    """
+    is_empty = True
+    blocks = _decode(file, label, offset, duration)
+    try:
+        while True:
+            yield next(blocks)
+            is_empty = False
+    except StopIteration as stop:
+        end: float = stop.value
+    if end == 0:
+        raise AudioError(f"{label}: holds no audio; expected at least one sample: remove it or record it again")
+    if is_empty:
+        length = "" if duration is None else f" of {duration} s"
+        raise AudioError(
+            f"{label}: its segment at {offset} s{length} holds no sample; it was read to {end:.3f} s: mend it"
+        )
+    check_duration(end - offset, duration, f"{label} from {offset:g} s on" if offset else label)
+
+
+def check_duration(seconds: float, claimed: float | None, label: str) -> None:
+    """Raise AudioError if the `claimed` duration is above the decoded `seconds` by more than rounding."""
+    if claimed is not None and claimed > _ROUNDING * seconds + _ROUNDING_SECONDS:
+        raise AudioError(
+            f"{label}: lasts {seconds:.3f} s, expected the {claimed:.3f} s that its duration says: mend it, or copy "
+            "the audio again"
+        )
 
 
 def measure(file: BinaryIO, label: str) -> float:
@@ -74,7 +101,12 @@ def measure(file: BinaryIO, label: str) -> float:
             if sound.format == "FLAC":
                 with _ffmpeg(file, label) as (container, stream):
                     return sum(float((packet.duration or 0) * stream.time_base) for packet in container.demux(stream))
-    return _read_any(file, label, 0.0, None).end
+    blocks = _read_any(file, label, 0.0, None)
+    try:
+        while True:
+            next(blocks)
+    except StopIteration as stop:
+        return float(stop.value)
 
 
 @contextmanager
@@ -86,7 +118,7 @@ def opened(source: str | Path | bytes, label: str) -> Iterator[BinaryIO]:
             yield _without_tag(file)
         except AudioError:
             raise
-        except (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
+        except FAILURES as error:
             raise _Undecodable(label, error) from error
 
 
@@ -119,8 +151,34 @@ def _without_tag(file: BinaryIO) -> BinaryIO:
     length = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
     if length >= size:
         return file
-    file.seek(length)
-    return _without_tag(io.BytesIO(file.read(size - length)))
+    return _without_tag(_Part(file, length, size))
+
+
+class _Part(io.RawIOBase, BinaryIO):
+    """Some of an open file's bytes, as a file."""
+
+    def __init__(self, file: BinaryIO, first: int, last: int) -> None:
+        self._file, self._first, self._size, self._at = file, first, last - first, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._first + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def _plain_size(file: BinaryIO) -> int:
@@ -139,49 +197,61 @@ def _libsndfile(file: BinaryIO) -> soundfile.SoundFile:
     return soundfile.SoundFile(file.fileno() if isinstance(file, io.FileIO) else file, closefd=False)
 
 
-def _read_plain(file: BinaryIO, label: str, offset: float, duration: float | None) -> Decoded | None:
-    """Read a segment of a WAV or FLAC of plain samples that is what its header says; None of any other file."""
-    size = _plain_size(file)
-    if not size:
-        return None
-    with suppress(soundfile.SoundFileError), _libsndfile(file) as sound:
-        decoded = _read_libsndfile(sound, label, offset, duration) if sound.subtype in _PLAIN_SUBTYPES else None
-        # Behind the end of a FLAC whose header promises too little, there is something left to read.
-        is_end = decoded and decoded.end * sound.samplerate >= sound.frames
-        if not (is_end and sound.format == "FLAC" and file.tell() < size):
-            return decoded
-    return None
+def _decode(file: BinaryIO, label: str, offset: float, duration: float | None) -> Generator[Block, None, float]:
+    """Yield a segment; returns where it ends."""
+    size, given = _plain_size(file), 0
+    if size:
+        with suppress(soundfile.SoundFileError), _libsndfile(file) as sound:
+            if sound.subtype in _PLAIN_SUBTYPES:
+                blocks = _read_libsndfile(sound, offset, duration)
+                try:
+                    while True:
+                        block = next(blocks)
+                        given += len(block[0])
+                        yield block
+                except StopIteration as stop:
+                    end: float | None = stop.value
+                # Behind the end of a FLAC whose header promises too little, there is something left to read.
+                is_end = end is not None and end * sound.samplerate >= sound.frames
+                if end is not None and not (is_end and sound.format == "FLAC" and file.tell() < size):
+                    return end
+    # The header lies, or there is damage: FFmpeg goes on.
+    return (yield from _read_any(file, label, offset, duration, given))
 
 
-def _read_libsndfile(sound: soundfile.SoundFile, label: str, offset: float, duration: float | None) -> Decoded | None:
-    """Read a segment; None if there is less than the header says."""
+def _read_libsndfile(
+    sound: soundfile.SoundFile, offset: float, duration: float | None
+) -> Generator[Block, None, float | None]:
+    """Yield a segment; returns where it ends, None if there is less than the header says."""
     rate, total = sound.samplerate, sound.frames
     first = round(offset * rate)
     last = total if duration is None else min(first + round(duration * rate), total)
     if not first < total < sys.maxsize:
         return None
-    begin = sound.seek(first) if sound.seekable() else 0
-    blocks, step = [], max(1, _BLOCK // sound.channels)
+    begin, step = sound.seek(first) if sound.seekable() else 0, max(1, _BLOCK // sound.channels)
     for start in range(begin, last, step):
         wanted = min(step, last - start)
-        check_size((start - begin + wanted) * sound.channels, label)
-        blocks.append(sound.read(wanted, dtype="float32", always_2d=True))
-        if len(blocks[-1]) < wanted:
+        samples = sound.read(wanted, dtype="float32", always_2d=True)
+        if start + len(samples) > first:
+            yield samples[max(0, first - start) :], rate
+        if len(samples) < wanted:
             return None
-    samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks) if blocks else np.empty((0, 1), np.float32)
-    return Decoded([(samples[first - begin :], rate)] if first < last else [], last / rate)
+    return last / rate
 
 
-def _read_any(file: BinaryIO, label: str, offset: float, duration: float | None) -> Decoded:
-    """Read a segment of what FFmpeg knows, or libsndfile alone; raises AudioError."""
+def _read_any(
+    file: BinaryIO, label: str, offset: float, duration: float | None, given: int = 0
+) -> Generator[Block, None, float]:
+    """Yield a segment of what FFmpeg knows, or libsndfile alone, but for the first `given` samples of it."""
     try:
-        return _read_ffmpeg(file, label, offset, duration)
+        return (yield from _read_ffmpeg(file, label, offset, duration, given))
     except _Undecodable:
         # Formats of old programs; what FFmpeg knows and refuses, libsndfile would take for as long as its header says.
+        # FFmpeg raises this before its first block.
         with suppress(soundfile.SoundFileError), _libsndfile(file) as sound:
-            is_old = sound.format not in ("MP3", "OGG", "FLAC")
-            if is_old and (decoded := _read_libsndfile(sound, label, offset, duration)):
-                return decoded
+            is_old = sound.format not in ("MP3", "OGG", "FLAC") and not given
+            if is_old and (end := (yield from _read_libsndfile(sound, offset, duration))):
+                return end
         raise
 
 
@@ -203,28 +273,26 @@ def _ffmpeg(file: BinaryIO, label: str) -> Iterator[tuple[Any, Any]]:
         raise _Undecodable(label, error.strerror) from error
 
 
-def _read_ffmpeg(file: BinaryIO, label: str, offset: float, duration: float | None) -> Decoded:
-    """Read a segment by decoding all that lies before it; in a chain, rate and channels may change."""
-    pieces, end, num_values, chain = [], 0.0, 0, _Chain(file, label)
+def _read_ffmpeg(
+    file: BinaryIO, label: str, offset: float, duration: float | None, given: int
+) -> Generator[Block, None, float]:
+    """Yield a segment by decoding all that lies before it; in a chain, rate and channels may change."""
+    end, chain = 0.0, _Chain(file, label)
     for (rate, _), run in itertools.groupby(chain, lambda frame: (frame.sample_rate, frame.layout.nb_channels)):
-        first = round((offset - end) * rate)
+        first = round((offset - end) * rate) + given
         last = sys.maxsize if duration is None else round((offset + duration - end) * rate)
-        at, blocks = 0, []
+        at = given = 0
         for frame in run:
             if first < at + frame.samples and at < last:
-                blocks.append(_floats(frame)[max(0, first - at) : last - at])
-                num_values += blocks[-1].size
-                check_size(num_values, label)
+                yield _floats(frame)[max(0, first - at) : last - at], rate
             at += frame.samples
             if at >= last:
                 break
         end += at / rate
-        if blocks:
-            pieces.append((np.concatenate(blocks), rate))
         if at >= last:
-            return Decoded(pieces, end)
+            return end
     chain.check(end)
-    return Decoded(pieces, end)
+    return end
 
 
 class _Chain:
@@ -295,23 +363,24 @@ def _ogg_links(file: BinaryIO) -> list[BinaryIO]:
     is that of the link before.
     """
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if file.read(4) != b"OggS":
-        return [file]
-    file.seek(0)
-    content, starts, at, is_first, header = file.read(size), [0], 0, True, b""
-    while content[at : at + 4] == b"OggS" and at + 27 <= size:
-        begins = bool(content[at + 5] & 2)
-        body = at + 27 + content[at + 26]
-        end = body + sum(content[at + 27 : body])
-        if begins and not is_first and content[body:end] != header:
-            starts.append(at)
-        if begins:
-            header = content[body:end]
-        at, is_first = end, begins
+    starts, at, was_first, header = [0], 0, True, b""
+    while True:
+        file.seek(at)
+        page = file.read(27 + 255)
+        if len(page) < 27 or page[:4] != b"OggS":
+            break
+        is_first, body = bool(page[5] & 2), 27 + page[26]
+        length = body + sum(page[27:body])
+        if is_first:
+            file.seek(at + body)
+            content = file.read(length - body)
+            if not was_first and content != header:
+                starts.append(at)
+            header = content
+        at, was_first = at + length, is_first
     if len(starts) == 1:
         return [file]
-    return [io.BytesIO(content[first:last]) for first, last in itertools.pairwise([*starts, size])]
+    return [_Part(file, first, last) for first, last in itertools.pairwise([*starts, size])]
 
 
 def _lacks_data(file: BinaryIO) -> bool:

@@ -125,9 +125,9 @@ class Segmenter:
             limit = _QUIET * audio.square().mean()
             quiet = [(self._begin + i * WINDOW, bool(x.square().mean() < limit)) for i, x in enumerate(loudness)]
         middle = self._begin + len(audio) // 2
-        pauses = [(size, place) for size, place in _runs(quiet) if size >= _SHORT_PAUSE and place >= middle]
+        pauses = [(place >= middle, size, place) for size, place in _runs(quiet) if size >= _SHORT_PAUSE]
         if pauses:
-            place = max(pauses)[1]
+            *_, place = max(pauses)
         else:
             gaps = self._word_gaps(audio) if self._word_gaps else ()
             last = max((gap for gap in gaps if len(audio) // 2 <= gap < len(audio)), default=None)
