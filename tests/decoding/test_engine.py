@@ -18,6 +18,11 @@ LENGTHS = [3_000, 6_000, 1_450, 5_555, 2_000, 9_000, 2_500, 4_000]
 NOTHING = [0, 399, 600]  # no frame, no frame, fewer frames than an audio token has
 
 
+def hypothesis(ids: list[int], logprobs: list[float], entropies: list[float], cut: bool) -> Hypothesis:
+    score = sum(logprobs) / max(1, len(logprobs))
+    return Hypothesis(tuple(ids), tuple(logprobs), tuple(entropies), cut, score)
+
+
 @torch.no_grad()
 def oracle(model: SpeechLM, sample: Sample, limit: int, before: str = "", after: str = "") -> Hypothesis:
     """Reads everything again for every token, as no decoder should."""
@@ -32,11 +37,11 @@ def oracle(model: SpeechLM, sample: Sample, limit: int, before: str = "", after:
         distribution = torch.distributions.Categorical(logits=logits.double())
         token = int(logits.argmax())
         if token != 0 and len(ids) == limit:
-            return Hypothesis(tuple(ids), tuple(logprobs), tuple(entropies), True)
+            return hypothesis(ids, logprobs, entropies, True)
         logprobs.append(float(distribution.log_prob(torch.tensor(token))))
         entropies.append(float(distribution.entropy()))
         if token == 0:
-            return Hypothesis(tuple(ids), tuple(logprobs), tuple(entropies), False)
+            return hypothesis(ids, logprobs, entropies, False)
         ids.append(token)
 
 
@@ -126,7 +131,7 @@ def test_what_holds_no_audio_token_is_done_at_once(ending: SpeechLM):
         engine.submit(request)
     done = engine.poll()
     assert engine.num_unfinished == 0 and len(done) == len(NOTHING)
-    assert all(d.hypotheses == [Hypothesis((), (), (), False)] for d in done)
+    assert all(d.hypotheses == [Hypothesis((), (), (), False, 0.0)] for d in done)
     assert done[0].hypotheses[0].avg_logprob == 0
 
 
@@ -146,3 +151,35 @@ def test_run_takes_requests_as_they_are_wanted(ending: SpeechLM):
     results = Engine(ending, GREEDY, slots=1).run(source)
     assert sum(1 for _ in itertools.islice(results, 3)) == 3 and next(taken) < 12
     assert sum(1 for _ in results) == len(LENGTHS) * 4 - 3
+
+
+def test_samples_are_the_same_in_any_batch_and_the_likeliest_comes_first(ending: SpeechLM):
+    chosen = samples(sounds(LENGTHS))
+    options = Options.given(0.0, best_of=3, top_k=20, top_p=0.95)
+
+    def sampled(slots: int, order: Sequence[Sample], temperature: float = 0.9) -> dict[int, list[Hypothesis]]:
+        wanted = [Request(sample.index, sample, 12, temperature) for sample in order]
+        return {key: done.hypotheses for key, done in decode(Engine(ending, options, slots), wanted).items()}
+
+    found = sampled(4, chosen)
+    assert found == sampled(4, chosen[::-1]) == {k: v for s in chosen for k, v in sampled(4, [s]).items()}
+    for hypotheses in found.values():
+        assert len(hypotheses) == 3 and len({text.ids for text in hypotheses}) > 1
+        scores = [text.avg_logprob for text in hypotheses]
+        assert scores == pytest.approx([text.score for text in hypotheses]) and scores == sorted(scores, reverse=True)
+    assert found != sampled(4, chosen, 0.8)
+    cold = sampled(2, chosen, 1e-4)
+    greedy = decode(Engine(ending, GREEDY, 2), requests(chosen, 12))
+    assert all({text.ids for text in cold[key]} == {done.hypotheses[0].ids} for key, done in greedy.items())
+
+
+def test_greedy_and_sampled_requests_share_the_slots_of_a_beam_search(ending: SpeechLM):
+    chosen = samples(sounds(LENGTHS))
+    engine = Engine(ending, Options.given(0.0, beam=3, best_of=2), slots=2)
+    wanted = [Request(s.index, s, 8, 0.7 * (i % 2)) for i, s in enumerate(chosen)]
+    found = decode(engine, wanted)
+    assert engine.num_unfinished == 0
+    for request in wanted:
+        alone = decode(Engine(ending, Options.given(0.0, beam=3, best_of=2), slots=2), [request])
+        assert found[request.key].hypotheses == alone[request.key].hypotheses
+        assert len(found[request.key].hypotheses) == (2 if request.temperature else 3)

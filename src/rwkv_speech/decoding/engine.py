@@ -4,17 +4,22 @@
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_speech.batch import Sample
+from rwkv_speech.decoding.beam import Beam, candidates
+from rwkv_speech.decoding.draft import Verifier
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader
-from rwkv_speech.decoding.strategy import Hypothesis, Track, measured
+from rwkv_speech.decoding.strategy import Hypothesis, Scores, Strategy, Track
+from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import State
 
@@ -26,8 +31,9 @@ _AHEAD = 4
 class Request:
     """One piece of audio to decode: `key` is the caller's, `limit` the most tokens of its text.
 
-    Above `temperature` 0 the tokens are sampled. `before` is text that stands before the audio, in place of the
-    options' `initial_prompt`.
+    At `temperature` 0 the likeliest tokens are taken, by the options' beam search if its width is above 1; above it the
+    best of several samples. `before` is text that stands before the audio, in place of the options' `initial_prompt`;
+    `draft` is a text to verify, in place of the CTC head's, whatever the options say.
     """
 
     key: Any
@@ -35,68 +41,84 @@ class Request:
     limit: int
     temperature: float = 0.0
     before: str | None = None
+    draft: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """A request's texts, best first, and the CTC head's log-probabilities (F, K) of its frames, on the CPU."""
+    """A request's texts, best first, and the CTC head's log-probabilities (F, K) of its frames, on the CPU.
+
+    `passes` is how often the language model was called for it, one call after the other.
+    """
 
     request: Request
     hypotheses: list[Hypothesis]
     ctc: Tensor | None
+    passes: int
 
 
 @dataclass(eq=False)
-class _Slot:
-    """What a slot is busy with."""
+class _Job:
+    """A request that has been read, and what there is of its `wanted` texts."""
 
     request: Request
     ctc: Tensor | None
-    track: Track
-    token: int = 0  # chosen, and not yet read
+    wanted: int = 1
+    found: list[Hypothesis] = field(default_factory=list)
+    passes: int = 1  # the prefill
+
+    def done(self) -> Done:
+        return Done(self.request, sorted(self.found, key=lambda text: -text.score), self.ctc, self.passes)
 
 
 class Engine:
-    """Decodes requests in `slots` at once; what is found in one does not depend on the others.
+    """Decodes `slots` requests at once; what is found in one does not depend on the others.
 
-    All slots make every step, the empty ones too, so that a step always has one shape. A slot whose text has ended
-    takes the longest of the waiting requests.
+    The states lie in a table of S rows, one for each text: with a beam search each request has as many as beams. All
+    rows make every step, the empty ones too, so that a step always has one shape. Free rows take the longest of the
+    waiting requests. Raises UserError for a draft where the weights have no CTC head.
     """
 
     def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8) -> None:
+        if options.draft and getattr(model, "ctc", None) is None:
+            raise UserError("--draft 1: the weights have no CTC head, whose text it verifies; train one with --ctc 1")
         self._model, self._options = model, options
-        self._reader = Reader(model)
-        self._slots: list[_Slot | None] = [None] * slots
-        self._state = model.lm.zero_state(slots)
-        self._logits: Tensor | None = None  # (S, V) of the next token of each slot
+        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
+        rows = slots * options.beam
+        self._state = model.lm.zero_state(rows)
+        self._logits: Tensor | None = None  # (S, V) of the next token of each row
+        self._jobs: list[_Job | None] = [None] * rows  # whose each row is
+        self._tracks: list[Track | None] = [None] * rows  # the text in each row; those of a beam search may lack one
+        self._beams: list[tuple[_Job, Beam]] = []
+        self._verifiers: list[tuple[_Job, Verifier]] = []
+        self._ready: deque[tuple[_Job, Track, Tensor, State]] = deque()  # texts that wait for a row
         self._waiting: list[tuple[int, int, Request]] = []  # a heap: longest first, then in order
         self._count = itertools.count()
+        self.num_unfinished = 0  # requests that wait or are being decoded
         encode = model.tokenizer.encode
         self._before, self._after = encode(options.initial_prompt), encode(options.prompt)
-
-    @property
-    def num_unfinished(self) -> int:
-        """The requests that wait or are being decoded."""
-        return len(self._waiting) + sum(slot is not None for slot in self._slots)
 
     def submit(self, request: Request) -> None:
         """Have a request decoded by the next calls of `poll`."""
         sample = request.sample
         length = len(sample.waveform if sample.frames is None else sample.frames)
         heapq.heappush(self._waiting, (-length, next(self._count), request))
+        self.num_unfinished += 1
 
     @torch.no_grad()
     def poll(self) -> list[Done]:
-        """One round: a step of the texts in the making, free slots filled, a token chosen for each; what has ended."""
+        """One round: texts go on by a token, drafts by a pass, free rows are filled; what has ended."""
         self._step()
-        return [*self._admit(), *self._choose()]
+        done = [*self._verify(), *self._admit(), *self._choose()]
+        self.num_unfinished -= len(done)
+        return done
 
     def run(self, requests: Iterable[Request]) -> Iterator[Done]:
         """Decode requests, which are taken as they are wanted; results come as they end, in any order."""
         source = iter(requests)
         exhausted = False
         while not exhausted or self.num_unfinished:
-            while not exhausted and len(self._waiting) < _AHEAD * len(self._slots):
+            while not exhausted and len(self._waiting) < _AHEAD * len(self._jobs):
                 request = next(source, None)
                 exhausted = request is None
                 if request is not None:
@@ -104,50 +126,132 @@ class Engine:
             yield from self.poll()
 
     def _step(self) -> None:
-        if any(self._slots):
-            tokens = torch.tensor([slot.token if slot else 0 for slot in self._slots])
+        jobs = {id(job): job for job in self._jobs if job}
+        if jobs:
+            tokens = torch.tensor([track.ids[-1] if track else 0 for track in self._tracks])
             self._logits = self._model.lm.step(tokens.to(self._state.wkv.device, non_blocking=True), self._state)
+        for job in jobs.values():
+            job.passes += 1
 
-    def _admit(self) -> list[Done]:
-        """Fill the free slots from what waits; the requests that hold no audio token have no text, and are done."""
-        done = []
-        free = [number for number, slot in enumerate(self._slots) if slot is None]
-        while free and self._waiting:
-            _, _, request = heapq.heappop(self._waiting)
-            encoded = self._reader.encode(request.sample)
-            if len(encoded.audio) == 0:
-                done.append(Done(request, [Hypothesis((), (), (), cut=False)], encoded.ctc))
-                continue
-            before = self._before if request.before is None else self._model.tokenizer.encode(request.before)
-            logits, state = self._reader.prefill(encoded, request.sample.task, before, self._after)
-            number = free.pop(0)
-            self._place(number, logits, state)
-            self._slots[number] = _Slot(request, encoded.ctc, Track(request.limit))
+    def _verify(self) -> list[Done]:
+        """A pass of each draft; texts whose draft is of no more use go on as the others do."""
+        done, going = list[Done](), []
+        for job, verifier in self._verifiers:
+            drafts = verifier.drafts
+            if not verifier.ended:
+                verifier.advance()
+                job.passes += 1
+            if verifier.ended:
+                job.found.append(verifier.ended)
+                done.append(job.done())
+            elif drafts:
+                going.append((job, verifier))
+            else:
+                self._ready.append((job, verifier.track, verifier.logits, verifier.state))
+        self._verifiers = going
         return done
 
-    def _place(self, number: int, logits: Tensor, state: State) -> None:
-        """Put logits (1, V) and a state of one sequence into a slot."""
+    def _admit(self) -> list[Done]:
+        """Fill the free rows from what waits; requests that hold no audio token have no text, and are done."""
+        done = []
+        free = [row for row, job in enumerate(self._jobs) if job is None]
+        while self._ready and free:
+            self._place(free.pop(0), *self._ready.popleft())
+        while self._waiting and len(free) - len(self._verifiers) - len(self._ready) >= self._rows(self._waiting[0][2]):
+            _, _, request = heapq.heappop(self._waiting)
+            encoded = self._reader.encode(request.sample)
+            job = _Job(request, encoded.ctc)
+            if len(encoded.audio) == 0:
+                done.append(Done(request, [Hypothesis((), (), (), False, 0.0)], encoded.ctc, 0))
+                continue
+            before = self._before if request.before is None else self._model.tokenizer.encode(request.before)
+            self._start(job, *self._reader.prefill(encoded, request.sample.task, before, self._after), free)
+        return done
+
+    def _rows(self, request: Request) -> int:
+        """The free rows that a request waits for."""
+        return self._options.beam if request.temperature == 0 else 1
+
+    def _start(self, job: _Job, logits: Tensor, state: State, free: list[int]) -> None:
+        """Begin the texts of a job that has been read, in the free rows."""
+        request, options = job.request, self._options
+        if request.temperature > 0:
+            job.wanted = options.best_of
+            for number in range(job.wanted):
+                chance = random.Random(f"{options.sampling_seed} {request.temperature} {number}")
+                track = Track(request.limit, request.temperature, chance)
+                self._ready.append((job, track, logits, state))
+            while self._ready and free:
+                self._place(free.pop(0), *self._ready.popleft())
+        elif options.beam > 1:
+            rows = [free.pop(0) for _ in range(options.beam)]
+            track = Track(request.limit)
+            self._place(rows[0], job, track, logits, state)
+            for row in rows[1:]:
+                self._jobs[row] = job
+            self._beams.append((job, Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy)))
+        elif (draft := self._draft(job)) is not None:
+            verifier = Verifier(self._model, self._strategy, Track(request.limit), draft, logits, state)
+            self._verifiers.append((job, verifier))
+        else:
+            self._place(free.pop(0), job, Track(request.limit), logits, state)
+
+    def _draft(self, job: _Job) -> str | None:
+        if job.request.draft is not None or not self._options.draft:
+            return job.request.draft
+        head: Any = self._model.ctc
+        return head.spec.text(job.ctc)
+
+    def _place(self, row: int, job: _Job, track: Track, logits: Tensor, state: State) -> None:
+        """Put a text with its logits (1, V) and its state into a row."""
         if self._logits is None:
-            self._logits = logits.new_zeros(len(self._slots), logits.shape[-1])
-        self._logits[number] = logits[0]
-        for table, row in zip(self._state, state, strict=True):
-            table[:, number] = row[:, 0]
+            self._logits = logits.new_zeros(len(self._jobs), logits.shape[-1])
+        self._jobs[row], self._tracks[row], self._logits[row] = job, track, logits[0]
+        for table, one in zip(self._state, state, strict=True):
+            table[:, row] = one[:, 0]
 
     def _choose(self) -> list[Done]:
-        """Append a token to each text; those that have ended leave their slots."""
-        if self._logits is None:
+        """Append a token to each text; those that have ended leave their rows."""
+        if self._logits is None or not any(self._tracks):
             return []
-        logprobs, entropies = measured(self._logits)
-        best, tokens = logprobs.max(-1)
-        # One copy to the host; token ids are exact in float32.
-        table = torch.stack((tokens.float(), best, entropies)).tolist()
-        done = []
-        for number, (slot, token, logprob, entropy) in enumerate(zip(self._slots, *table, strict=True)):
-            if slot is None:
-                continue
-            slot.token = int(token)
-            found = slot.track.append(slot.token, logprob, entropy, self._model.tokenizer.eos_id)
-            if found is not None:
-                done.append(Done(slot.request, [found], slot.ctc))
-                self._slots[number] = None
+        found = self._strategy.scores(self._logits, self._tracks)
+        searched = {row for _, beam in self._beams for row in beam.slots}
+        tracks = [None if row in searched else track for row, track in enumerate(self._tracks)]
+        done = list[Done]()
+        if any(tracks):
+            for row, (track, choice) in enumerate(zip(tracks, self._strategy.choose(found, tracks), strict=True)):
+                if track and (text := self._strategy.take(track, choice)):
+                    done += self._end(row, text)
+        return done + self._search(found) if self._beams else done
+
+    def _end(self, row: int, text: Hypothesis) -> list[Done]:
+        """Free the row of a text that has ended; the job, if it was its last."""
+        job = self._jobs[row]
+        assert job is not None
+        self._jobs[row] = self._tracks[row] = None
+        job.found.append(text)
+        return [job.done()] if len(job.found) == job.wanted else []
+
+    def _search(self, found: Scores) -> list[Done]:
+        """Move all beam searches on by a token; their states follow in one copy."""
+        done, going, copies = list[Done](), [], list[tuple[int, int]]()
+        best = candidates([beam for _, beam in self._beams], found)
+        for (job, beam), follow in zip(self._beams, best, strict=True):
+            moved = beam.advance(follow)
+            tracks: Sequence[Track | None] = [None] * len(beam.slots) if moved is None else beam.tracks
+            for row, track in zip(beam.slots, tracks, strict=True):
+                self._tracks[row] = track
+            if moved is None:
+                for row in beam.slots:
+                    self._jobs[row] = None
+                job.found = beam.finished
+                done.append(job.done())
+            else:
+                going.append((job, beam))
+                copies += moved
+        self._beams = going
+        if copies:
+            source, target = torch.tensor(copies, device=found.scores.device).T
+            for table in self._state:
+                table[:, target] = table[:, source]
         return done
