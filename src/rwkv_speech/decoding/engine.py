@@ -54,7 +54,7 @@ class Done:
     request: Request
     hypotheses: list[Hypothesis]
     ctc: Tensor | None
-    passes: int
+    passes: int = 1
 
 
 @dataclass(eq=False)

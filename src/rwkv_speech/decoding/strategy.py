@@ -28,7 +28,7 @@ class Hypothesis:
     logprobs: tuple[float, ...]
     entropies: tuple[float, ...]
     cut: bool
-    score: float
+    score: float = 0.0
 
     @property
     def avg_logprob(self) -> float:
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     """A token that is taken: what it was chosen by, and the model's log-probability and entropy there."""
 
     token: int
-    score: float
+    score: float = 0.0
     logprob: float
     entropy: float
 
