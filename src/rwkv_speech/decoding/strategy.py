@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     """A token that is taken: what it was chosen by, and the model's log-probability and entropy there."""
 
     token: int
-    score: float = 0.0
+    score: float
     logprob: float
     entropy: float
 
