@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_speech.audio import SAMPLE_RATE, AudioError, load_audio
+from rwkv_speech.audio import SAMPLE_RATE, AudioError, read_blocks
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.engine import Done, Engine, Request
@@ -281,7 +281,7 @@ def recording_of(audio: Any, number: int, task: str) -> Recording:
         if isinstance(audio, (Tensor, np.ndarray)):
             return [_waveform(audio, name)]
         if isinstance(audio, (str, Path, bytes)):
-            return [load_audio(audio, name=name)]
+            return read_blocks(audio, name=name)
         raise AudioError(f"{name}: found {type(audio).__name__}, expected a path, the bytes of a file or a waveform")
 
     return Recording(number, name, blocks, task)
