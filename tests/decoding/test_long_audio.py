@@ -42,6 +42,7 @@ def test_pieces_are_the_speech_that_the_package_finds(speech: Tensor):
     probabilities = torch.cat([vad.block(block) for block in speech.split(BLOCK)]).tolist()
     expected = get_speech_timestamps_from_probs(
         probabilities,
+        min_speech_duration_ms=160,
         min_silence_duration_ms=PAUSE * 1000 // RATE,
         speech_pad_ms=PAD * 1000 // RATE,
         audio_length_samples=len(speech),

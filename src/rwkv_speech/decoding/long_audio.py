@@ -14,7 +14,7 @@ from rwkv_speech.decoding.vad import BLOCK, WINDOW, Vad
 
 # silero-vad's: speech begins at a window of the first or more, and ends where all are below the second for PAUSE.
 _THRESHOLD, _LOW_THRESHOLD = 0.5, 0.35
-_MIN_SPEECH = SAMPLE_RATE // 4
+_MIN_SPEECH = SAMPLE_RATE * 4 // 25
 # A silence as long as PAUSE parts two pieces and is left out, but for PAD on each side; a shorter one stays.
 PAUSE = SAMPLE_RATE * 3 // 10
 PAD = SAMPLE_RATE * 3 // 100

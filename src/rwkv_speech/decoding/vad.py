@@ -24,13 +24,14 @@ _STRIDES = (1, 2, 2, 1)
 
 
 class Vad:
-    """The probabilities of speech of one recording, which comes in blocks; on the CPU."""
+    """The probabilities of speech of one recording, which comes in blocks; on the CPU.
+
+    It begins as if after a second of silence: the model misses up to half a second of speech that it begins with.
+    """
 
     def __init__(self) -> None:
-        self._weights = _weights()
-        self._lstm = [self._weights[f"decoder.rnn.{name}"] for name in "weight_ih weight_hh bias_ih bias_hh".split()]
         self._before = torch.zeros(_CONTEXT)
-        self._state = [torch.zeros(1, 1, self._lstm[1].shape[1])] * 2
+        self._state = _after_silence()
 
     @torch.no_grad()
     def block(self, samples: Tensor) -> Tensor:
@@ -38,22 +39,40 @@ class Vad:
         num_windows = -(-len(samples) // WINDOW)
         samples = torch.cat([self._before, samples, samples.new_zeros(BLOCK - len(samples))])
         self._before = samples[-_CONTEXT:].clone()
-        return self._probabilities(samples.unfold(0, _CONTEXT + WINDOW, WINDOW))[:num_windows]
+        probabilities, self._state = _step(samples.unfold(0, _CONTEXT + WINDOW, WINDOW), self._state)
+        return probabilities[:num_windows]
 
-    def _probabilities(self, windows: Tensor) -> Tensor:
-        """(W, 576) -> (W,). Matrix products: for so few windows, they take half of the convolutions' time."""
-        bank = self._weights["stft.forward_basis_buffer"][:, 0]
-        x = functional.pad(windows, (0, _CONTEXT), "reflect").unfold(1, bank.shape[1], bank.shape[1] // 2)
-        real, imaginary = functional.linear(x, bank).chunk(2, dim=-1)
-        x = (real.square() + imaginary.square()).sqrt()  # (W, T, C)
-        for number, stride in enumerate(_STRIDES):
-            weight, bias = (self._weights[f"encoder.{number}.reparam_conv.{name}"] for name in ("weight", "bias"))
-            x = functional.pad(x, (0, 0, 1, 1)).unfold(1, 3, stride).flatten(2)
-            x = functional.linear(x, weight.flatten(1), bias).relu()
-        # The windows are the LSTM's time; they have one step left.
-        x, *self._state = torch.lstm(x, self._state, self._lstm, True, 1, 0.0, False, False, False)
-        weight, bias = (self._weights[f"decoder.decoder.2.{name}"] for name in ("weight", "bias"))
-        return functional.linear(x[:, 0].relu(), weight[:, :, 0], bias)[:, 0].sigmoid()
+
+def _step(windows: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(W, 576) and the LSTM's state -> (W,) and the state after them.
+
+    Matrix products: for so few windows, they take half of the convolutions' time.
+    """
+    weights = _weights()
+    bank = weights["stft.forward_basis_buffer"][:, 0]
+    x = functional.pad(windows, (0, _CONTEXT), "reflect").unfold(1, bank.shape[1], bank.shape[1] // 2)
+    real, imaginary = functional.linear(x, bank).chunk(2, dim=-1)
+    x = (real.square() + imaginary.square()).sqrt()  # (W, T, C)
+    for number, stride in enumerate(_STRIDES):
+        weight, bias = (weights[f"encoder.{number}.reparam_conv.{name}"] for name in ("weight", "bias"))
+        x = functional.pad(x, (0, 0, 1, 1)).unfold(1, 3, stride).flatten(2)
+        x = functional.linear(x, weight.flatten(1), bias).relu()
+    # The windows are the LSTM's time; they have one step left.
+    lstm = [weights[f"decoder.rnn.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    x, *state = torch.lstm(x, state, lstm, True, 1, 0.0, False, False, False)
+    weight, bias = (weights[f"decoder.decoder.2.{name}"] for name in ("weight", "bias"))
+    return functional.linear(x[:, 0].relu(), weight[:, :, 0], bias)[:, 0].sigmoid(), state
+
+
+@lru_cache(1)
+def _after_silence() -> list[Tensor]:
+    """The LSTM's state after a second of zeros."""
+    size = _weights()["decoder.rnn.weight_hh"].shape[1]
+    state = [torch.zeros(1, 1, size), torch.zeros(1, 1, size)]
+    with torch.no_grad():
+        for _ in range(4):
+            _, state = _step(torch.zeros(BLOCK_WINDOWS, _CONTEXT + WINDOW), state)
+    return state
 
 
 @lru_cache(1)
