@@ -1,9 +1,12 @@
+import random
 import unicodedata
 
 import pytest
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.text import join_texts, normalise_label, normalise_score
+from rwkv_speech.text import NORMALIZERS, join_texts, normalise_label, normalise_score, normalizer
 
 SAMPLES = [
     "Ｈｅｌｌｏ, World!",
@@ -74,3 +77,40 @@ def test_normalisation_is_idempotent_and_normal(text: str):
 )
 def test_join_texts_puts_blanks_where_a_script_has_them(texts: list[str], whole: str):
     assert join_texts(texts) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("今天天气，很好 ABC 2024年", "今 天 天 气 很 好 abc 2024 年"),
+        ("スーパーﾏﾏ", "ス ー パ ー マ マ"),
+        ("がか\u3099", "が が"),
+        ("人々はgoodだ。", "人 々 は good だ"),
+        ("ข้าวน้ำ ok", "ข้ า ว น้\u0e4d า ok"),
+        ("한국어 말", "한국어 말"),
+        ("the weather's good", "the weather's good"),
+        ("हिन्दी مرحبا", "हिन्दी مرحبا"),
+    ],
+)
+def test_characters_splits_what_is_written_without_blanks_and_leaves_words_whole(text: str, expected: str):
+    assert normalizer("characters")(text) == expected
+
+
+def test_whispers_normalizers_equal_an_independent_copy_of_them():
+    rng = random.Random(0)
+    pieces = (
+        "colour Mr. won't twenty-one $20 million uh [noise] (laughs) 3.14 it's travelled one oh one ﬁn Über 10% "
+        "I'd've mum grey analyse 1,000 first half-past 1960s rock'n'roll £5 you're and a half double three 今天 —"
+    ).split()
+    english, basic = EnglishTextNormalizer(), BasicTextNormalizer()
+    texts = [" ".join(rng.choices(pieces, k=rng.randint(0, 9))) for _ in range(500)]
+    assert [normalizer("whisper-english")(text) for text in texts] == [english(text) for text in texts]
+    assert [normalizer("basic")(text) for text in texts] == [basic(text) for text in texts]
+    assert normalizer("whisper-english")("The COLOUR is grey, isn't it?") == "the color is gray is not it"
+
+
+def test_normalizers_are_known_by_name():
+    assert normalizer("none")(" A,b ") == " A,b " and normalizer() is normalizer(NORMALIZERS[0])
+    assert normalizer()("A, b") == normalise_score("A, b") == "a b"
+    with pytest.raises(UserError, match="--normalizer: found 'nothing', expected one of casefold, characters"):
+        normalizer("nothing")

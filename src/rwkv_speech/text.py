@@ -1,8 +1,12 @@
-"""Transcript normalisation: one for the labels that are learned, one for the words that are scored."""
+"""Transcript normalisation: one for the labels that are learned, several for the words that are scored."""
 
-import re
+import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.resources import files
+
+import regex
 
 from rwkv_speech.errors import UserError
 
@@ -10,11 +14,8 @@ LABEL_MODES = ("none", "lower")
 
 # Typographic apostrophes that stand inside words: right and left quotes, the modifier letter, the prime.
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u2032", "'"))
-
-# A letter of a script that is written without blanks between words: Thai, Lao, Burmese, Khmer, Kana, Han.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
-)
+# A character with its marks, of the scripts that are written without blanks between words.
+UNSPACED = regex.compile(r"(?=[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Lao}\p{scx=Mymr}\p{scx=Khmr}])\X")
 
 
 def join_texts(texts: Iterable[str]) -> str:
@@ -57,3 +58,35 @@ def _score_character(character: str) -> str:
     if category == "Cf":
         return ""
     return " " if category.startswith("P") else character
+
+
+def split_unspaced(text: str) -> str:
+    """normalise_score, with blanks around every character of Han, Kana, Thai, Lao, Burmese and Khmer.
+
+    Other words stay whole. Marks stay with their character.
+    """
+    return " ".join(UNSPACED.sub(r" \g<0> ", normalise_score(text)).split())
+
+
+NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
+
+
+@cache
+def normalizer(name: str = NORMALIZERS[0]) -> Callable[[str], str]:
+    """What makes the form of a text in which words are compared, one of NORMALIZERS.
+
+    "casefold" is normalise_score, "characters" split_unspaced; "basic" and "whisper-english" are whisper's, the latter
+    with its map of British to American spelling; "none" takes texts as they are. Raises UserError for other names.
+    """
+    if name not in NORMALIZERS:
+        raise UserError(f"--normalizer: found {name!r}, expected one of {', '.join(NORMALIZERS)}")
+    own: dict[str, Callable[[str], str]] = {"casefold": normalise_score, "characters": split_unspaced, "none": str}
+    if name in own:
+        return own[name]
+    # Imported here: transformers takes a second.
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    # transformers has the rules, but not the spelling map without which "colour" is not "color".
+    spelling = json.loads(files("rwkv_speech").joinpath("english_spelling.json").read_bytes())["spelling"]
+    whisper: Callable[[str], str] = BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer(spelling)
+    return whisper

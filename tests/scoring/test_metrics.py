@@ -1,12 +1,12 @@
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import jiwer
+import numpy as np
 import pytest
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.scoring.metrics import score
+from rwkv_speech.scoring.metrics import Counts, Tally, score
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -34,8 +34,9 @@ def test_score_equals_a_hand_written_edit_distance(seed: int):
     found = score(refs, hyps)
     edits = [edit_distance(r.split(), h.split()) for r, h in zip(refs, hyps, strict=True)]
     lengths = [len(r.split()) for r in refs]
-    assert found.ref_words == sum(lengths) == found.hits + found.substitutions + found.deletions
-    assert found.substitutions + found.insertions + found.deletions == sum(edits)
+    words = found.words
+    assert words.ref_length == sum(lengths)
+    assert words.substitutions + words.insertions + words.deletions == sum(edits)
     assert found.wer == pytest.approx(sum(edits) / sum(lengths))
     assert found.cer == pytest.approx(
         sum(edit_distance(r, h) for r, h in zip(refs, hyps, strict=True)) / sum(map(len, refs))
@@ -45,33 +46,41 @@ def test_score_equals_a_hand_written_edit_distance(seed: int):
     assert found.num_utterances == 30
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_score_equals_jiwer_where_references_have_words(seed: int):
-    refs, hyps = random_corpus(seed, shortest=1)
-    found = score(refs, hyps)
-    assert found.wer == pytest.approx(jiwer.wer(refs, hyps))
-    assert found.cer == pytest.approx(jiwer.cer(refs, hyps))
-    expected = sum(jiwer.wer(r, h) for r, h in zip(refs, hyps, strict=True)) / len(refs)
-    assert found.mean_utterance_wer == pytest.approx(expected)
+def test_10_000_random_pairs_count_as_jiwer_counts_them_empty_ones_too():
+    rng = random.Random(1)
+    pieces = ["the", "weather", "is", "good", "a", "ab", "b", "x" * 40, "今天", "天气", "é", "e\u0301", "𝒳", "it's"]
+    refs = [" ".join(rng.choices(pieces, k=rng.choice((0, 1, 2, 5, 12)))) for _ in range(10_000)]
+    hyps = [
+        " ".join(word for word in ref.split() if rng.random() < 0.8) if rng.random() < 0.5
+        else " ".join(rng.choices(pieces, k=rng.choice((0, 1, 2, 5, 12))))
+        for ref in refs
+    ]  # fmt: skip
+    assert sum(not ref for ref in refs) > 1_000 and sum(not (ref or hyp) for ref, hyp in zip(refs, hyps, strict=True))
+    tally = Tally.of(refs, hyps)
+    for found, process in ((tally.words, jiwer.process_words), (tally.characters, jiwer.process_characters)):
+        outputs = [process(ref, hyp) for ref, hyp in zip(refs, hyps, strict=True)]
+        assert found.tolist() == [[x.hits, x.substitutions, x.insertions, x.deletions] for x in outputs]
+        rates = [Counts(*counts).rate for counts in found.tolist()]
+        assert rates == [x.wer if isinstance(x, jiwer.WordOutput) else x.cer for x in outputs]
+    scores = tally.scores()
+    assert (scores.wer, scores.cer) == (jiwer.wer(refs, hyps), jiwer.cer(refs, hyps))
+
+
+def test_a_part_of_the_utterances_is_scored_by_its_sums():
+    refs, hyps = random_corpus(0, shortest=0)
+    mask = np.arange(30) % 3 == 0
+    assert Tally.of(refs, hyps).where(mask).scores() == score(refs[::3], hyps[::3])
 
 
 def test_score_counts_words_against_empty_references_as_insertions():
     found = score(["", "a b"], ["x y z", "a b"])
-    assert (found.insertions, found.ref_words, found.wer) == (3, 2, 1.5)
+    assert (found.words.insertions, found.words.ref_length, found.wer) == (3, 2, 1.5)
 
 
 def test_score_of_empty_references_only_is_finite():
-    assert asdict(score(["", " "], ["", ""])) == {
-        "wer": 0.0,
-        "cer": 0.0,
-        "substitutions": 0,
-        "insertions": 0,
-        "deletions": 0,
-        "hits": 0,
-        "ref_words": 0,
-        "mean_utterance_wer": 0.0,
-        "num_utterances": 2,
-    }
+    nothing = score(["", " "], ["", ""])
+    assert nothing.words == nothing.characters == Counts(0, 0, 0, 0)
+    assert (nothing.wer, nothing.cer, nothing.mean_utterance_wer, nothing.num_utterances) == (0.0, 0.0, 0.0, 2)
     assert (score([""], ["two words"]).wer, score([""], ["ab"]).cer) == (2.0, 2.0)
     assert score(["two words"], [""]).wer == 1.0
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import jiwer
+from rapidfuzz.distance import Levenshtein
 
 from rwkv_speech.decoding.results import Row
-from rwkv_speech.text import normalise_score
+from rwkv_speech.text import NORMALIZERS, normalizer
 
-_KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del"}
+_KINDS = {"equal": "equal", "replace": "sub", "insert": "ins", "delete": "del"}
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,17 @@ class Utterance:
         return self.edits / max(1, sum(kind != "ins" for kind, _, _ in self.words))
 
 
-def align(rows: Sequence[Row]) -> list[Utterance]:
-    """The aligned words of result rows, whose texts are normalised for it as for scores."""
-    if not rows:
-        return []
-    found = jiwer.process_words([normalise_score(row.ref) for row in rows], [normalise_score(row.hyp) for row in rows])
-    aligned = zip(rows, found.references, found.hypotheses, found.alignments, strict=True)
-    return [Utterance(row.id, _words(ref, hyp, chunks)) for row, ref, hyp, chunks in aligned]
+def align(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> list[Utterance]:
+    """The aligned words of result rows, in a form of text.NORMALIZERS."""
+    normalise = normalizer(form)
+    return [Utterance(row.id, _words(normalise(row.ref).split(), normalise(row.hyp).split())) for row in rows]
 
 
-def _words(ref: list[str], hyp: list[str], chunks: list[jiwer.AlignmentChunk]) -> tuple[tuple[str, str, str], ...]:
+def _words(ref: list[str], hyp: list[str]) -> tuple[tuple[str, str, str], ...]:
     words: list[tuple[str, str, str]] = []
-    for chunk in chunks:
-        there, here = ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        words += [(_KINDS[chunk.type], a, b) for a, b in zip_longest(there, here, fillvalue="")]
+    for tag, start, end, hyp_start, hyp_end in Levenshtein.opcodes(ref, hyp):
+        pairs = zip_longest(ref[start:end], hyp[hyp_start:hyp_end], fillvalue="")
+        words += [(_KINDS[tag], a, b) for a, b in pairs]
     return tuple(words)
 
 

@@ -1,69 +1,129 @@
-"""Word and character error rates over a corpus."""
+"""Word and character error rates: what was counted, over a corpus or a part of it."""
+
+# U utterances
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jiwer
+import numpy as np
+from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
 
 from rwkv_speech.decoding.results import Row
 from rwkv_speech.errors import UserError
-from rwkv_speech.text import normalise_score
+from rwkv_speech.text import NORMALIZERS, normalizer
+
+Longs = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Words, or characters, that were right, substituted, inserted and deleted."""
+
+    hits: int
+    substitutions: int
+    insertions: int
+    deletions: int
+
+    @property
+    def ref_length(self) -> int:
+        """How many the references have."""
+        return self.hits + self.substitutions + self.deletions
+
+    @property
+    def rate(self) -> float:
+        """Edits as a fraction of the references' words (0.05 is 5 %); of 1 where they have none, as jiwer does."""
+        return (self.substitutions + self.insertions + self.deletions) / max(1, self.ref_length)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Error rates as fractions (0.05 is 5 %), and the counts behind them.
+    """What was counted over a corpus.
 
-    `wer` and `cer` are of the whole corpus: all edits / all reference words (or characters).
     `mean_utterance_wer` is the mean of every utterance's own WER, only for comparison with older work.
     """
 
-    wer: float
-    cer: float
-    substitutions: int
-    insertions: int
-    deletions: int
-    hits: int
-    ref_words: int
+    words: Counts
+    characters: Counts
     mean_utterance_wer: float
     num_utterances: int
 
+    @property
+    def wer(self) -> float:
+        """All word edits / all reference words."""
+        return self.words.rate
+
+    @property
+    def cer(self) -> float:
+        """All character edits, blanks between words included, / all reference characters."""
+        return self.characters.rate
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted for each utterance: `words` and `characters` (U, 4), in the order of Counts' fields."""
+
+    words: Longs
+    characters: Longs
+
+    @classmethod
+    def of(cls, refs: Sequence[str], hyps: Sequence[str]) -> "Tally":
+        """Align hypotheses with references, which are normalised alike; white space separates words.
+
+        Raises UserError for lists that are empty or of different lengths.
+        """
+        if len(refs) != len(hyps):
+            raise UserError(f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference")
+        if not refs:
+            raise UserError("no utterance to score; expected at least one reference: check the data given")
+        pairs = [(ref.split(), hyp.split()) for ref, hyp in zip(refs, hyps, strict=True)]
+        return cls(
+            np.array([_counts(ref, hyp) for ref, hyp in pairs], np.int64),
+            np.array([_counts(" ".join(ref), " ".join(hyp)) for ref, hyp in pairs], np.int64),
+        )
+
+    @property
+    def edits(self) -> Longs:
+        """Wrong, additional and missing words of each utterance, (U,)."""
+        return self.words[:, 1:].sum(1)
+
+    @property
+    def ref_words(self) -> Longs:
+        """Words of each reference, (U,)."""
+        return self.words[:, [0, 1, 3]].sum(1)
+
+    def where(self, mask: NDArray[np.bool_]) -> "Tally":
+        """The utterances for which `mask` (U,) is true."""
+        return Tally(self.words[mask], self.characters[mask])
+
+    def scores(self) -> Scores:
+        """The sums over all utterances."""
+        words, characters = (Counts(*counts.sum(0).tolist()) for counts in (self.words, self.characters))
+        return Scores(words, characters, float((self.edits / np.maximum(1, self.ref_words)).mean()), len(self.words))
+
+
+def _counts(ref: Sequence[str], hyp: Sequence[str]) -> tuple[int, int, int, int]:
+    if ref == hyp:
+        return len(ref), 0, 0, 0
+    tags = [edit.tag for edit in Levenshtein.editops(ref, hyp)]
+    substitutions, insertions, deletions = (tags.count(tag) for tag in ("replace", "insert", "delete"))
+    return len(ref) - substitutions - deletions, substitutions, insertions, deletions
+
 
 def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
-    """Compare hypotheses with references, which the caller has normalised alike; white space separates words.
+    """The scores of a corpus; raises UserError as `Tally.of` does.
 
-    Every word said against an empty reference is an insertion. A rate without any reference word divides by 1
-    instead: 0.0 when nothing was said, else the number of words inserted, so it is always finite.
-
-    Raises UserError for lists that are empty or of different lengths.
+    Every word said against an empty reference is an insertion.
     """
-    if len(refs) != len(hyps):
-        raise UserError(f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference")
-    if not refs:
-        raise UserError("no utterance to score; expected at least one reference: check the data given")
-    ref_texts, hyp_texts = [" ".join(t.split()) for t in refs], [" ".join(t.split()) for t in hyps]
-    words = jiwer.process_words(ref_texts, hyp_texts)
-    utterance_wers = [
-        sum(_size(chunk) for chunk in chunks if chunk.type != "equal") / max(len(ref), 1)
-        for ref, chunks in zip(words.references, words.alignments, strict=True)
-    ]
-    return Scores(
-        wer=words.wer,
-        cer=jiwer.process_characters(ref_texts, hyp_texts).cer,
-        substitutions=words.substitutions,
-        insertions=words.insertions,
-        deletions=words.deletions,
-        hits=words.hits,
-        ref_words=words.hits + words.substitutions + words.deletions,
-        mean_utterance_wer=sum(utterance_wers) / len(utterance_wers),
-        num_utterances=len(ref_texts),
-    )
+    return Tally.of(refs, hyps).scores()
 
 
-def score_rows(rows: Sequence[Row]) -> Scores:
-    """The scores of result rows, whose texts are normalised for it; raises UserError if there is none."""
-    return score([normalise_score(row.ref) for row in rows], [normalise_score(row.hyp) for row in rows])
+def tally_rows(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> Tally:
+    """What was counted for each result row in a form of text.NORMALIZERS; raises UserError if there is none."""
+    normalise = normalizer(form)
+    return Tally.of([normalise(row.ref) for row in rows], [normalise(row.hyp) for row in rows])
 
 
-def _size(chunk: jiwer.AlignmentChunk) -> int:
-    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+def score_rows(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> Scores:
+    """The scores of result rows, as `tally_rows`."""
+    return tally_rows(rows, form).scores()
