@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech import text
-from rwkv_speech.config import DATA_FORMS, LABEL_MODES, DecodeFlags, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.config import (
+    DATA_FORMS,
+    LABEL_MODES,
+    NORMALIZERS,
+    DecodeFlags,
+    EvalConfig,
+    ModelConfig,
+    PredictConfig,
+    TrainConfig,
+)
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import parse
 
@@ -94,6 +103,7 @@ def test_help_describes_every_flag_within_100_columns(
 
 def test_choices_are_those_of_the_rooms_that_implement_them():
     assert LABEL_MODES == text.LABEL_MODES
+    assert NORMALIZERS == text.NORMALIZERS
 
 
 @pytest.mark.parametrize("script", ["train", "eval", "predict"])

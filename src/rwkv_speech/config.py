@@ -13,6 +13,7 @@ OFF_ON = (0, 1)
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
+NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 SCHEDULES = ("cosine", "constant")
 VADS = ("silero", "none")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
@@ -313,11 +314,16 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
-    seed: int = flag(1, "seed of the untrained weights", needs="untrained", at_least=0, at_most=2**32 - 1)
+    normalizer: str = flag(
+        NORMALIZERS[0],
+        "form in which texts are compared: casefold, no case and punctuation; characters, Han, Kana, Thai and others "
+        "without blanks split besides; basic and whisper-english, whisper's; none, as they are",
+        NORMALIZERS,
+    )
+    seed: int = flag(1, "seed of the bootstrap, and of untrained weights", at_least=0, at_most=2**32 - 1)
 
     def check(self) -> None:
-        """Raises UserError for flags that contradict each other, or have no effect on one device."""
-        _check_one_device(self)
+        """Raises UserError for flags that contradict each other."""
         if self.untrained and self.checkpoint:
             raise UserError("--checkpoint: has no effect with --untrained 1; leave one of them out")
 

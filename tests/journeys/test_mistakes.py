@@ -146,7 +146,7 @@ EVAL = """
 --stack 4 => --stack: has no effect
 --adapter_hidden 64 => --adapter_hidden: has no effect
 --separator : => --separator: has no effect
---seed 3 => --seed: found without --untrained
+--normalizer lower => --normalizer: found 'lower', expected one of casefold
 --checkpoint {here}/run/published.pth => --load_model
 --eval_data {here}/gone.jsonl => --eval_data: no such file or folder
 --eval_data ,, => --eval_data: found an empty name
@@ -155,7 +155,7 @@ EVAL = """
 --max_new_tokens 0 => --max_new_tokens: found 0
 --micro_bsz 0 => --micro_bsz: found 0
 --text_column words => --text_column: has no effect
---device 2 => --device: found '2', expected auto, cpu or cuda
+--device 999 => --device: asked for 999 GPU(s)
 --untrained yes => --untrained: found 'yes'
 --proj_dir {here}/good.jsonl --checkpoint {here}/run => --proj_dir: '{here}/good.jsonl' cannot be written to
 """

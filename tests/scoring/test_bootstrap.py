@@ -1,5 +1,4 @@
 import random
-import time
 
 import kaldialign
 import numpy as np

@@ -241,9 +241,8 @@ def test_eval_writes_scores_that_jiwer_agrees_with(corpus: Path, run: Path, caps
     summary = json.loads(next(run.glob("eval-best-test-*.json")).read_text())
     assert len(rows) == summary["num_utterances"] == 3
     assert summary["wer"] == pytest.approx(jiwer.wer([row["ref"] for row in rows], [row["hyp"] for row in rows]))
-    assert (
-        f"WER {100 * summary['wer']:.2f} %" in shown and "times real time" in shown and summary["times_real_time"] > 0
-    )
+    assert f"WER {100 * summary['wer']:.2f} %" in shown and "times real time" in shown
+    assert summary["speed"]["times_real_time"] > 0
 
 
 def test_eval_does_not_depend_on_the_batch_size(corpus: Path, run: Path, tmp_path: Path):

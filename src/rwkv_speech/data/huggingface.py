@@ -39,8 +39,8 @@ LIBRISPEECH_SPLITS = {
 class HuggingFaceSource:
     """Rows of a dataset; `label_mode` is applied to the text at once, for sets that are all in capitals.
 
-    Further columns are taken where they are there: `id`, `duration` (s), `lang`, `task`. Raises
-    UserError that lists the columns when one of `columns` is missing or of another type.
+    Further columns are taken where they are there: `id`, `duration` (s), `lang`, `task`, `speaker_id` or `speaker`.
+    Raises UserError that lists the columns when one of `columns` is missing or of another type.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class HuggingFaceSource:
         self._holds_bytes = isinstance(first, dict) and first["bytes"] is not None
         known = [columns.text, *(name for name in ("id", "duration", "lang", "task") if name in features)]
         self._rows = dataset.select_columns([name for name in known if name != columns.audio])
+        named = next((name for name in ("speaker_id", "speaker") if name in features), None)
+        self._speakers = dataset[named] if named else None
 
     def __len__(self) -> int:
         return len(self._audio)
@@ -79,8 +81,13 @@ class HuggingFaceSource:
             duration=float(duration) if is_known and duration is not None else None,
             lang=_string_or_none(row.get("lang")),
             task=_string_or_none(row.get("task")),
+            speaker=self._speaker(index),
             identity=f"{self._audio._fingerprint}#{index}" if self._holds_bytes else None,
         )
+
+    def _speaker(self, index: int) -> str | None:
+        found = self._speakers[index] if self._speakers is not None else None
+        return None if found is None else str(found)
 
     def _path(self, index: int) -> str | None:
         cell = self._audio[index][self._columns.audio]

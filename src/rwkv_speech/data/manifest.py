@@ -12,7 +12,7 @@ from rwkv_speech.errors import UserError
 JSON_SUFFIXES = frozenset({".jsonl", ".json"})
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-STRINGS = ("audio_filepath", "text", "lang", "task", "id")
+STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker")
 SECONDS = ("duration", "offset")
 _MAX_ERRORS_SHOWN = 20
 
@@ -21,8 +21,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read a manifest of JSON lines.
 
     Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s), `lang`, `task`,
-    `id`; others are ignored. An id that is not given is the path, with `@offset` for a segment; rows of the same
-    recording share it.
+    `id`, `speaker`, which may be a number; others are ignored. An id that is not given is the path, with `@offset` for
+    a segment; rows of the same recording share it.
 
     Raises UserError that lists every bad line with its number.
     """
@@ -76,7 +76,15 @@ def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
         offset=offset,
         lang=row.get("lang"),
         task=row.get("task"),
+        speaker=row.get("speaker"),
     )
+
+
+def with_speaker(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose speaker, if it is a number, is text."""
+    speaker = row.get("speaker")
+    is_number = isinstance(speaker, int) and not isinstance(speaker, bool)
+    return {**row, "speaker": str(speaker)} if is_number else row
 
 
 def row_faults(row: dict[str, Any], required: Sequence[str] = ("audio_filepath", "text")) -> list[str]:
@@ -119,6 +127,7 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(row, dict):
         return {}, [f"is not a JSON object but {type(row).__name__}"]
     row = {key: value for key, value in row.items() if value is not None}
+    row = with_speaker(row)
     return row, row_faults(row)
 
 

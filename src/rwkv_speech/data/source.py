@@ -40,6 +40,7 @@ class Utterance:
     offset: float = 0.0
     lang: str | None = None
     task: str | None = None
+    speaker: str | None = None
     identity: str | None = None
 
 

@@ -42,7 +42,7 @@ from rwkv_speech.data.source import Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
-_FORMAT = 2
+_FORMAT = 3
 _SCHEMA = pa.schema([*((name, pa.string()) for name in STRINGS), *((name, pa.float64()) for name in SECONDS)])
 _LINE = pa.field("line", pa.int32())
 _BLOCK = 16 << 20
@@ -76,8 +76,8 @@ class TableSource:
         return to_utterance({key: value for key, value in row.items() if value is not None}, self._folder)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all rows."""
-        return digest(batch.serialize().to_pybytes() for batch in self._batches)
+        """SHA-256 (hex) of all rows, but for their speakers, of whom nothing is learned."""
+        return digest(batch.drop_columns(["speaker"]).serialize().to_pybytes() for batch in self._batches)
 
     def audio(self, index: int) -> str:
         """Give the path of one utterance's audio; nothing else of it is read from the disk."""
@@ -302,7 +302,8 @@ def _column(batch: pa.RecordBatch, wanted: pa.Field, manifest: Path) -> pa.Array
     kind = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
     are_strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     are_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if not (pa.types.is_null(kind) or (are_strings if wanted.name in STRINGS else are_numbers)):
+    are_names = wanted.name == "speaker" and pa.types.is_integer(kind)
+    if not (pa.types.is_null(kind) or are_names or (are_strings if wanted.name in STRINGS else are_numbers)):
         raise UserError(
             f"manifest {manifest}: column {wanted.name!r} holds {found.type}; expected "
             f"{'strings' if wanted.name in STRINGS else 'numbers of seconds'}"

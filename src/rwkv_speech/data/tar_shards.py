@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio
-from rwkv_speech.data.manifest import row_faults, summary
+from rwkv_speech.data.manifest import row_faults, summary, with_speaker
 from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512
 # Behind its end mark an archive is filled up to a record, of 10 KB customarily.
@@ -72,6 +72,7 @@ class TarSource:
             duration=row.get("duration"),
             lang=row.get("lang"),
             task=row.get("task"),
+            speaker=row.get("speaker"),
             identity=json.dumps([shard.path, *shard.stamp, row["offset"], row["size"]]),
         )
 
@@ -281,7 +282,8 @@ def _add(entry: _Entry, member: tarfile.TarInfo, file: BinaryIO) -> None:
     found: Any = {"text": content.strip()} if suffix == ".txt" else json.loads(content)
     if not isinstance(found, dict):
         raise ValueError(f"is not a JSON object but {type(found).__name__}")
-    found = {name: found[name] for name in ("text", "duration", "lang", "task", "id") if found.get(name) is not None}
+    known = ("text", "duration", "lang", "task", "id", "speaker")
+    found = with_speaker({name: found[name] for name in known if found.get(name) is not None})
     if faults := row_faults(found, required=()):
         raise ValueError("; ".join(faults))
     # KEY.json's text goes before KEY.txt's, whichever comes first.

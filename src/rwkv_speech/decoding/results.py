@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from rwkv_speech.errors import UserError
@@ -64,7 +64,10 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Row:
-    """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set."""
+    """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set.
+
+    What is not known is None: who speaks, and what the CTC head alone makes of it.
+    """
 
     id: str
     index: int
@@ -74,6 +77,8 @@ class Row:
     task: str
     seconds: float
     cut: bool
+    speaker: str | None = None
+    ctc: str | None = None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -90,16 +95,17 @@ def read_rows(path: Path) -> list[Row]:
     Raises UserError naming file and line for anything but such a row.
     """
     names, rows = [field.name for field in fields(Row)], list[Row]()
+    required = [field.name for field in fields(Row) if field.default is MISSING]
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
             found = json.loads(line)
-            row = Row(**{name: found[name] for name in names})
+            row = Row(**{name: found[name] for name in names if name in found})
             if not all(isinstance(text, str) for text in (row.id, row.ref, row.hyp)):
                 raise TypeError("a text is none")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}, line {number}: found {line[:80].decode(errors='replace')!r}, expected a JSON object with "
-                f"{', '.join(names)}; delete the line or the file"
+                f"{', '.join(required)}; delete the line or the file"
             ) from error
         rows.append(row)
     return rows

@@ -39,9 +39,9 @@ def align(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> list[Utterance]:
 
 def _words(ref: list[str], hyp: list[str]) -> tuple[tuple[str, str, str], ...]:
     words: list[tuple[str, str, str]] = []
-    for tag, start, end, hyp_start, hyp_end in Levenshtein.opcodes(ref, hyp):
-        pairs = zip_longest(ref[start:end], hyp[hyp_start:hyp_end], fillvalue="")
-        words += [(_KINDS[tag], a, b) for a, b in pairs]
+    for run in Levenshtein.opcodes(ref, hyp):
+        there, here = ref[run.src_start : run.src_end], hyp[run.dest_start : run.dest_end]
+        words += [(_KINDS[run.tag], a, b) for a, b in zip_longest(there, here, fillvalue="")]
     return tuple(words)
 
 

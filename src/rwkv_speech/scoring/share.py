@@ -1,0 +1,100 @@
+"""Decode a data set, or one process's share of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkv_speech.batch import BadSample, Batch, Sample
+from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.epoch import Cut
+from rwkv_speech.data.loader import collate
+from rwkv_speech.data.source import Source, Utterance
+from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.decoding.results import Row
+from rwkv_speech.decoding.transcribe import transcribe_batches
+from rwkv_speech.models.checkpoint import one_task
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.scoring.speed import Timer
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `world_size`-th utterance of a source, from number `rank`: itself a source."""
+
+    source: Source
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.source), self.world_size))
+
+    def place(self, index: int) -> int:
+        """Where an utterance of the share is in the source."""
+        return self.rank + index * self.world_size
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance, without decoding."""
+        return self.source.utterance(self.place(index))
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        return self.source.load(self.place(index))
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        return self.source.durations()[self.rank :: self.world_size]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the whole source."""
+        return self.source.fingerprint()
+
+
+@dataclass
+class Part:
+    """What one process found in its share of a data set: rows, what could not be used, seconds of each stage."""
+
+    rows: list[Row] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def decode(
+    model: SpeechLM, share: Share, slots: int, options: Options, task: str = "", max_bad: int = 0
+) -> Iterator[int | Part]:
+    """Decode a share, so many utterances at once: how many more are done, and at the end what was found.
+
+    Utterances that name no task have `task`, by default the model's only one. More broken ones than `max_bad` end it.
+    """
+    part, timer = Part(), Timer(next(model.trained_parameters()).device)
+    task = one_task("the weights", dict(model.initial_states.items()), task)
+    dataset = SpeechDataset(share, model.tokenizer, task=task)
+    if len(dataset):
+        _warm_up(model, dataset)
+        with timer.run(model.encoder):
+            for row in transcribe_batches(model, _batches(dataset, slots, part.bad, max_bad, timer), options, slots):
+                part.rows.append(replace(row, index=share.place(row.index), speaker=share.utterance(row.index).speaker))
+                yield 1
+        yield len(part.bad)
+    part.bad = [replace(sample, index=share.place(sample.index)) for sample in part.bad]
+    part.seconds = dict(timer.seconds)
+    yield part
+
+
+def _batches(dataset: SpeechDataset, size: int, bad: list[BadSample], max_bad: int, timer: Timer) -> Iterator[Batch]:
+    """Utterances of like duration together, the longest first; what cannot be used goes into `bad`."""
+    for (batch,) in timer.read(dataset.loader(Cut(size, shuffle=False))):
+        bad += batch.bad
+        if sum(not sample.too_long for sample in bad) > max_bad:
+            return
+        if len(batch):
+            yield batch
+
+
+def _warm_up(model: SpeechLM, dataset: SpeechDataset) -> None:
+    """Decode one utterance, so that no time is taken for what is only done once."""
+    sample = dataset[0]
+    if isinstance(sample, Sample):
+        list(transcribe_batches(model, [collate([sample])], replace(GREEDY, max_new_tokens=2)))

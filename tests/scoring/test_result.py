@@ -1,0 +1,88 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rwkv_speech.decoding.results import Row, read_rows
+from rwkv_speech.scoring.metrics import score_rows
+from rwkv_speech.scoring.result import Evaluation, duration_bin
+from rwkv_speech.scoring.speed import Speed
+
+SPEED = Speed(6.0, [{"reading": 0.1, "encoding": 0.2, "decoding": 0.3}])
+
+
+def row(index: int, ref: str, hyp: str, **others: object) -> Row:
+    """Of one id throughout: rows are told apart by their index."""
+    known = {"lang": None, "task": "asr", "seconds": 2.0, "cut": False}
+    return Row(id="same", index=index, ref=ref, hyp=hyp, **{**known, **others})  # type: ignore[arg-type]
+
+
+def evaluation(*texts: tuple[str, str], **others: object) -> Evaluation:
+    return Evaluation("set", [row(i, *pair) for i, pair in enumerate(texts)], SPEED, **others)  # type: ignore[arg-type]
+
+
+def test_every_utterance_is_scored_also_those_of_one_id_and_text():
+    found = evaluation(("a b", "a b"), ("a b", "a c"), ("a b", "")).scores
+    assert (found.num_utterances, found.words.ref_length, found.wer) == (3, 6, 0.5)
+
+
+def test_the_form_of_the_texts_decides_and_is_named():
+    pairs = (("The colour, twenty!", "the color 20"),)
+    wers = {form: evaluation(*pairs, form=form) for form in ("casefold", "whisper-english", "none")}
+    assert [x.scores.wer for x in wers.values()] == [2 / 3, 0.0, 1.0]
+    for form, found in wers.items():
+        assert found.summary()["normalizer"] == form and f"normalizer {form}" in found.report()
+
+
+def test_groups_are_scored_by_the_sums_of_their_counts():
+    rows = [
+        row(0, "eins zwei", "eins", lang="de", speaker="x", seconds=1.0),
+        row(1, "one", "one", lang="en", speaker="y", seconds=7.0),
+        row(2, "two three four", "too", lang="en", speaker="x", seconds=70.0, task="st"),
+        row(3, "unknown", "", lang=None, speaker="y"),
+    ]
+    found = Evaluation("set", rows, SPEED)
+    tables = {name: {group: scores.wer for group, scores in table.items()} for name, table in found.tables.items()}
+    assert tables == {
+        "duration": {"0 to 2 s": 0.5, "2 to 5 s": 1.0, "5 to 10 s": 0.0, "30 s and more": 1.0},
+        "language": {"de": 0.5, "en": 0.75},
+        "speaker": {"x": 0.8, "y": 0.5},
+        "task": {"asr": 0.5, "st": 1.0},
+    }
+    assert found.tables["language"]["en"] == score_rows(rows[1:3])
+    assert "WER by language: de 50.00 %, en 75.00 %" in found.report()
+    assert found.interval.units == "speakers" and "of 2 speakers" in found.report()
+    assert evaluation(("a", "a"), ("b", "b")).tables == {}
+
+
+def test_bins_of_durations_meet():
+    assert [duration_bin(x) for x in (0.0, 1.99, 2.0, 29.9, 30.0, 1e6)] == [
+        "0 to 2 s", "0 to 2 s", "2 to 5 s", "20 to 30 s", "30 s and more", "30 s and more",
+    ]  # fmt: skip
+
+
+def test_the_ctc_head_alone_is_scored_where_each_row_has_its_text():
+    rows = [row(0, "a b", "a b", ctc="A, x"), row(1, "c d", "c", ctc="c d")]
+    found = Evaluation("set", rows, SPEED)
+    assert found.summary()["ctc"] == {"wer": 0.25, "hits": 3, "substitutions": 1, "insertions": 0, "deletions": 0}
+    assert "WER of the CTC head alone 25.00 %" in found.report()
+    assert Evaluation("set", [*rows, row(2, "e", "e")], SPEED).ctc is None
+    assert evaluation(("a", "a")).summary()["ctc"] is None
+
+
+def test_references_without_words_have_no_rate():
+    found = evaluation(("", "eight words here"), ("...", ""))
+    assert found.summary()["wer"] is None and found.summary()["words"]["insertions"] == 3
+    assert "WER is not defined: the references have no words; 3 were recognised" in found.report()
+    assert "WER 3" not in found.report()
+
+
+def test_write_keeps_all_rows_and_numbers(tmp_path: Path):
+    found = evaluation(("a", "b"), ("c", "c"), notes=["something"])
+    texts, numbers = found.write(tmp_path, "x")
+    assert read_rows(texts) == found.rows
+    summary = json.loads(numbers.read_text())
+    assert summary["wer"] == 0.5 and summary["speed"] == SPEED.summary()
+    low, high = summary["interval"]["ci95min"], summary["interval"]["ci95max"]
+    assert (low + high) / 2 == pytest.approx(0.5, abs=0.02) and high - low == 2 * summary["interval"]["ci95"]
+    assert found.report().endswith("note: something")
