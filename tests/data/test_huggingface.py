@@ -175,3 +175,12 @@ def test_librispeech_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for split in ("train", "train-960:x", ""):
         with pytest.raises(UserError, match="expected librispeech: and one of train-960, train-100"):
             open_source(f"librispeech:{split}")
+
+
+def test_speakers_come_from_either_column_and_leave_the_fingerprint_alone():
+    plain = HuggingFaceSource(make_rows(), Columns())
+    numbers = HuggingFaceSource(make_rows(speaker_id=[1089, None, 7], speaker=["a", "b", "c"]), Columns())
+    names = HuggingFaceSource(make_rows(speaker=["a", "b", "c"]), Columns())
+    speakers = [[source.utterance(i).speaker for i in range(3)] for source in (plain, numbers, names)]
+    assert speakers == [[None] * 3, ["1089", None, "7"], ["a", "b", "c"]]
+    assert plain.fingerprint() == numbers.fingerprint() == names.fingerprint()

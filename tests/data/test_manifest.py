@@ -20,7 +20,7 @@ def test_read_manifest_reads_every_key(tmp_path: Path):
         {"audio_filepath": str(outside), "text": "", "offset": 0, "lang": "en", "task": "asr", "id": "b"},
     )
     first, second = read_manifest(manifest)
-    assert first == Utterance("clips/a.wav", str(tmp_path / "clips" / "a.wav"), "héllo", 0.05)
+    assert first == Utterance("clips/a.wav", str(tmp_path / "clips" / "a.wav"), "héllo", 0.05, speaker="x")
     assert second == Utterance("b", str(outside), "", None, 0.0, "en", "asr")
 
 
@@ -65,3 +65,11 @@ def test_read_manifest_makes_an_id_of_path_and_offset(tmp_path: Path):
     rows = [{"audio_filepath": "a.wav", "text": "x", "offset": offset} for offset in offsets]
     found = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
     assert [utterance.id for utterance in found] == ["a.wav", "a.wav", "a.wav@1.5", "a.wav@1.5"]
+
+
+def test_a_speaker_may_be_a_number_and_what_is_no_name_is_left_out(tmp_path: Path):
+    write_audio(tmp_path / "a.wav")
+    given = ["ann", 1089, None, True, ["ann"], {"a": 1}, 1.5, ""]
+    rows = [{"audio_filepath": "a.wav", "text": "x", "speaker": speaker} for speaker in given]
+    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
+    assert [utterance.speaker for utterance in found] == ["ann", "1089", None, None, None, None, None, ""]

@@ -44,7 +44,8 @@ def row(audio: str = "a.wav", **more: Any) -> dict[str, Any]:
 
 
 ROWS: list[dict[str, Any] | str | bytes] = [
-    row(duration=3, offset=0, lang="en"),
+    row(duration=3, offset=0, lang="en", speaker="ann"),
+    row(speaker=1089),
     row(duration=0.1, offset=1.25, task="asr", id="given"),
     row(duration=None, offset=None, lang=None, text='grüße \U0001f600 \u2028 \\ " \n'),
     row("b.wav", duration=123456789.123456789, speaker={"a": [1, None, {"b": "}\n{"}]}),

@@ -71,7 +71,7 @@ def test_every_utterance_is_what_tarfile_reads(shards: Path):
 
 def test_json_members_long_names_folders_and_other_kinds(tmp_path: Path):
     deep = "folder/" + "n" * 180
-    fields = {"text": "this wins", "duration": 9.5, "lang": "de", "task": "st", "id": "ID", "x": 1}
+    fields = {"text": "this wins", "duration": 9.5, "lang": "de", "task": "st", "id": "ID", "speaker": 7, "x": 1}
     members = {
         "readme.md": b"x",
         "folder/._a.flac": b"a file of macOS",
@@ -87,6 +87,7 @@ def test_json_members_long_names_folders_and_other_kinds(tmp_path: Path):
     source = open_tar(f"tar:{write_tar(tmp_path / 'x.tar', members)}")
     first, second, third = (source.utterance(i) for i in range(3))
     assert (first.id, first.text, first.duration, first.lang, first.task) == ("ID", "this wins", 9.5, "de", "st")
+    assert (first.speaker, second.speaker) == ("7", None)
     assert (second.id, second.text, second.duration) == (f"x.tar/{deep}", "deep", 0.1) and second.lang is None
     assert (third.id, third.text) == ("x.tar/b", "") and third.duration == pytest.approx(0.5, abs=0.03)
     assert torch.equal(source.load(0), load_audio(members["a.wav"]))

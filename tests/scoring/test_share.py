@@ -1,3 +1,4 @@
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from rwkv_speech.data.folder import FileSource
 from rwkv_speech.data.source import Utterance
+from rwkv_speech.decoding.options import GREEDY
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.share import Part, Share, decode
@@ -32,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
 
 
 def decoded(model: SpeechLM, share: Share, max_bad: int = 9) -> tuple[list[int], Part]:
-    *counts, part = decode(model, share, 2, 5, "", max_bad)
+    *counts, part = decode(model, share, 2, replace(GREEDY, max_new_tokens=5), "", max_bad)
     assert isinstance(part, Part)
     return [count for count in counts if isinstance(count, int)], part
 

@@ -81,10 +81,13 @@ def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
 
 
 def with_speaker(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose speaker, if it is a number, is text."""
+    """A row whose speaker is text: a whole number becomes it, and what is neither is left out."""
     speaker = row.get("speaker")
+    if speaker is None or isinstance(speaker, str):
+        return row
+    rest = {key: value for key, value in row.items() if key != "speaker"}
     is_number = isinstance(speaker, int) and not isinstance(speaker, bool)
-    return {**row, "speaker": str(speaker)} if is_number else row
+    return {**rest, "speaker": str(speaker)} if is_number else rest
 
 
 def row_faults(row: dict[str, Any], required: Sequence[str] = ("audio_filepath", "text")) -> list[str]:

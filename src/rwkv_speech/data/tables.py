@@ -302,8 +302,10 @@ def _column(batch: pa.RecordBatch, wanted: pa.Field, manifest: Path) -> pa.Array
     kind = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
     are_strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     are_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    are_names = wanted.name == "speaker" and pa.types.is_integer(kind)
-    if not (pa.types.is_null(kind) or are_names or (are_strings if wanted.name in STRINGS else are_numbers)):
+    if wanted.name == "speaker":  # as manifest.with_speaker
+        is_name = are_strings or pa.types.is_integer(kind)
+        return found.cast(wanted.type) if is_name else pa.nulls(len(batch), wanted.type)
+    if not (pa.types.is_null(kind) or (are_strings if wanted.name in STRINGS else are_numbers)):
         raise UserError(
             f"manifest {manifest}: column {wanted.name!r} holds {found.type}; expected "
             f"{'strings' if wanted.name in STRINGS else 'numbers of seconds'}"

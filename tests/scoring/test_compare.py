@@ -1,0 +1,81 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jiwer
+import pytest
+
+from rwkv_speech.decoding.results import Row, write_rows
+from rwkv_speech.errors import UserError
+from rwkv_speech.scoring.compare import compare
+
+PAIRS = [("one two three", "one two three"), ("four five", "for five"), ("six", "six six"), ("", ""), ("seven", "")]
+
+
+def rows(*pairs: tuple[str, str], speakers: bool = False) -> list[Row]:
+    return [
+        Row(f"u{i // 2}", i, ref, hyp, None, "asr", 1.0, False, speaker=f"s{i % 2}" if speakers else None)
+        for i, (ref, hyp) in enumerate(pairs)
+    ]  # two utterances of each id
+
+
+def written(path: Path, found: list[Row]) -> str:
+    write_rows(path, found)
+    return str(path)
+
+
+def test_the_common_utterances_are_compared(tmp_path: Path):
+    a = rows(*PAIRS)
+    b = [replace(row, hyp=hyp) for row, hyp in zip(a, ["one two", "four five", "six", "", ""], strict=True)]
+    extra = Row("only", 9, "eight", "nine", None, "asr", 1.0, False)
+    found = compare(written(tmp_path / "a.jsonl", a), written(tmp_path / "b.jsonl", [extra, *b]))
+    assert (found.a.wer, found.b.wer) == tuple(
+        jiwer.wer([row.ref for row in a], [row.hyp for row in side]) for side in (a, b)
+    )
+    assert found.alone == (0, 1) and found.a.num_utterances == 5
+    assert [(x.ref, x.difference) for x in found.changes] == [("one two three", 1), ("four five", -1), ("six", -1)]
+    assert found.paired.b_wins > found.paired.a_wins > 0 and found.paired.difference.units == "utterances"
+    shown = found.report()
+    assert "5 common utterances, 7 words" in shown and "0 that A alone has, 1 that B alone has" in shown
+    assert "B is better in 2 utterances, worse in 1" in shown and "worse in B, +1 words: u0" in shown
+    numbers, changes = found.write(tmp_path / "out")
+    assert json.loads(numbers.read_text()) == found.summary()
+    assert [json.loads(line)["b"] for line in changes.read_text().splitlines()] == ["one two", "four five", "six"]
+
+
+def test_a_result_is_as_good_as_itself(tmp_path: Path):
+    file = written(tmp_path / "a.jsonl", rows(*PAIRS, speakers=True))
+    found = compare(file, file)
+    assert (found.paired.a_wins, found.paired.b_wins, found.changes) == (0.0, 0.0, [])
+    assert found.paired.difference.units == "speakers" and "left out" not in found.report()
+
+
+def test_the_form_of_the_texts_is_the_callers(tmp_path: Path):
+    a = written(tmp_path / "a.jsonl", rows(("The colour", "the color")))
+    b = written(tmp_path / "b.jsonl", rows(("The colour", "The colour")))
+    assert [compare(a, b, form).a.wer for form in ("casefold", "none", "whisper-english")] == [0.5, 1.0, 0.0]
+
+
+def test_a_runs_folder_stands_for_its_result(tmp_path: Path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder / "validation.jsonl", rows(*PAIRS[:1]))
+    written(tmp_path / "b" / "eval-best-test-1.jsonl", rows(*PAIRS))
+    found = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [file.name for file in found.files] == ["validation.jsonl", "eval-best-test-1.jsonl"]
+    assert found.alone == (0, 4)
+    written(tmp_path / "b" / "eval-best-test-2.jsonl", rows(*PAIRS))
+    with pytest.raises(UserError, match=r"--compare: found eval-best-test-1.jsonl, eval-best-test-2.jsonl in"):
+        compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    with pytest.raises(UserError, match=r"--compare: found none in '.*gone', expected one result"):
+        compare(str(tmp_path / "a"), str(tmp_path / "gone"))
+
+
+def test_results_of_different_data_are_refused(tmp_path: Path):
+    a = written(tmp_path / "a.jsonl", rows(("one", "one")))
+    other = written(tmp_path / "b.jsonl", rows(("two", "two")))
+    with pytest.raises(UserError, match=r"'u0' has the reference 'one' in .*a.jsonl, but 'two' in .*b.jsonl"):
+        compare(a, other)
+    foreign = written(tmp_path / "c.jsonl", [replace(rows(("one", "one"))[0], id="x")])
+    with pytest.raises(UserError, match="have no utterance in common, expected results of the same data"):
+        compare(a, foreign)
