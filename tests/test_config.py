@@ -117,7 +117,7 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(script: str,
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_flag_is_read(config: type[ModelConfig]):
     script = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "predict.py"}[config]
-    shared = [path for name in ("config.py", "checks.py", "devices.py", "models") for path in
+    shared = [path for name in ("config.py", "checks.py", "devices.py", "models", "scoring") for path in
               [ROOT / "src/rwkv_speech" / name, *(ROOT / "src/rwkv_speech" / name).glob("*.py")]]  # fmt: skip
     sources = (ROOT / "src/rwkv_speech").rglob("*.py") if config is TrainConfig else filter(Path.is_file, shared)
     source = (ROOT / script).read_text() + "".join(path.read_text() for path in sources)
