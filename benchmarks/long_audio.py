@@ -78,7 +78,7 @@ def row_of(name: str, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
         "times_real_time": round(found["seconds"] / found["taken"], 1),
         "peak_mb": round(found["peak_mb"], 1),
         "wer": round(100 * scores.wer, 2),
-        "errors": [scores.substitutions, scores.insertions, scores.deletions],
+        "errors": [scores.words.substitutions, scores.words.insertions, scores.words.deletions],
     }
 
 
