@@ -107,13 +107,29 @@ def read_blocks(
 
     with opened(source, label) as file:
         for (rate, _), run in itertools.groupby(decoded(file), lambda block: (block[1], block[0].shape[1])):
-            mixer, resampler = _Mixer(label), _Resampler(rate, label)
+            mixer, resampler = _Mixer(label), Resampler(rate, label)
             for samples in _joined(run, seconds * rate, label):
                 yield _finite(resampler.push(mixer.mono(samples)), label)
             if len(rest := resampler.finish()):
                 yield _finite(rest, label)
         if failures:
             raise failures[0]
+
+
+def as_waveform(samples: Tensor | np.ndarray, name: str) -> Tensor:
+    """(S,) float32; raises AudioError for other shapes and kinds."""
+    kind = samples.dtype.name if isinstance(samples, np.ndarray) else str(samples.dtype).removeprefix("torch.")
+    if samples.ndim != 1 or not ("float" in kind or kind == "int16"):
+        raise AudioError(
+            f"{name}: found {kind} of shape {tuple(samples.shape)}, expected samples at {SAMPLE_RATE} Hz of shape "
+            "(S,), floating-point numbers between -1 and 1 or int16: convert them, or give a file"
+        )
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(samples.astype(np.float32))
+    waveform = samples.detach().cpu().float() / (2**15 if kind == "int16" else 1)
+    if not waveform.isfinite().all():
+        raise AudioError(f"{name}: holds NaN or infinite samples; expected finite audio")
+    return waveform
 
 
 def audio_seconds(source: str | Path | bytes, *, name: str | None = None) -> float:
@@ -186,7 +202,7 @@ def _power(tracks: Tensor, dim: int) -> Tensor:
     return tracks.var(dim, correction=0)
 
 
-class _Resampler:
+class Resampler:
     """From `rate` to 16 kHz, block by block."""
 
     def __init__(self, rate: int, label: str) -> None:

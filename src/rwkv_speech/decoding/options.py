@@ -8,6 +8,9 @@ from typing import Any
 
 from rwkv_speech.config import DecodeFlags, numbers
 
+# Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
+_TOKENS_PER_SECOND, _MIN_NEW_TOKENS = 25, 16
+
 
 @dataclass(frozen=True)
 class Options(DecodeFlags):
@@ -36,6 +39,10 @@ class Options(DecodeFlags):
     def temperatures(self) -> tuple[float, ...]:
         """The first is used, each further one where the text of the one before failed a threshold."""
         return numbers(self.temperature)
+
+    def token_limit(self, seconds: float) -> int:
+        """The most tokens of the text of so much audio."""
+        return self.max_new_tokens or max(_MIN_NEW_TOKENS, int(_TOKENS_PER_SECOND * seconds))
 
 
 # What validation decodes with: each utterance as it is, once.

@@ -17,21 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_speech.audio import SAMPLE_RATE, AudioError, read_blocks
+from rwkv_speech.audio import SAMPLE_RATE, AudioError, as_waveform, read_blocks
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.engine import Done, Engine, Request
+from rwkv_speech.decoding.forks import OpenPiece
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Segment, Transcript
+from rwkv_speech.decoding.streaming import SegmentListener, Stream
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
 from rwkv_speech.text import join_texts
 
-# Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
-TOKENS_PER_SECOND = 25
-MIN_NEW_TOKENS = 16
 # Seconds of the pieces for weights that do not say what they were trained on.
 _LONGEST_IF_UNKNOWN = 30.0
 _LENGTHS_BEYOND = 1.2  # times the longest of training are decoded as well as these
@@ -111,12 +110,31 @@ class Transcriber:
             if not open_works and next(reading, None) is None:
                 return
 
+    def segmenter(self) -> Segmenter:
+        """What cuts a recording into pieces."""
+        return Segmenter(self._max_seconds, self._options.vad)
+
+    def live(self, task: str) -> Callable[[Piece], list[Segment]]:
+        """A function that takes the pieces of a recording, one after another, to their segments."""
+        work = _Work(Recording(None, "stream", list, task))
+
+        @torch.no_grad()
+        def segments_of(piece: Piece) -> list[Segment]:
+            self._add(work, [piece])
+            while work.waiting or work.in_flight:
+                for done in self._engine.poll():
+                    self._take(done)
+            segments, work.segments = work.segments, []
+            return segments
+
+        return segments_of
+
     def _read(self, recordings: Iterable[Recording], open_works: list[_Work]) -> Iterator[bool]:
         """Submits pieces; stops after each block of audio."""
         for recording in recordings:
             work = _Work(recording)
             open_works.append(work)
-            segmenter = Segmenter(self._max_seconds, self._options.vad)
+            segmenter = self.segmenter()
             try:
                 for block in recording.blocks():
                     work.samples += len(block)
@@ -144,7 +162,7 @@ class Transcriber:
         request = Request(
             key=_Place(work, piece, attempt),
             sample=sample,
-            limit=self._options.max_new_tokens or max(MIN_NEW_TOKENS, int(TOKENS_PER_SECOND * seconds)),
+            limit=self._options.token_limit(seconds),
             temperature=self._options.temperatures[attempt],
             before=join_texts([self._options.initial_prompt, work.context]) if work.context else None,
         )
@@ -220,6 +238,23 @@ class SpeechLM(speech_lm.SpeechLM):
             found.append(result)
         return found
 
+    def stream(
+        self,
+        pace: float | None = None,
+        sample_rate: int = SAMPLE_RATE,
+        batch_size: int = 8,
+        task: str = "",
+        **options: Any,
+    ) -> Stream:
+        """A recording that is still being made: its samples are pushed as they come, and events come back.
+
+        A segment is committed when its piece ends in a pause: the segments are those of `transcribe` with the same
+        `batch_size`, `task` and `options`, to the bit, whatever the parts are in which samples come (at another
+        `sample_rate` but for the rounding of resampling). With a `pace`, what the open piece says is read each so many
+        seconds, too. Raises UserError as `transcribe`.
+        """
+        return stream(self, Options.given(**options), pace, sample_rate, batch_size, task)
+
 
 def transcribe(
     model: speech_lm.SpeechLM,
@@ -240,6 +275,16 @@ def transcribe(
         while wanted in results:
             yield wanted, results.pop(wanted)
             wanted += 1
+
+
+def stream(
+    model: speech_lm.SpeechLM, options: Options, pace: float | None, sample_rate: int, batch_size: int, task: str
+) -> Stream:
+    """What SpeechLM.stream gives."""
+    task = one_task("the weights", dict(model.initial_states.items()), task)
+    transcriber = Transcriber(model, options, batch_size)
+    listener = SegmentListener(transcriber.live(task), lambda: OpenPiece(model, task, options))
+    return Stream(transcriber.segmenter(), listener, pace, sample_rate)
 
 
 def transcribe_batches(
@@ -279,25 +324,9 @@ def recording_of(audio: Any, number: int, task: str) -> Recording:
 
     def blocks() -> Iterable[Tensor]:
         if isinstance(audio, (Tensor, np.ndarray)):
-            return [_waveform(audio, name)]
+            return [as_waveform(audio, name)]
         if isinstance(audio, (str, Path, bytes)):
             return read_blocks(audio, name=name)
         raise AudioError(f"{name}: found {type(audio).__name__}, expected a path, the bytes of a file or a waveform")
 
     return Recording(number, name, blocks, task)
-
-
-def _waveform(samples: Tensor | np.ndarray, name: str) -> Tensor:
-    """(S,) float32; raises AudioError for other shapes and kinds."""
-    kind = samples.dtype.name if isinstance(samples, np.ndarray) else str(samples.dtype).removeprefix("torch.")
-    if samples.ndim != 1 or not ("float" in kind or kind == "int16"):
-        raise AudioError(
-            f"{name}: found {kind} of shape {tuple(samples.shape)}, expected samples at {SAMPLE_RATE} Hz of shape "
-            "(S,), floating-point numbers between -1 and 1 or int16: convert them, or give a file"
-        )
-    if isinstance(samples, np.ndarray):
-        samples = torch.from_numpy(samples.astype(np.float32))
-    waveform = samples.detach().cpu().float() / (2**15 if kind == "int16" else 1)
-    if not waveform.isfinite().all():
-        raise AudioError(f"{name}: holds NaN or infinite samples; expected finite audio")
-    return waveform

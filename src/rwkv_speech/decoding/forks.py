@@ -1,0 +1,106 @@
+"""What a piece of audio says so far, while it is spoken: one state is kept, texts are decoded from copies of it."""
+
+# F frames · A audio tokens · C channels · K labels of the CTC head · V vocabulary
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME
+from rwkv_speech.batch import Sample
+from rwkv_speech.decoding.long_audio import Piece
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.reader import Reader
+from rwkv_speech.decoding.strategy import Hypothesis, Track, measured
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.models.splice import Prompt
+from rwkv_speech.text import UNSPACED
+
+# The encoder looks both ways: frames that lie nearer to the end than this still change with what is said next.
+SETTLE_SECONDS = 1.0
+# What the encoder reads again of the audio before them, so that no reading costs more in a longer piece.
+LOOK_BACK_SECONDS = 8.0
+
+
+class Reading(NamedTuple):
+    """A text of the audio so far, its tokens, and the CTC head's log-probabilities (F, K) of all its frames."""
+
+    text: str
+    hypothesis: Hypothesis
+    ctc: Tensor | None
+
+
+class OpenPiece:
+    """Reads a piece of audio again and again while it grows, each time at the same cost.
+
+    Audio tokens are read into the state once, when they lie SETTLE_SECONDS back. The others, the prompt and the
+    committed text are read into a copy of it, from which the text goes on, greedily; then the copy is dropped.
+    """
+
+    def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
+        self._model, self._options, self._task = model, options, task
+        self._reader = Reader(model)
+        encode = model.tokenizer.encode
+        before, _, after = model.prefix(0, task, encode(options.initial_prompt), encode(options.prompt))
+        assert isinstance(before, Prompt) and isinstance(after, Prompt)
+        self._after = after.ids
+        self._state = model.initial_state([task])
+        if before.ids:
+            _, self._state = model.lm.hidden(self._embed(before.ids)[None], self._state)
+        self._stack = model.adapter.stack
+        self._num_settled = 0  # audio tokens that the state has read
+        self._ctc = list[Tensor]()  # of their frames
+
+    @torch.no_grad()
+    def read(self, piece: Piece, committed: str = "") -> Reading:
+        """The text of all of the piece that there is; it begins with what is `committed`."""
+        first = max(0, self._num_settled - self._tokens(LOOK_BACK_SECONDS))
+        window = piece.waveform[first * self._stack * SAMPLES_PER_FRAME :]
+        encoded = self._reader.encode(Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task))
+        known = self._num_settled - first
+        audio = encoded.audio[known:].to(self._model.lm.emb.weight.dtype)
+        ctc = None if encoded.ctc is None else encoded.ctc[known * self._stack :]
+        whole = None if ctc is None else torch.cat([*self._ctc, ctc])
+        num_new = max(0, len(audio) - self._tokens(SETTLE_SECONDS))
+        if num_new:
+            _, self._state = self._model.lm.hidden(audio[None, :num_new], self._state)
+            self._num_settled += num_new
+            self._ctc += [] if ctc is None else [ctc[: num_new * self._stack]]
+        if not self._num_settled + len(audio):
+            return Reading(committed, Hypothesis((), (), (), cut=False), whole)
+        limit = self._options.token_limit(len(piece.waveform) / SAMPLE_RATE)
+        found = self._decode(audio[num_new:], committed, limit)
+        text = self._model.tokenizer.decode(found.ids)
+        return Reading(committed + _apart(text[len(committed) :], committed), found, whole)
+
+    def _decode(self, audio: Tensor, committed: str, limit: int) -> Hypothesis:
+        """The text that follows the state and more audio tokens (A, C)."""
+        model, given = self._model, self._model.tokenizer.encode(committed)
+        x = torch.cat([audio, self._embed([*self._after, *given])])
+        hidden, state = model.lm.hidden(x[None], self._state)
+        rows = model.lm.head(hidden[0, -1 - len(given) :])
+        track, known = Track(limit), iter(given)
+        while True:
+            logprobs, entropies = measured(rows[:1])
+            token = next(known, int(logprobs.argmax()))
+            found = track.append(token, float(logprobs[0, token]), float(entropies[0]), model.tokenizer.eos_id)
+            if found is not None:
+                return found
+            # A row for each committed token and the one after them; then the copy of the state makes a step for each.
+            rows = rows[1:] if len(rows) > 1 else model.lm.step(torch.tensor([token], device=x.device), state)
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        return self._model.lm.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))
+
+    def _tokens(self, seconds: float) -> int:
+        return int(seconds * FRAME_RATE) // self._stack
+
+
+def _apart(rest: str, committed: str) -> str:
+    """What follows a committed text, without letters that would make another word of its last one."""
+    if not committed or not rest or UNSPACED.match(committed[-1]) or UNSPACED.match(rest[0]):
+        return rest
+    return re.sub(r"^\w+", "", rest)
