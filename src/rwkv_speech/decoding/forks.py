@@ -14,7 +14,7 @@ from rwkv_speech.batch import Sample
 from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.reader import Reader
-from rwkv_speech.decoding.strategy import Hypothesis, Track, measured
+from rwkv_speech.decoding.strategy import Hypothesis, Strategy, Track
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.splice import Prompt
 from rwkv_speech.text import UNSPACED
@@ -37,12 +37,13 @@ class OpenPiece:
     """Reads a piece of audio again and again while it grows, each time at the same cost.
 
     Audio tokens are read into the state once, when they lie SETTLE_SECONDS back. The others, the prompt and the
-    committed text are read into a copy of it, from which the text goes on, greedily; then the copy is dropped.
+    committed text are read into a copy of it, from which the text goes on, greedily with the options' penalties; then
+    the copy is dropped.
     """
 
     def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
         self._model, self._options, self._task = model, options, task
-        self._reader = Reader(model)
+        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
         encode = model.tokenizer.encode
         before, _, after = model.prefix(0, task, encode(options.initial_prompt), encode(options.prompt))
         assert isinstance(before, Prompt) and isinstance(after, Prompt)
@@ -82,15 +83,15 @@ class OpenPiece:
         x = torch.cat([audio, self._embed([*self._after, *given])])
         hidden, state = model.lm.hidden(x[None], self._state)
         rows = model.lm.head(hidden[0, -1 - len(given) :])
-        track, known = Track(limit), iter(given)
+        track, known, row = Track(limit), iter(given), torch.zeros(1, dtype=torch.int64, device=x.device)
         while True:
-            logprobs, entropies = measured(rows[:1])
-            token = next(known, int(logprobs.argmax()))
-            found = track.append(token, float(logprobs[0, token]), float(entropies[0]), model.tokenizer.eos_id)
-            if found is not None:
-                return found
+            found = self._strategy.scores(rows[:1], [track])
+            token = next(known, None)
+            [choice] = self._strategy.choose(found, [None]) if token is None else found.of(row, row + token)
+            if text := self._strategy.take(track, choice):
+                return text
             # A row for each committed token and the one after them; then the copy of the state makes a step for each.
-            rows = rows[1:] if len(rows) > 1 else model.lm.step(torch.tensor([token], device=x.device), state)
+            rows = rows[1:] if len(rows) > 1 else model.lm.step(row + choice.token, state)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         return self._model.lm.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))
