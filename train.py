@@ -45,10 +45,12 @@ def train(config: TrainConfig) -> None:
     import pytorch_lightning as pl
 
     from rwkv_speech.data.dataset import SpeechDataset
+    from rwkv_speech.data.source import Source
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
+    from rwkv_speech.training.ctc import fit_ctc
     from rwkv_speech.training.data import make_datasets, open_train_and_valid
     from rwkv_speech.training.progress import say
     from rwkv_speech.training.run import fit, results, sole_run
@@ -65,6 +67,8 @@ def train(config: TrainConfig) -> None:
         if config.plan:
             return print(plan_run(config, model, cast(SpeechDataset, data)))  # a stream cannot be planned
         fit(model, config, data, valid, cache)
+        if config.ctc:
+            fit_ctc(model, config, cast(Source, sources[0]))
         say(results(Path(config.proj_dir)))
 
 

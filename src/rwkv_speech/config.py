@@ -186,6 +186,16 @@ class _OptimizerFlags:
     adam_eps: float = flag(1e-8, "what AdamW adds to the root of that average", above=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit", at_least=0)
     seed: int = flag(1, "seed of initial values and of the order of the data", at_least=0, at_most=2**32 - 1)
+    ctc: int = flag(
+        0,
+        "1: train a CTC head, too, after all else or on a finished run: for word times, drafts, and to tell noise",
+        OFF_ON,
+        resume=True,
+    )
+    ctc_epochs: int | None = flag(
+        None, "epochs of the CTC head; empty: as many as make 750 steps", at_least=1, needs="ctc", resume=True
+    )
+    lr_ctc: float = flag(4e-3, "learning rate of the CTC head", above=0, needs="ctc", resume=True)
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,16 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
                     "shares out the frozen layers, and ranks would wait for each other for ever; leave it empty and "
                     "score with eval.py afterwards, or use deepspeed_stage_2"
                 )
+        if self.ctc and self.strategy == "deepspeed_stage_3":
+            raise UserError(
+                "--ctc: found 1 with --strategy deepspeed_stage_3, which shares out the frozen encoder; train without "
+                "it, then start the finished run again with --ctc 1 --strategy ddp"
+            )
+        if self.ctc and self.train_data.startswith("hf-stream:"):
+            raise UserError(
+                f"--ctc: {self.train_data} arrives row by row, expected data whose characters can be listed: a "
+                "manifest, a folder, tar shards or a set on the disk"
+            )
 
 
 @dataclass(frozen=True)

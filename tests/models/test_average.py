@@ -10,7 +10,8 @@ from torch import Tensor
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.average import average
-from rwkv_speech.models.checkpoint import export_published, load_trained, named_tensors, write_checkpoint
+from rwkv_speech.models.checkpoint import add_ctc, export_published, load_trained, named_tensors, write_checkpoint
+from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts
 
 PARTS = Parts(
@@ -129,3 +130,20 @@ def test_output_must_be_a_new_safetensors_file(three: list[Path], tmp_path: Path
     with pytest.raises(UserError, match="--output: .* is one of the checkpoints"):
         average(three, tmp_path / "." / three[1].name)
     assert three[1].read_bytes() == before
+
+
+def test_ctc_head_stays_where_it_is_the_same_in_all(
+    three: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    head = CtcHead(2, CtcSpec("ab", hidden=4))
+    for path in three:
+        add_ctc(path, head)
+    average(three, tmp_path / "mean.safetensors")
+    found = load_trained(tmp_path / "mean.safetensors").ctc_head()
+    assert found is not None and found.spec == head.spec and not caplog.records
+    assert all(torch.equal(x, head.state_dict()[name]) for name, x in found.state_dict().items())
+    for other in (CtcHead(2, CtcSpec("ab", hidden=4)), CtcHead(2, CtcSpec("ac", hidden=4))):
+        add_ctc(three[2], other)
+        average(three, tmp_path / "mean.safetensors")
+        assert load_trained(tmp_path / "mean.safetensors").ctc is None
+    assert "CTC heads differ" in caplog.text

@@ -11,12 +11,14 @@ from rwkv_speech.models.checkpoint import (
     FORMAT,
     FORMAT_1,
     Trained,
+    add_ctc,
     export_published,
     find_checkpoint,
     load_trained,
     named_tensors,
     write_checkpoint,
 )
+from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts, TrainedOn
 
 LAYERS, HEADS, HEAD_SIZE, WIDTH, HIDDEN = 3, 2, 4, 10, 6
@@ -281,3 +283,21 @@ def test_the_same_checkpoint_is_the_same_file_every_time(tmp_path: Path):
     assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
     assert load_trained(tmp_path / "0.safetensors").parts == parts
     assert torch.equal(load_file(tmp_path / "0.safetensors")["adapter.0.bias"], adapter["0.bias"])
+
+
+def test_ctc_head_is_added_and_all_else_stays(tmp_path: Path):
+    path = save(tmp_path / "last.safetensors", wer=0.25)
+    before = load_trained(path)
+    assert before.ctc is None and before.ctc_head() is None
+    head = CtcHead(WIDTH, CtcSpec(" aü天", hidden=8, kernel=3, start_shift=-0.01, end_shift=0.03))
+    add_ctc(path, head)
+    after = load_trained(path)
+    assert_same_bits(after.named_tensors(), before.named_tensors())
+    assert (after.parts, after.trained_on, after.metrics, after.ignored) == (PARTS, TRAINED_ON, {"wer": 0.25}, ())
+    found = after.ctc_head()
+    assert found is not None and found.spec == head.spec and not any(x.requires_grad for x in found.parameters())
+    assert_same_bits(found.state_dict(), head.state_dict())
+    add_ctc(path, other := CtcHead(WIDTH, CtcSpec("x", hidden=4)))
+    replaced = load_trained(path).ctc_head()
+    assert replaced is not None
+    assert_same_bits(replaced.state_dict(), other.state_dict())

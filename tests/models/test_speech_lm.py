@@ -11,6 +11,7 @@ from rwkv_speech.batch import Batch, Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import export_published, load_trained
+from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 
@@ -269,3 +270,17 @@ def test_build_starts_from_no_memory_and_names_its_parts(tiny_parts: Parts):
     assert (model.parts.load_model, model.parts.encoder) == (tiny_parts.load_model, tiny_parts.encoder)
     assert Parts().filled().load_model == "tiny"
     assert Parts(load_model="x.pth").filled() == Parts("x.pth", "microsoft/wavlm-large", "", 5, 2048, "#")
+
+
+def test_ctc_head_travels_with_the_checkpoint_and_trains_not(tiny_parts: Parts, tmp_path: Path):
+    model = build(tiny_parts)
+    trained = sum(1 for _ in model.trained_parameters())
+    model.ctc = CtcHead(model.encoder.width, CtcSpec(" abc", hidden=8)).eval().requires_grad_(False)
+    assert sum(1 for _ in model.trained_parameters()) == trained
+    model.save(tmp_path / "x.safetensors")
+    found = SpeechLM.from_pretrained(tmp_path / "x.safetensors")
+    batch = batch_of(model, sounds(LENGTHS), TEXTS)
+    texts = found.ctc_texts(batch)
+    assert texts == model.ctc_texts(batch) and any(texts) and texts[2] == ""
+    frames, lengths = model.encoder(batch.waveforms, batch.num_samples)
+    assert model.ctc_texts(replace(batch, frames=frames, frame_lengths=lengths)) == texts

@@ -1,5 +1,6 @@
 """The mean of several checkpoints."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,20 +11,25 @@ import torch
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, write_checkpoint
+from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 
 def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
     """Write the mean of the trained tensors, summed in float64; the metadata names the averaged files.
 
-    Each is a file, or a folder as `find_checkpoint` reads it. Raises UserError naming the file if there are fewer than
-    two, if one comes twice, is a published file, was trained on other parts or shapes, or holds a number that is not
-    finite, and if `output` is one of them or no .safetensors file.
+    A CTC head that is the same in all, as in those of one run, is kept; others are left out with a note. Each of
+    `checkpoints` is a file, or a folder as `find_checkpoint` reads it. Raises UserError naming the file if there are
+    fewer than two, if one comes twice, is a published file, was trained on other parts or shapes, or holds a number
+    that is not finite, and if `output` is one of them or no .safetensors file.
     """
     paths, output = [find_checkpoint(path) for path in checkpoints], Path(output)
     _check_paths(paths, output)
     first = load_trained(paths[0])
     parts = _parts(first)
+    heads = [first.ctc_head()]
     sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in first.named_tensors().items()}
     for path in paths:
         trained = load_trained(path)
@@ -32,9 +38,26 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
             if not x.isfinite().all():
                 raise UserError(f"{path}: {name} holds numbers that are not finite; leave this checkpoint out")
             sums[name] += x.double()
+        heads.append(trained.ctc_head())
     means = {name: (x / len(paths)).to(first.named_tensors()[name].dtype) for name, x in sums.items()}
     named: dict[str, Any] = {"averaged": [{"file": str(path), "sha256": sha256_file(path)} for path in paths]}
-    write_checkpoint(output, means, parts, first.trained_on, named)
+    write_checkpoint(output, means, parts, first.trained_on, named, _common(heads, output))
+
+
+def _common(heads: Sequence[CtcHead | None], output: Path) -> CtcHead | None:
+    """The one CTC head that all have; the mean of heads trained apart would hear nothing."""
+    first = heads[0]
+    if all(_same(head, first) for head in heads):
+        return first
+    logger.warning("%s: the checkpoints' CTC heads differ: it has none", output)
+    return None
+
+
+def _same(head: CtcHead | None, other: CtcHead | None) -> bool:
+    if head is None or other is None:
+        return head is other
+    others = other.state_dict()
+    return head.spec == other.spec and all(torch.equal(x, others[name]) for name, x in head.state_dict().items())
 
 
 def _check_paths(paths: Sequence[Path], output: Path) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
 
-Own files hold `adapter.{0,2}.{weight,bias}` and `initial_states.TASK` (L, H, N, N); published ones, and own ones of
-format 1, `speech_encoder.adapter.*` and one task's `language_model.blocks.{i}.att.time_state` (H, N, N).
+Own files hold `adapter.{0,2}.{weight,bias}`, `initial_states.TASK` (L, H, N, N) and, with a CTC head, `ctc.*`;
+published ones, and own ones of format 1, `speech_encoder.adapter.*` and one task's
+`language_model.blocks.{i}.att.time_state` (H, N, N).
 """
 
 # L layers · H heads · N head size
@@ -22,19 +23,23 @@ from rwkv_speech import tasks
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models.base import read_tensors
+from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts, TrainedOn
 
 FORMAT = "rwkv_speech-2"
 FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
-_ADAPTER, _STATES = "adapter.", "initial_states."
+_ADAPTER, _STATES, _CTC = "adapter.", "initial_states.", "ctc."
 _PUBLISHED_ADAPTER = "speech_encoder.adapter."
 _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained tensors of a checkpoint; `parts` is None for a published file, which does not say."""
+    """The trained tensors of a checkpoint; `parts` is None for a published file, which does not say.
+
+    `ctc` is None without a CTC head, else what it is and its tensors.
+    """
 
     path: Path
     adapter: dict[str, Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
@@ -43,10 +48,20 @@ class Trained:
     trained_on: TrainedOn | None
     ignored: tuple[str, ...]  # names of tensors in the file that are not trained ones
     metrics: dict[str, Any]
+    ctc: tuple[CtcSpec, dict[str, Tensor]] | None = None
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The tensors under their names in own files, on the CPU."""
+        """The tensors of adapter and states under their names in own files, on the CPU."""
         return named_tensors(self.adapter, self.initial_states)
+
+    def ctc_head(self) -> CtcHead | None:
+        """The CTC head, frozen, if there is one."""
+        if self.ctc is None:
+            return None
+        spec, tensors = self.ctc
+        head = CtcHead(tensors["conv1.weight"].shape[1], spec)
+        head.load_state_dict(tensors)
+        return head.requires_grad_(False).eval()
 
 
 def named_tensors(adapter: Mapping[str, Tensor], initial_states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,10 +72,18 @@ def named_tensors(adapter: Mapping[str, Tensor], initial_states: Mapping[str, Te
 
 
 def write_checkpoint(
-    path: Path, tensors: dict[str, Tensor], parts: Parts, trained_on: TrainedOn | None, metrics: Mapping[str, Any]
+    path: Path,
+    tensors: dict[str, Tensor],
+    parts: Parts,
+    trained_on: TrainedOn | None,
+    metrics: Mapping[str, Any],
+    ctc: CtcHead | None = None,
 ) -> None:
-    """Write an own checkpoint of tensors as `named_tensors` names them, atomically."""
+    """Write an own checkpoint of tensors as `named_tensors` names them, and of a CTC head if given, atomically."""
     metadata = {"format": FORMAT, "parts": json.dumps(asdict(parts)), "metrics": json.dumps(dict(metrics))}
+    if ctc is not None:
+        metadata["ctc"] = json.dumps(asdict(ctc.spec))
+        tensors = tensors | {_CTC + name: x.detach().cpu().clone() for name, x in ctc.state_dict().items()}
     if trained_on is not None:
         metadata["trained_on"] = json.dumps(asdict(trained_on))
     content = _ordered(save(tensors, metadata))
@@ -86,6 +109,7 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
     tensors, metadata = read_tensors(path), _read_metadata(path)
     try:
         parts, trained_on, metrics = _described(metadata)
+        ctc = CtcSpec(**json.loads(metadata["ctc"])) if "ctc" in metadata else None
         if metadata.get("format") == FORMAT_1:
             task = json.loads(metadata["origin"])["task"]
     except (KeyError, TypeError, ValueError) as error:
@@ -94,17 +118,25 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         ) from error
     if metadata.get("format") != FORMAT:
         tensors = _renamed(path, tensors, task)
-    adapter, states = (
+    known = (_ADAPTER, _STATES, _CTC) if ctc else (_ADAPTER, _STATES)
+    adapter, states, head = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        for prefix in (_ADAPTER, _STATES)
+        for prefix in (_ADAPTER, _STATES, _CTC)
     )
     if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
         raise UserError(
             f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} initial states and the "
             f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
-    ignored = tuple(name for name in tensors if not name.startswith((_ADAPTER, _STATES)))
-    return Trained(path, adapter, states, parts, trained_on, ignored, metrics)
+    ignored = tuple(name for name in tensors if not name.startswith(known))
+    return Trained(path, adapter, states, parts, trained_on, ignored, metrics, (ctc, head) if ctc else None)
+
+
+def add_ctc(path: Path, head: CtcHead) -> None:
+    """Give an own checkpoint this CTC head, atomically; all else in it stays as it is."""
+    trained = load_trained(path)
+    assert trained.parts is not None
+    write_checkpoint(path, trained.named_tensors(), trained.parts, trained.trained_on, trained.metrics, head)
 
 
 def _renamed(path: Path, tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from rwkv_speech.models import splice
 from rwkv_speech.models.adapter import Adapter
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
+from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv6 import RWKV6
@@ -49,6 +50,7 @@ class SpeechLM(nn.Module):
         self.initial_states = nn.ParameterDict(
             {name: torch.zeros(sizes.n_layer, sizes.H, sizes.N, sizes.N) for name in task_names}
         )
+        self.ctc: CtcHead | None = None  # frozen here: it is trained by itself
         self.separator_id = _one_token(tokenizer, parts.separator)
         self.trained_on: TrainedOn | None = None
         self.metrics: dict[str, Any] = {}  # of the training, as the checkpoint says
@@ -112,12 +114,14 @@ class SpeechLM(nn.Module):
         with torch.no_grad():
             for name, x in found.items():
                 parameters[name].copy_(x)
+        head = trained.ctc_head()
+        self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
         self.trained_on, self.metrics = trained.trained_on, trained.metrics
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
         tensors = named_tensors(self.adapter.state_dict(), dict(self.initial_states.items()))
-        write_checkpoint(path, tensors, self.parts, self.trained_on, metrics)
+        write_checkpoint(path, tensors, self.parts, self.trained_on, metrics, self.ctc)
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's parameters and the initial states: all that an optimizer may see."""
@@ -157,6 +161,12 @@ class SpeechLM(nn.Module):
         """What a text follows: the ids `before`, the audio, the task's prompt, the ids `after`, the separator."""
         prompt = self.tokenizer.encode(tasks.task_named(task).prompt)
         return [splice.Prompt(before), splice.Audio(num_audio), splice.Prompt([*prompt, *after, self.separator_id])]
+
+    @torch.no_grad()
+    def ctc_texts(self, batch: Batch) -> list[str]:
+        """What the encoder alone hears in each utterance; for a model that has a CTC head."""
+        assert self.ctc is not None
+        return self.ctc.texts(*self.frames(batch))
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of a batch over its `num_targets`, float32.

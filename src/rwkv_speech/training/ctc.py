@@ -1,0 +1,314 @@
+"""Training of the CTC head: a stage of its own behind the adapter's, on the same data and the same frozen frames."""
+
+# B batch · F frames · D encoder width · K labels · S samples
+
+import dataclasses
+import hashlib
+import math
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
+from rwkv_speech.batch import Batch, Sample
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.data.dataset import SpeechDataset
+from rwkv_speech.data.epoch import Cut
+from rwkv_speech.data.feature_cache import FeatureCache
+from rwkv_speech.data.feature_fill import fill
+from rwkv_speech.data.loader import StepLoader, collate
+from rwkv_speech.data.source import Source
+from rwkv_speech.devices import accelerator
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.checkpoint import BEST, LAST, add_ctc
+from rwkv_speech.models.ctc import BLANK, CtcHead, CtcSpec
+from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.synthetic.nonspeech import VOICES, nonspeech
+from rwkv_speech.text import normalise_label
+from rwkv_speech.training.data import make_augmenter, make_datasets
+from rwkv_speech.training.optim import lr_factor
+from rwkv_speech.training.points import ResumePoint, begin_point, finish_point, newest_point
+from rwkv_speech.training.progress import say
+from rwkv_speech.training.resume import shared_settings
+
+FOLDER = "ctc"  # in that of the run: points to resume from, and the frames of a small set
+_STATE, _FRAMES = "state.pt", "frames"
+_STEPS = 750  # that suffice for little data; much data is gone through once
+_WARMUP, _GRAD_CLIP, _WEIGHT_DECAY = 50, 5.0, 0.01
+# Frames of so many bytes are made once and kept on the disk for all epochs.
+_SMALL = 1 << 30
+# Every so many steps a batch more: half of it sounds without words, half of it speech with silence around.
+_EXTRAS_EVERY = 8
+_SHORTEST, _LONGEST = 0.5, 10.0  # seconds of a sound without words
+_SECONDS_BETWEEN_LINES = 60.0
+_CHECKPOINT = re.compile(rf"{BEST}|{LAST}|(best-)?epoch-\d+\.safetensors")
+
+
+def fit_ctc(model: SpeechLM, config: TrainConfig, source: Source) -> None:
+    """Train a CTC head, from where that stopped, and add it to the run's checkpoints, which else stay as they are.
+
+    A head that the same settings and data gave before is only added where it is missing.
+    """
+    folder = Path(config.proj_dir)
+    config = _with_frames_kept(config, model.encoder, source)
+    data, _, cache = make_datasets(config, model, source, None)
+    module = CtcModule(model.encoder, config, cast(SpeechDataset, data), cache)
+    point = module.find_point(shared_settings(config, model, data, None))
+    if point is None or point.info["epoch"] < module.epochs:
+        _fit(module, config)
+    if getattr(rank_zero_only, "rank", 0):
+        return
+    head = module.head.cpu().eval().requires_grad_(False)
+    paths = sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
+    for path in paths:
+        add_ctc(path, head)
+    shutil.rmtree(folder / FOLDER / _FRAMES, ignore_errors=True)
+    say(f"CTC head: {len(head.spec.labels)} characters, in {len(paths)} checkpoints of {folder}")
+
+
+def _fit(module: "CtcModule", config: TrainConfig) -> None:
+    kind, devices = accelerator(config)
+    trainer = pl.Trainer(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        # What is trained is small: each device holds all of it.
+        strategy="ddp" if config.strategy.startswith("deepspeed") else config.strategy,
+        max_epochs=module.epochs,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=_GRAD_CLIP,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the run's own waits for the end of a step
+    say(f"training a CTC head of {sum(x.numel() for x in module.head.parameters()):,} parameters")
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    progress.ready = progress.started = progress.processed = progress.completed = module.start
+    try:
+        trainer.fit(module)
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from error
+
+
+def _with_frames_kept(config: TrainConfig, encoder: SpeechEncoder, source: Source) -> TrainConfig:
+    """With a feature cache for the time of the stage where there is none and the set is small."""
+    size = float(source.durations().sum(dtype=np.float64)) * FRAME_RATE * encoder.width * 4
+    if config.feature_cache or make_augmenter(config) or not size <= _SMALL:  # NaN: it is not known
+        return config
+    folder = Path(config.proj_dir) / FOLDER / _FRAMES
+    return dataclasses.replace(config, feature_cache=str(folder), feature_dtype="float32")
+
+
+class CtcModule(pl.LightningModule):
+    """Loss and optimizer of a CTC head on the frames of a frozen encoder."""
+
+    def __init__(
+        self, encoder: SpeechEncoder, config: TrainConfig, data: SpeechDataset, cache: FeatureCache | None
+    ) -> None:
+        super().__init__()
+        self.config, self._data, self._cache = config, data, cache
+        self._frozen = (encoder,)  # hidden from Lightning: it is neither trained, nor saved, nor shared out
+        torch.manual_seed(_number(config.seed))
+        self.head = CtcHead(encoder.width, CtcSpec(characters(data.source, config.label_mode)))
+        self._extras = Extras(data.source, config)
+        world_size = config.num_nodes * accelerator(config)[1]
+        cut = Cut(config.micro_bsz, config.batch_seconds, world_size=world_size, accumulate=config.accumulate)
+        self.epochs = config.ctc_epochs or math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
+        self.start = 0  # the epoch to begin with
+        self._resumed: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
+        self._said, self._losses, self._left_out = time.perf_counter(), list[Tensor](), set[int]()
+
+    def find_point(self, settings: dict[str, Any]) -> ResumePoint | None:
+        """Where this stage stopped, if it was begun with the same settings; its state is taken over."""
+        cut = {name: getattr(self.config, name) for name in ("micro_bsz", "batch_seconds", "accumulate", "device")}
+        self._settings = settings | cut | {"lr_ctc": self.config.lr_ctc, "ctc_epochs": self.epochs}
+        point = newest_point(Path(self.config.proj_dir) / FOLDER)
+        if point and point.info["settings"] != self._settings:
+            say("the CTC head here was trained with other settings: it is trained again")
+            point = None
+        if point:
+            self._resumed, self.start = torch.load(point.path / _STATE), point.info["epoch"]
+            self.head.load_state_dict(self._resumed["head"])
+        return point
+
+    @property
+    def _encoder(self) -> SpeechEncoder:
+        return self._frozen[0]
+
+    def on_fit_start(self) -> None:
+        """Take over the state of an interrupted stage; fill the cache of frames, each rank its share."""
+        self._encoder.to(self.device)
+        if self._resumed:
+            self.trainer.optimizers[0].load_state_dict(self._resumed["optimizer"])
+            cast(Any, self.lr_schedulers()).load_state_dict(self._resumed["schedule"])
+        if self._cache is None:
+            return
+        cut = self._cut()
+        cache, plain = self._cache.for_writer(self.trainer.global_rank), self._data.plain()
+        fill(cache, plain, self._encode, self._encoder.width, cut, self.config.workers)
+        self.trainer.strategy.barrier()
+        self._cache.refresh()
+
+    def on_train_epoch_start(self) -> None:
+        """What is dropped out depends on seed, epoch and rank alone, as after a resume."""
+        torch.manual_seed(_number(self.config.seed, self.current_epoch, self.trainer.global_rank))
+
+    def train_dataloader(self) -> StepLoader:
+        """This rank's share of the training data."""
+        c = self.config
+        steps = c.epoch_steps and c.epoch_steps * c.accumulate
+        loader = self._data.loader(self._cut(), steps, c.workers, pin_memory=self.device.type == "cuda")
+        loader.set_state(self.trainer.current_epoch, 0)
+        return loader
+
+    def _cut(self) -> Cut:
+        c, trainer = self.config, self.trainer
+        return Cut(c.micro_bsz, c.batch_seconds, c.seed, rank=trainer.global_rank, world_size=trainer.world_size)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, a short warm-up and a cosine."""
+        optimizer = torch.optim.AdamW(self.head.parameters(), self.config.lr_ctc, weight_decay=_WEIGHT_DECAY)
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = lr_factor("cosine", min(_WARMUP, total // 10), total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, step: list[Batch], batch_idx: int) -> Tensor:
+        """The mean loss of the utterances of a batch."""
+        batches = step
+        self._left_out |= {sample.index for batch in step for sample in batch.bad}
+        if (self.current_epoch * int(self.trainer.num_training_batches) + batch_idx) % _EXTRAS_EVERY == 0:
+            batches = [*step, self._extras.batch(self.current_epoch, batch_idx, self.trainer.global_rank)]
+        losses = torch.cat([self._losses_of(batch) for batch in batches if len(batch)] or [torch.zeros(0)])
+        if not len(losses):  # this rank has none, but takes part
+            return sum((x.sum() * 0.0 for x in self.head.parameters()), torch.zeros((), device=self.device))
+        if not losses.isfinite().all():
+            raise UserError(f"CTC head, step {self.global_step}: the loss is not finite; lower --lr_ctc")
+        self._losses.append(losses.detach())
+        if time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+            self._report(f", step {batch_idx + 1} of {self.trainer.num_training_batches}")
+        return losses.mean()
+
+    def _losses_of(self, batch: Batch) -> Tensor:
+        """The loss of each utterance, (B,), on the host."""
+        if batch.frames is not None and batch.frame_lengths is not None:
+            frames, lengths = batch.frames, batch.frame_lengths
+        else:
+            frames, lengths = self._encode(batch.waveforms, batch.num_samples, batch.normalised)
+        targets = [self.head.spec.encode(text) for text in batch.texts]
+        losses = ctc_losses(self.head(frames.to(self.device), lengths), lengths, targets)
+        self._left_out |= {i for i, loss in zip(batch.indices, losses.tolist(), strict=True) if not loss}
+        return losses
+
+    def _encode(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
+        return self._encoder.forward(waveforms.to(self.device), num_samples, normalised)
+
+    def _report(self, where: str = "") -> None:
+        """A line that stays, of the first rank's loss since the epoch's start, and of what it could not use."""
+        self._said = time.perf_counter()
+        loss = float(torch.cat(self._losses).mean()) if self._losses else 0.0
+        left_out = f", {len(self._left_out)} utterances left out" if self._left_out else ""
+        say(f"CTC head, epoch {self.current_epoch + 1}/{self.epochs}{where}: loss {loss:.3f}{left_out}")
+
+    def on_train_epoch_end(self) -> None:
+        """Say the epoch's loss, and save a point to resume from."""
+        self._report()
+        self._losses = []
+        if self.trainer.is_global_zero:
+            epoch = self.current_epoch + 1
+            pending = begin_point(Path(self.config.proj_dir) / FOLDER, epoch)
+            schedule: Any = self.lr_schedulers()
+            state = {"head": self.head.state_dict(), "optimizer": self.trainer.optimizers[0].state_dict()}
+            torch.save({**state, "schedule": schedule.state_dict()}, pending / _STATE)
+            finish_point(pending, {"settings": self._settings, "epoch": epoch}, keep=1)
+
+
+class Extras:
+    """Batches of sounds without words and of speech with silence around: an empty text must mean that nobody speaks."""
+
+    def __init__(self, source: Source, config: TrainConfig) -> None:
+        self._source, self._config = source, config
+
+    def batch(self, epoch: int, step: int, rank: int) -> Batch:
+        """Half of each, as many as a batch has utterances; the same for the same place in the run."""
+        c = self._config
+        rng = random.Random(f"{c.seed}/ctc/{epoch}/{step}/{rank}")
+        count = max(2, c.micro_bsz)
+        voices = self._voices(rng, max(VOICES, count // 2))
+        samples = [_sample(F.pad(voice, (_up_to_a_second(rng), _up_to_a_second(rng))), text)
+                   for voice, text in voices[: count // 2]]  # fmt: skip
+        for _ in range(count - len(samples)):
+            seconds = math.exp(rng.uniform(math.log(_SHORTEST), math.log(_LONGEST)))
+            samples.append(_sample(nonspeech(rng, seconds, [voice for voice, _ in voices]), ""))
+        return collate(samples)
+
+    def _voices(self, rng: random.Random, count: int) -> list[tuple[Tensor, str]]:
+        """Recordings that can be decoded, and their texts."""
+        found = []
+        for _ in range(2 * count):
+            index = rng.randrange(len(self._source))
+            try:
+                found.append((self._source.load(index), self._source.utterance(index).text))
+            except AudioError:  # it is reported where it is trained on
+                continue
+            if len(found) == count:
+                break
+        return [(waveform, normalise_label(text, self._config.label_mode)) for waveform, text in found]
+
+
+def _up_to_a_second(rng: random.Random) -> int:
+    return rng.randrange(SAMPLE_RATE)
+
+
+def _sample(waveform: Tensor, text: str) -> Sample:
+    return Sample("", waveform, text, [], len(waveform) / SAMPLE_RATE, 0, "")
+
+
+def ctc_losses(log_probs: Tensor, frame_lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """The CTC loss of each row of log-probabilities (B, F, K), (B,), on the host; 0 for a text that is too long.
+
+    On the host, because PyTorch's on a GPU adds up in no fixed order; of the labels that occur alone, which are few.
+    """
+    used = sorted({BLANK, *(label for row in targets for label in row)})
+    place = {label: i for i, label in enumerate(used)}
+    return F.ctc_loss(
+        log_probs[..., used].cpu().transpose(0, 1),
+        torch.tensor([place[label] for row in targets for label in row], dtype=torch.int64),
+        frame_lengths.cpu(),
+        torch.tensor([len(row) for row in targets]),
+        reduction="none",
+        zero_infinity=True,
+    )
+
+
+def characters(source: Source, label_mode: str) -> str:
+    """The characters of all texts of a source as they are learned, sorted."""
+    found = {
+        character for i in range(len(source)) for character in normalise_label(source.utterance(i).text, label_mode)
+    }
+    return "".join(sorted(found))
+
+
+def _number(*names: object) -> int:
+    """A seed of its own for each place in the run."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, ("ctc", *names))).encode()).digest()[:7])
