@@ -43,7 +43,13 @@ def same(found: list[Done], expected: list[Done]) -> None:
         assert text.entropies == pytest.approx(wanted.entropies, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [GREEDY, Options.given(0.0, repetition_penalty=1.5, no_repeat_ngram_size=3)])
+CHANGED = [
+    Options.given(0.0, repetition_penalty=1.5, no_repeat_ngram_size=3),
+    Options.given(0.0, keywords=["xyz bc\t1", "the weather\t2"]),
+]
+
+
+@pytest.mark.parametrize("options", [GREEDY, *CHANGED])
 def test_any_draft_gives_the_text_of_greedy_decoding(restrict: Restrict, options: Options):
     model = restrict(LETTERS)
     plain = decode(model, [None] * len(LENGTHS), 3, options)

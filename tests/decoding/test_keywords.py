@@ -3,18 +3,25 @@
 import itertools
 import random
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from sounds import samples, sounds
 
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.loader import collate
+from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.keywords import Keywords, read_keywords
-from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.tokenizer import WorldTokenizer
 
 VOCAB = 272
+Restrict = Callable[[dict[int, float]], SpeechLM]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +128,55 @@ def test_rows_do_not_change_each_other_and_no_phrase_changes_nothing(tiny: World
     alone = torch.cat([keywords.add(scores[i : i + 1], nodes[i : i + 1]) for i in range(len(nodes))])
     assert torch.equal(together, alone) and torch.equal(scores, before)
     assert torch.equal(Keywords({}, tiny, VOCAB).add(scores, [Keywords.start] * len(nodes)), scores)
+
+
+@torch.no_grad()
+def logprobs(model: SpeechLM, sample: Sample, ids: Sequence[int]) -> list[float]:
+    """Of each token and of the end (n + 1,), everything read again."""
+    audio, _ = model.audio_tokens(collate([sample]))
+    text = model.lm.embed(torch.tensor([model.separator_id, *ids]))
+    output = model.lm(inputs_embeds=torch.cat((audio, text))[None], state=model.initial_state([sample.task]))
+    found = output.logits[0, len(audio) :].double().log_softmax(-1)
+    return [float(row[token]) for row, token in zip(found, [*ids, 0], strict=True)]
+
+
+def test_a_beam_as_wide_as_the_space_finds_the_best_of_log_probability_and_keywords(restrict: Restrict):
+    toy = {0: 1.5, 98: 1.0, 99: 1.0, 33: 1.0}  # the end, "a", "b" and the blank
+    model, phrases = restrict(toy), {"a": 2.0, "ab": 1.0, "b a": 1.5}
+    chosen = Options.given(0.0, beam=64, patience=10.0, keywords=[f"{x}\t{weight}" for x, weight in phrases.items()])
+    for sample in samples(sounds([3_000, 6_000])):
+        [done] = Engine(model, chosen, 1).run([Request(0, sample, 3)])
+        scores = {}
+        for length in range(4):
+            for ids in itertools.product([token for token in toy if token], repeat=length):
+                bonus = expected(phrases, model.tokenizer.decode(ids), model.tokenizer)
+                scores[ids] = (sum(logprobs(model, sample, ids)) + bonus) / (length + 1)
+        found = [text for text in done.hypotheses if text.score > -20 and not text.cut]  # of the toy's tokens
+        assert [text.ids for text in found] == sorted(scores, key=lambda ids: -scores[ids])
+        assert [text.score for text in found] == pytest.approx([scores[text.ids] for text in found], abs=1e-4)
+        assert found[0].logprobs == pytest.approx(logprobs(model, sample, found[0].ids), abs=1e-4)  # the model's own
+
+
+def test_greedy_takes_the_best_of_log_probability_and_keywords_in_every_slot(restrict: Restrict):
+    model = restrict({0: -3.0, 33: 0.5} | dict.fromkeys(range(98, 124), 0.0))
+    lines = ["bcd\t2", "x\t3", "the\t1", "qrs t\t2.5"]
+    chosen, requests = Options.given(0.0, keywords=lines), samples(sounds([3_000, 6_000, 1_450, 5_555, 2_000, 9_000]))
+    keywords = Keywords(read_keywords(chosen), model.tokenizer, VOCAB)
+    plain = {done.request.key: done.hypotheses[0].ids for done in Engine(model, GREEDY, 2).run(jobs(requests))}
+    differ = 0
+    for done in Engine(model, chosen, 4).run(jobs(requests)):
+        found = done.hypotheses[0].ids
+        audio, _ = model.audio_tokens(collate([done.request.sample]))
+        text = model.lm.embed(torch.tensor([model.separator_id, *found]))
+        output = model.lm(inputs_embeds=torch.cat((audio, text))[None], state=model.initial_state(["asr"]))
+        biased = keywords.add(output.logits[0, len(audio) :].log_softmax(-1), keywords.walk(found))
+        assert biased[: len(found)].argmax(-1).tolist() == list(found)
+        differ += found != plain[done.request.key]
+    assert differ > 2
+
+
+def jobs(chosen: list[Sample]) -> list[Request]:
+    return [Request(i, sample, 12) for i, sample in enumerate(chosen)]
 
 
 def options(keywords: object, **others: float) -> Options:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rwkv_speech.batch import Sample
 from rwkv_speech.decoding.beam import Beam, candidates
 from rwkv_speech.decoding.draft import Verifier
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader
 from rwkv_speech.decoding.strategy import Hypothesis, Scores, Strategy, Track
@@ -83,9 +84,10 @@ class Engine:
         if options.draft and getattr(model, "ctc", None) is None:
             raise UserError("--draft 1: the weights have no CTC head, whose text it verifies; train one with --ctc 1")
         self._model, self._options = model, options
-        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
         rows = slots * options.beam
         self._state = model.lm.zero_state(rows)
+        keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
+        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id, keywords)
         self._logits: Tensor | None = None  # (S, V) of the next token of each row
         self._jobs: list[_Job | None] = [None] * rows  # whose each row is
         self._tracks: list[Track | None] = [None] * rows  # the text in each row; those of a beam search may lack one

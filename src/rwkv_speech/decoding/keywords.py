@@ -121,6 +121,14 @@ class Keywords:
         self._earned = torch.tensor(places, device=device)  # by each token as a phrase's first
         self._letters = torch.tensor(letters, dtype=torch.float32, device=device)
 
+    @classmethod
+    def of(
+        cls, options: Options, tokenizer: WorldTokenizer, vocab: int, device: torch.device | str
+    ) -> "Keywords | None":
+        """The keywords that the options ask for, if any; raises UserError as `read_keywords` does."""
+        phrases = read_keywords(options)
+        return cls(phrases, tokenizer, vocab, device) if phrases else None
+
     def advance(self, node: int, token: int) -> int:
         """The node behind a token; a text that has ended stays where it is."""
         if token == self._eos:

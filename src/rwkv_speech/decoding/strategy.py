@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import Options
 
 # A text that says the same over and over: at least so many times, and so many tokens in all.
@@ -49,7 +50,8 @@ class Choice(NamedTuple):
 class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
-    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, keyword bonuses.
+    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, keyword bonuses. `node` is
+    the place in the trie of the keywords.
     """
 
     limit: int
@@ -59,12 +61,12 @@ class Track:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    node: int = Keywords.start
 
     def fork(self) -> "Track":
         """A copy that goes its own way."""
-        return Track(
-            self.limit, self.temperature, self.chance, self.total, [*self.ids], [*self.logprobs], [*self.entropies]
-        )
+        texts = [*self.ids], [*self.logprobs], [*self.entropies]
+        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node)
 
     def append(self, choice: Choice) -> None:
         """Take the next token, the end of text among them."""
@@ -124,10 +126,10 @@ def measured(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Strategy:
-    """How tokens are chosen by the options: penalties, and chance above temperature 0."""
+    """How tokens are chosen by the options: penalties, keywords, and chance above temperature 0."""
 
-    def __init__(self, options: Options, eos: int) -> None:
-        self.options, self.eos = options, eos
+    def __init__(self, options: Options, eos: int, keywords: Keywords | None = None) -> None:
+        self.options, self.eos, self._keywords = options, eos, keywords
         penalties = (options.presence_penalty, options.frequency_penalty, options.no_repeat_ngram_size)
         self._penalises = any(penalties) or options.repetition_penalty != 1
 
@@ -138,6 +140,8 @@ class Strategy:
         if self._penalises:
             texts = [track.ids if track else [] for track in tracks]
             scores = torch.log_softmax(penalised(logits.float(), texts, self.options), -1)
+        if self._keywords:
+            scores = self._keywords.add(scores, [track.node if track else Keywords.start for track in tracks])
         return Scores(scores, logprobs, entropies)
 
     def choose(self, found: Scores, tracks: Sequence[Track | None]) -> list[Choice]:
@@ -156,16 +160,21 @@ class Strategy:
         """Append the next token to a text: the text, if it ends with that, or for want of room without it."""
         if choice.token != self.eos and track.is_full:
             return track.hypothesis(True, self.options.length_penalty)
-        track.append(choice)
+        self._append(track, choice)
         return track.hypothesis(False, self.options.length_penalty) if choice.token == self.eos else None
+
+    def _append(self, track: Track, choice: Choice) -> None:
+        track.append(choice)
+        if self._keywords:
+            track.node = self._keywords.advance(track.node, choice.token)
 
     def verify(self, logits: Tensor, track: Track, draft: Sequence[int]) -> list[Choice]:
         """The best token after a text, and after it and each beginning of a draft, from their logits (T, V)."""
         tracks = [track] * len(logits)
-        if self._penalises:
+        if self._penalises or self._keywords:
             for row in range(1, len(tracks)):
                 tracks[row] = tracks[row - 1].fork()
-                tracks[row].append(Choice(draft[row - 1], 0.0, 0.0, 0.0))
+                self._append(tracks[row], Choice(draft[row - 1], 0.0, 0.0, 0.0))
         return self.choose(self.scores(logits, tracks), [None] * len(tracks))
 
 
