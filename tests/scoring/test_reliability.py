@@ -51,5 +51,7 @@ def test_reliability_where_all_are_right_says_what_it_can():
     found = reliability([0.5, 1.0], [True, True])
     assert (found.ece, found.auc, found.nce, found.wrong) == (0.25, None, None, 0)
     assert found.report() == "ECE 0.250 (2 words, 0 wrong)"
+    lines = [line.split() for line in found.table().splitlines()[1:]]
+    assert lines == [["0.500", "1.000", "1"], ["1.000", "1.000", "1"]]
     with pytest.raises(ValueError, match="no words"):
         reliability([], [])

@@ -40,6 +40,11 @@ class Reliability:
         known += [f"{name} {value:.3f}" for name, value in (("AUC", self.auc), ("NCE", self.nce)) if value is not None]
         return f"{', '.join(known)} ({self.words} words, {self.wrong} wrong)"
 
+    def table(self) -> str:
+        """A line for each part of 0 to 1 that holds words."""
+        rows = [f"{x.confidence:10.3f}  {x.right:5.3f}  {x.words:6}" for x in self.bins if x.words]
+        return "\n".join(["confidence  right   words", *rows])
+
 
 def reliability(confidences: Sequence[float], right: Sequence[bool]) -> Reliability:
     """Of words with their confidences, 0 to 1, and whether each is right; raises ValueError for none at all."""
