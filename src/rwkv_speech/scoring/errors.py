@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from rapidfuzz.distance import Levenshtein
+import jiwer
 
 from rwkv_speech.decoding.results import Row
 from rwkv_speech.text import NORMALIZERS, normalizer
 
-_KINDS = {"equal": "equal", "replace": "sub", "insert": "ins", "delete": "del"}
+_KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del"}
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,20 @@ class Utterance:
 
 def align(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> list[Utterance]:
     """The aligned words of result rows, in a form of text.NORMALIZERS."""
+    if not rows:
+        return []
     normalise = normalizer(form)
-    return [Utterance(row.id, _words(normalise(row.ref).split(), normalise(row.hyp).split())) for row in rows]
+    refs, hyps = ([" ".join(normalise(getattr(row, name)).split()) for row in rows] for name in ("ref", "hyp"))
+    found = jiwer.process_words(refs, hyps)
+    aligned = zip(rows, found.references, found.hypotheses, found.alignments, strict=True)
+    return [Utterance(row.id, _words(ref, hyp, chunks)) for row, ref, hyp, chunks in aligned]
 
 
-def _words(ref: list[str], hyp: list[str]) -> tuple[tuple[str, str, str], ...]:
+def _words(ref: list[str], hyp: list[str], chunks: list[jiwer.AlignmentChunk]) -> tuple[tuple[str, str, str], ...]:
     words: list[tuple[str, str, str]] = []
-    for run in Levenshtein.opcodes(ref, hyp):
-        there, here = ref[run.src_start : run.src_end], hyp[run.dest_start : run.dest_end]
-        words += [(_KINDS[run.tag], a, b) for a, b in zip_longest(there, here, fillvalue="")]
+    for chunk in chunks:
+        there, here = ref[chunk.ref_start_idx : chunk.ref_end_idx], hyp[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        words += [(_KINDS[chunk.type], a, b) for a, b in zip_longest(there, here, fillvalue="")]
     return tuple(words)
 
 

@@ -5,9 +5,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jiwer
 import numpy as np
 from numpy.typing import NDArray
-from rapidfuzz.distance import Levenshtein
 
 from rwkv_speech.decoding.results import Row
 from rwkv_speech.errors import UserError
@@ -76,11 +76,9 @@ class Tally:
             raise UserError(f"{len(refs)} references but {len(hyps)} hypotheses; expected one hypothesis per reference")
         if not refs:
             raise UserError("no utterance to score; expected at least one reference: check the data given")
-        pairs = [(ref.split(), hyp.split()) for ref, hyp in zip(refs, hyps, strict=True)]
-        return cls(
-            np.array([_counts(ref, hyp) for ref, hyp in pairs], np.int64),
-            np.array([_counts(" ".join(ref), " ".join(hyp)) for ref, hyp in pairs], np.int64),
-        )
+        refs, hyps = ([" ".join(text.split()) for text in texts] for texts in (refs, hyps))
+        words, characters = jiwer.process_words(refs, hyps), jiwer.process_characters(refs, hyps)
+        return cls(_counted(words.alignments), _counted(characters.alignments))
 
     @property
     def edits(self) -> Longs:
@@ -102,12 +100,16 @@ class Tally:
         return Scores(words, characters, float((self.edits / np.maximum(1, self.ref_words)).mean()), len(self.words))
 
 
-def _counts(ref: Sequence[str], hyp: Sequence[str]) -> tuple[int, int, int, int]:
-    if ref == hyp:
-        return len(ref), 0, 0, 0
-    tags = [edit.tag for edit in Levenshtein.editops(ref, hyp)]
-    substitutions, insertions, deletions = (tags.count(tag) for tag in ("replace", "insert", "delete"))
-    return len(ref) - substitutions - deletions, substitutions, insertions, deletions
+_KINDS = ("equal", "substitute", "insert", "delete")
+
+
+def _counted(alignments: Sequence[Sequence[jiwer.AlignmentChunk]]) -> Longs:
+    counts = np.zeros((len(alignments), len(_KINDS)), np.int64)
+    for row, chunks in zip(counts, alignments, strict=True):
+        for chunk in chunks:
+            size = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+            row[_KINDS.index(chunk.type)] += size
+    return counts
 
 
 def score(refs: Sequence[str], hyps: Sequence[str]) -> Scores:
