@@ -8,17 +8,13 @@
 #include <vector>
 
 #include "wkv6_cpu_kernel.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
-namespace {
+#include "wkv6_cpu_threads.h"
 
 using wkv6_cpu::Kernels;
+using wkv6_cpu::kernels;
 using wkv6_cpu::span_of;
 
-const Kernels& kernels() {
+const Kernels& wkv6_cpu::kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -32,21 +28,7 @@ const Kernels& kernels() {
     return wkv6_cpu::plain;
 }
 
-// Where dy is 0 for many tokens, dS decays to numbers below 1e-38, each of which would cost some processors a hundred
-// cycles. In this scope they are zero.
-class SubnormalsAreZero {
-   public:
-    SubnormalsAreZero(const SubnormalsAreZero&) = delete;
-#if defined(__x86_64__)
-    SubnormalsAreZero() { _mm_setcsr(before | 0x8040); }  // results and operands
-    ~SubnormalsAreZero() { _mm_setcsr(before); }
-
-   private:
-    const unsigned before = _mm_getcsr();
-#else
-    SubnormalsAreZero() {}
-#endif
-};
+namespace {
 
 // How many threads are worth starting, which takes some 20 microseconds each.
 int useful_threads(const Wkv6Problem& p, int threads) {
@@ -72,7 +54,7 @@ void for_each_head(const Wkv6Problem& p, int threads, Job job) {
                          [&](int64_t a, int64_t b) { return span_of(p, a).count > span_of(p, b).count; });
     std::atomic<int64_t> next(0);
     auto work = [&](int thread) {
-        SubnormalsAreZero scope;
+        wkv6_cpu::SubnormalsAreZero scope;
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < p.sequences * p.heads;)
             job(order[i / p.heads], i % p.heads, thread);
     };

@@ -2,46 +2,12 @@
 
 #include "wkv6_cpu_kernel.h"
 
+#include "rwkv6_cpu_step.h"
 #include "wkv6_cpu_backward.h"
 #include "wkv6_cpu_chunk.h"
+#include "wkv6_cpu_step.h"
 
 namespace {
-
-constexpr int SHORT = 4;  // so few tokens are faster one by one, as the state need not be transposed
-
-// Token by token on the caller's state: rows are values, columns are keys.
-template <int N>
-void step(const Wkv6Problem& p, const Span& span, int64_t head, float* state) {
-    alignas(64) float u[1][N], r[1][N], k[1][N], v[1][N], rate[1][N], d[1][N], y[1][N];
-    read_bonus<N>(p, head, u);
-    for (int64_t t = 0; t < span.count; t++) {
-        Place at = {span.batch, span.first + t, head, 1};
-        read<N>(p.r, p.type, at, r);
-        read<N>(p.k, p.type, at, k);
-        read<N>(p.v, p.type, at, v);
-        read<N>(p.w, p.decay_type, at, rate);
-        decays<N>(rate, d, 1);
-        Vec products = {};
-        for (int n = 0; n < N; n += LANES) products += load(u[0] + n) * load(k[0] + n) * load(r[0] + n);
-        float bonus = 0;
-        for (int i = 0; i < LANES; i++) bonus += products[i];
-        for (int value = 0; value < N; value += LANES) {
-            Vec parts[LANES];
-            for (int m = 0; m < LANES; m++) {
-                float* row = state + (value + m) * N;
-                Vec sum = {};
-                for (int n = 0; n < N; n += LANES) {
-                    Vec s = load(row + n);
-                    sum += s * load(r[0] + n);
-                    store(row + n, s * load(d[0] + n) + v[0][value + m] * load(k[0] + n));
-                }
-                parts[m] = sum;
-            }
-            store(y[0] + value, sums(parts) + bonus * load(v[0] + value));
-        }
-        write<N>(y, at, p.type, p.y);
-    }
-}
 
 // Forwards the state is transposed: rows are keys, columns are values.
 
@@ -150,4 +116,5 @@ int64_t any_scratch(int64_t head_size, int64_t longest) {
 #define WKV6_STRING(x) #x
 #define WKV6_NAME(x) WKV6_STRING(x)
 
-const wkv6_cpu::Kernels wkv6_cpu::WKV6_ISA = {WKV6_NAME(WKV6_ISA), any_forward, any_backward, any_step, any_scratch};
+const wkv6_cpu::Kernels wkv6_cpu::WKV6_ISA = {
+    WKV6_NAME(WKV6_ISA), any_forward, any_backward, any_step, any_scratch, any_model_step, any_model_scratch};

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "wkv6.h"
+#include "rwkv6.h"
+#include "rwkv6_cpu_team.h"
 
 namespace wkv6_cpu {
 
@@ -13,6 +14,8 @@ struct Kernels {
     void (*backward)(const Wkv6Problem&, int64_t sequence, int64_t head, void* scratch);
     void (*step)(const Wkv6Problem&, int64_t sequence, int64_t head);  // `state` becomes the last state in place
     int64_t (*scratch)(int64_t head_size, int64_t longest);  // bytes for `backward`, a multiple of 64
+    void (*model_step)(const Rwkv6Model&, const Rwkv6Step&, Team&);  // called by each thread of the team
+    int64_t (*model_scratch)(const Rwkv6Model&, int64_t tokens);     // bytes for `model_step`
 };
 
 struct Span {
@@ -26,5 +29,8 @@ static inline Span span_of(const Wkv6Problem& p, int64_t sequence) {
 }
 
 extern const Kernels avx512, avx2, plain;
+
+// Those of the best instruction set that this processor has.
+const Kernels& kernels();
 
 }  // namespace wkv6_cpu

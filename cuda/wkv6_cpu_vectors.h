@@ -164,6 +164,16 @@ struct Bfloat16 {
     }
 };
 
+struct Int8 {
+    typedef int8_t Element;
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    static inline Vec get(const int8_t* x) {
+        Bytes out;
+        __builtin_memcpy(&out, x, sizeof out);
+        return __builtin_convertvector(__builtin_convertvector(out, Ints), Vec);
+    }
+};
+
 // No subnormal float32 comes up on the way: the caller may have them flushed to zero.
 struct Float16 {
     typedef uint16_t Element;

@@ -21,6 +21,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes, check_tensors, open_base
 from rwkv_speech.models.losses import head_loss_sum
 from rwkv_speech.models.state import Packing, State
+from rwkv_speech.ops import rwkv6_cpu
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_step
 
@@ -176,6 +177,8 @@ class RWKV6(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.grad_cp = False
+        self._form = form
+        self._prepared: tuple[Any, rwkv6_cpu.Stepper | None] = (None, None)
         self.emb = nn.Embedding(sizes.vocab, sizes.C)
         self.blocks = nn.ModuleList(Block(layer, sizes, form, fuse) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.C)
@@ -256,10 +259,38 @@ class RWKV6(nn.Module):
         return Output(self.head(x), state)
 
     @torch.no_grad()
-    def step(self, input_ids: Tensor, state: State) -> Tensor:
-        """One token of each of B slots: ids (B,) -> logits (B, V); the dense `state` is updated in place."""
+    def step(self, input_ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
+        """One token of each of B slots: ids (B,) -> logits (B, V) in float32; the dense `state` is updated in place.
+
+        With `slots` (n,) instead any tokens (n,) of some slots, those of a slot together and in their order: the
+        logits after each. On a CPU a native kernel serves, and the bits of a token's logits depend on nothing but the
+        tokens of its own slot. Raises ValueError for a state that is not dense, IndexError for ids or slots that are
+        not there.
+        """
+        if stepper := self._stepper():
+            return stepper.step(input_ids, slots, state)
         x = self.embed(input_ids)
+        if slots is not None:
+            return self._read_slots(x, state, slots)
         layers: Any = self.blocks
         for block, *layer_state in zip(layers, *state, strict=True):
             x = block.step(x, *layer_state)
-        return self.head(self.ln_out(x))
+        return self.head(self.ln_out(x)).float()
+
+    def _read_slots(self, x: Tensor, state: State, slots: Tensor) -> Tensor:
+        """Embeddings (n, C) of a few tokens of some slots, as one packed batch."""
+        rows, counts = slots.unique_consecutive(return_counts=True)
+        cu_seqlens = nn.functional.pad(counts.cumsum(0), (1, 0))
+        hidden, after = self.hidden(x[None], state.select(rows), Packing.of(cu_seqlens))
+        for whole, part in zip(state, after, strict=True):
+            whole[:, rows] = part
+        return self.head(hidden[0]).float()
+
+    def _stepper(self) -> rwkv6_cpu.Stepper | None:
+        """The native step, prepared when the weights have come to another place; None where it cannot serve."""
+        weight = self.emb.weight
+        key = id(self), weight.data_ptr(), weight.requires_grad
+        if self._prepared[0] != key:
+            tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+            self._prepared = key, None if self._form == "torch" else rwkv6_cpu.Stepper.of(tensors, vars(self.sizes))
+        return self._prepared[1]

@@ -63,7 +63,7 @@ def cpu_library() -> Target:
         for isa in sets
     ]
     objects = [step.output for step in steps]
-    steps.append(Step("libwkv6_cpu.so", [*command, "-shared"], ["wkv6_cpu.cpp", *objects]))
+    steps.append(Step("libwkv6_cpu.so", [*command, "-shared"], ["wkv6_cpu.cpp", "rwkv6_cpu.cpp", *objects]))
     return Target("wkv6_cpu", compiler, steps)
 
 

@@ -41,6 +41,12 @@ def kernels_for(r: Tensor, form: str = "auto") -> "Kernels | None":
     return _cpu() if r.device.type == "cpu" else None
 
 
+def cpu_library() -> ctypes.CDLL | None:
+    """The library of the CPU kernels; without a compiler None, with a warning."""
+    kernels = _cpu()
+    return None if kernels is None else kernels.library
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("batch", c_int64), ("time", c_int64), ("head", c_int64))
 
@@ -111,7 +117,7 @@ class Kernels:
     """The kernels of one device, in one compiled library; the two differ in how they are called."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self.library = ctypes.CDLL(str(path))
 
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
         raise NotImplementedError
@@ -158,20 +164,20 @@ class Kernels:
 class _CpuKernels(Kernels):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._library.wkv6_cpu_scratch.restype = c_int64
+        self.library.wkv6_cpu_scratch.restype = c_int64
 
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
-        getattr(self._library, f"wkv6_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))
+        getattr(self.library, f"wkv6_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))
 
     def _scratch_bytes(self, problem: _Problem) -> int:
-        return int(self._library.wkv6_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
+        return int(self.library.wkv6_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
 
 
 class _CudaKernels(Kernels):
     def __init__(self, path: Path, generation: int) -> None:
         super().__init__(path)
         self._generation = generation
-        library = self._library
+        library = self.library
         library.wkv6_cuda_scratch.restype = c_int64
         library.wkv6_cuda_error.restype = c_char_p
         for name in ("forward", "backward", "step"):
@@ -180,13 +186,13 @@ class _CudaKernels(Kernels):
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            code = getattr(self._library, f"wkv6_cuda_{name}")(byref(problem), self._generation, stream)
+            code = getattr(self.library, f"wkv6_cuda_{name}")(byref(problem), self._generation, stream)
         if code:
-            message = self._library.wkv6_cuda_error(c_int(code)).decode()
+            message = self.library.wkv6_cuda_error(c_int(code)).decode()
             raise RuntimeError(f"wkv6: the CUDA kernel for {name} failed on {device}: {message}")
 
     def _scratch_bytes(self, problem: _Problem) -> int:
-        return int(self._library.wkv6_cuda_scratch(byref(problem), c_int(self._generation)))
+        return int(self.library.wkv6_cuda_scratch(byref(problem), c_int(self._generation)))
 
 
 @functools.cache
