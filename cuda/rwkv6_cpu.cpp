@@ -13,7 +13,7 @@ int omp_get_num_threads(void) __attribute__((weak));
 
 namespace {
 
-constexpr int64_t WORTH = 1 << 23;  // multiplications: less is done before another thread is awake
+constexpr int64_t WORTH = 1 << 26;  // multiplications: less is done before another thread is awake
 
 struct Call {
     const Rwkv6Model& model;
@@ -56,7 +56,7 @@ int64_t rwkv6_cpu_scratch(const Rwkv6Model* model, int64_t tokens) {
 // 0, or 1 if the tokens or slots do not fit; then nothing is changed.
 int rwkv6_cpu_step(const Rwkv6Model* model, const Rwkv6Step* step, int threads) {
     if (!fits(*model, *step)) return 1;
-    Call call = {*model, *step, {1, 0, 0, 0}};
+    Call call = {*model, *step, {1, 0, 0}};
     if (threads > 1 && GOMP_parallel && step->tokens * multiplications(*model) > WORTH)
         GOMP_parallel(take_part, &call, threads, 0);
     else

@@ -51,7 +51,7 @@ class ModelStep {
 
    public:
     ModelStep(const Rwkv6Model& model, const Rwkv6Step& step, wkv6_cpu::Team& team)
-        : m(model), s(step), team(team), C(model.channels), N(model.channels / model.heads), memory((float*)s.scratch) {
+        : m(model), s(step), worker(team), C(model.channels), N(model.channels / model.heads), memory((float*)s.scratch) {
         x = take(C), normed = take(C), difference = take(C), y = take(C), low = take(MIXES * m.mix_rank);
         for (Activations& mix : mixes) mix = take(C);
         r = take(C), k = take(C), v = take(C), w = take(C), gate = take(C);
@@ -61,7 +61,7 @@ class ModelStep {
     int64_t scratch_bytes() const { return (char*)memory - (char*)s.scratch; }
 
     void run() {
-        for_each(team, s.tokens, [&](int64_t i) {
+        worker.for_each(s.tokens, [&](int64_t i) {
             const Element* embedding = (const Element*)m.emb + s.ids[i] * C;
             for (int64_t c = 0; c < C; c += LANES) store(normed.row(i) + c, T::get(embedding + c));
             norm<T>(normed.row(i), m.ln0, 0, C, 1e-5f, x.row(i));
@@ -70,14 +70,14 @@ class ModelStep {
             time_mix(m.layer[layer], layer);
             channel_mix(m.layer[layer], layer);
         }
-        for_each(team, s.tokens, [&](int64_t i) { norm<T>(x.row(i), m.ln_out, 0, C, 1e-5f, normed.row(i)); });
+        worker.for_each(s.tokens, [&](int64_t i) { norm<T>(x.row(i), m.ln_out, 0, C, 1e-5f, normed.row(i)); });
         multiply(m.head, normed, {s.logits, m.vocab}, [](int64_t, int64_t, int64_t) {});
     }
 
    private:
     const Rwkv6Model& m;
     const Rwkv6Step& s;
-    wkv6_cpu::Team& team;
+    Worker worker;
     const int64_t C, N;
     float* memory;
     Activations x, normed, difference, y, low, mixes[MIXES], r, k, v, w, gate, decay_low, hidden;
@@ -108,13 +108,13 @@ class ModelStep {
 
     template <class Then>
     void multiply(const Rwkv6Matrix& matrix, const Activations& in, const Activations& out, Then then) {
-        for_each(team, blocks(out.width), [&](int64_t block) { multiply_block(matrix, in, out, block, then); });
+        worker.for_each(blocks(out.width), [&](int64_t block) { multiply_block(matrix, in, out, block, then); });
     }
 
     // normed = norm(x); difference = the token before less this one, the former as the state would keep it.
     void shift_tokens(const Rwkv6Norm& by, void* shifts, int64_t layer) {
-        for_each(team, s.tokens, [&](int64_t i) { norm<T>(x.row(i), by, 0, C, 1e-5f, normed.row(i)); });
-        for_each(team, s.tokens, [&](int64_t i) {
+        worker.for_each(s.tokens, [&](int64_t i) { norm<T>(x.row(i), by, 0, C, 1e-5f, normed.row(i)); });
+        worker.for_each(s.tokens, [&](int64_t i) {
             const Element* kept = shift(shifts, layer, i);
             for (int64_t c = 0; c < C; c += LANES) {
                 Element rounded[LANES];
@@ -143,24 +143,24 @@ class ModelStep {
 
     void time_mix(const Rwkv6Layer& layer, int64_t number) {
         shift_tokens(layer.ln1, s.att_shift, number);
-        for_each(team, s.tokens, [&](int64_t i) {
+        worker.for_each(s.tokens, [&](int64_t i) {
             keep_shift(s.att_shift, number, i);
             blend(layer.maa_x, i, mixes[0]);
         });
-        for_each(team, low_rank_blocks(low),
+        worker.for_each(low_rank_blocks(low),
                  [&](int64_t block) { tanh_low_rank(layer.maa_w1, mixes[0], low, block); });
-        for_each(team, C / BLOCK, [&](int64_t block) { mix(layer, block * BLOCK); });
+        worker.for_each(C / BLOCK, [&](int64_t block) { mix(layer, block * BLOCK); });
         // Receptance, key, value and gate at once, and the decay's low rank.
         const Rwkv6Matrix* matrices[] = {&layer.key, &layer.value, &layer.receptance, &layer.gate};
         const Activations* outputs[] = {&k, &v, &r, &gate};
         int64_t each = blocks(C), decays = low_rank_blocks(decay_low);
-        for_each(team, decays + 4 * each, [&](int64_t job) {
+        worker.for_each(decays + 4 * each, [&](int64_t job) {
             if (job < decays) return tanh_low_rank(layer.decay_w1, mixes[0], decay_low, job);
             int64_t part = (job - decays) / each;
             multiply_block(*matrices[part], mixes[1 + part], *outputs[part], (job - decays) % each,
                            [](int64_t, int64_t, int64_t) {});
         });
-        for_each(team, s.tokens * m.heads, [&](int64_t job) {
+        worker.for_each(s.tokens * m.heads, [&](int64_t job) {
             if (is_first(job / m.heads)) attend(layer, number, job / m.heads, job % m.heads);
         });
         multiply(layer.output, y, normed, [&](int64_t i, int64_t first, int64_t end) {
@@ -214,12 +214,12 @@ class ModelStep {
 
     void channel_mix(const Rwkv6Layer& layer, int64_t number) {
         shift_tokens(layer.ln2, s.ffn_shift, number);
-        for_each(team, s.tokens, [&](int64_t i) {
+        worker.for_each(s.tokens, [&](int64_t i) {
             keep_shift(s.ffn_shift, number, i);
             blend(layer.ffn_maa_k, i, mixes[0]);
             blend(layer.ffn_maa_r, i, mixes[1]);
         });
-        for_each(team, blocks(m.ffn) + blocks(C), [&](int64_t job) {
+        worker.for_each(blocks(m.ffn) + blocks(C), [&](int64_t job) {
             if (job < blocks(m.ffn))
                 multiply_block(layer.ffn_key, mixes[0], hidden, job, [&](int64_t i, int64_t first, int64_t end) {
                     for (int64_t c = first; c < end; c++) {
@@ -242,7 +242,7 @@ class ModelStep {
 };
 
 int64_t any_model_scratch(const Rwkv6Model& model, int64_t tokens) {
-    wkv6_cpu::Team alone = {1, 0, 0, 0};
+    wkv6_cpu::Team alone = {1, 0, 0};
     Rwkv6Step step = {};
     step.tokens = tokens;
     return ModelStep<Float32>(model, step, alone).scratch_bytes();

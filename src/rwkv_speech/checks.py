@@ -77,6 +77,8 @@ def audio_files(config: PredictConfig) -> list[str]:
 def check_devices(config: ModelConfig) -> None:
     """Raises UserError if the devices are not here, or the flags ask for what they cannot do."""
     if accelerator(config)[0] == "gpu":
+        if config.precision == "int8":
+            raise UserError("--precision: found 'int8' on a GPU, expected auto, bf16 or fp32; or give --device cpu")
         return
     for flag, found in (("strategy", getattr(config, "strategy", "auto")), ("wkv6", config.wkv6)):
         if found.startswith("deepspeed") or found in ("steps", "tiles"):

@@ -10,7 +10,8 @@ from rwkv_speech.flags import Flags, flag
 STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 YES_NO = ("yes", "no")
 OFF_ON = (0, 1)
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32", "int8")
+ENCODER_PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
@@ -95,8 +96,15 @@ class _DeviceFlags:
         ),
         resume=True,
     )
-    precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", PRECISIONS)
-    encoder_precision: str = flag("auto", "the speech encoder's; auto: as --precision", PRECISIONS)
+    precision: str = flag(
+        "auto",
+        "the language model's; auto: bf16 on a GPU, fp32 on a CPU; int8, its matrices in 8 bits, is for decoding on a "
+        "CPU alone",
+        PRECISIONS,
+    )
+    encoder_precision: str = flag(
+        "auto", "the speech encoder's; auto: as --precision, fp32 beside int8", ENCODER_PRECISIONS
+    )
     wkv6: str = flag(
         "auto",
         "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also "
@@ -249,7 +257,12 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
     log_every: int = flag(10, "steps between two lines of the log", at_least=1, resume=True)
 
     def check(self) -> None:
-        """Raises UserError for what ranks would do each in its own time while the layers are shared out."""
+        """Raises UserError for 8 bits, and for what ranks would do each in its own time with the layers shared out."""
+        if self.precision == "int8":
+            raise UserError(
+                "--precision: found 'int8', which is for decoding alone, expected auto, bf16 or fp32; train in one of "
+                "these, and give int8 to eval.py or predict.py"
+            )
         for name in ("valid_data", "feature_cache"):
             if self.strategy == "deepspeed_stage_3" and getattr(self, name):
                 raise UserError(

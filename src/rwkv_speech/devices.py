@@ -15,8 +15,8 @@ from rwkv_speech.errors import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes: where, the types of its frozen parts' weights, the kernel's form (config.KERNEL_FORMS), and
-    whether the language model's elementwise parts are fused.
+    """How a model computes: where, the types of its frozen parts' weights (the language model's may be torch.int8), the
+    kernel's form (config.KERNEL_FORMS), and whether the language model's elementwise parts are fused.
     """
 
     device: str | torch.device = "cpu"
@@ -32,7 +32,7 @@ def compute_of(config: ModelConfig, device: str | torch.device | None = None) ->
     encoder_bf16 = bf16 if config.encoder_precision == "auto" else config.encoder_precision == "bf16"
     return Compute(
         torch_device(config) if device is None else device,
-        torch.bfloat16 if bf16 else torch.float32,
+        torch.int8 if config.precision == "int8" else torch.bfloat16 if bf16 else torch.float32,
         torch.bfloat16 if encoder_bf16 else torch.float32,
         config.wkv6,
         bool(getattr(config, "compile", False)),

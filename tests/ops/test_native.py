@@ -64,7 +64,8 @@ def test_failed_build_shows_the_compiler_s_words_and_the_flag(fresh: Path, monke
     sources = fresh / "cuda"
     sources.mkdir()
     (sources / "wkv6_cpu_kernel.cpp").write_text("int broken = nonsense;\n")
-    (sources / "wkv6_cpu.cpp").write_text("")
+    for name in ("wkv6_cpu.cpp", "rwkv6_cpu.cpp"):
+        (sources / name).write_text("")
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(UserError, match=r"(?s)failed, the whole log is .*log.txt; .*--wkv6 torch\n.*nonsense"):
         build.compiled(build.cpu_library())

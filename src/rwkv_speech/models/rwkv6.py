@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes, check_tensors, open_base
 from rwkv_speech.models.losses import head_loss_sum
+from rwkv_speech.models.quantised import Int8Linear
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.ops import rwkv6_cpu
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
@@ -196,7 +197,8 @@ class RWKV6(nn.Module):
         """Load a `.pth` or `.safetensors` file; sizes come from its tensors.
 
         Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
-        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size.
+        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size. With torch.int8 the
+        matrices are kept in 8 bits and the rest in bfloat16: for decoding on a CPU.
         """
         family, tensors = open_base(path)
         if family != FAMILY:
@@ -205,7 +207,13 @@ class RWKV6(nn.Module):
         with torch.device("meta"):
             model = cls(sizes, form, fuse)
         check_tensors(tensors, {name: p.shape for name, p in model.named_parameters()}, path)
-        model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        quantised = {name: Int8Linear(tensors.pop(f"{name}.weight")) for name in linear if dtype == torch.int8}
+        floats = torch.bfloat16 if dtype == torch.int8 else dtype
+        # Not strict, for check_tensors was.
+        model.load_state_dict({name: x.to(device, floats) for name, x in tensors.items()}, strict=False, assign=True)
+        for name, module in quantised.items():
+            model.set_submodule(name, module.to(device))
         return model.requires_grad_(False).eval()
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -268,7 +276,7 @@ class RWKV6(nn.Module):
         not there.
         """
         if stepper := self._stepper():
-            return stepper.step(input_ids, slots, state)
+            return stepper.step(input_ids, slots, *state)
         x = self.embed(input_ids)
         if slots is not None:
             return self._read_slots(x, state, slots)

@@ -62,54 +62,59 @@ class _Step(ctypes.Structure):
 
 
 class Stepper:
-    """A model's weights as the native step reads them; holds the tensors that it points to."""
+    """The native step of one model's weights, which it points to and keeps."""
 
     def __init__(self, library: ctypes.CDLL, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
         self._library, self._tensors = library, tensors
         library.rwkv6_cpu_scratch.restype = c_int64
-        self.dtype = tensors["emb.weight"].dtype
-        self._layers = (_Layer * sizes["n_layer"])(*map(self._layer, range(sizes["n_layer"])))
+        self._dtype = tensors["emb.weight"].dtype
+        self._sizes = tuple(sizes[name] for name in ("n_layer", "C", "H", "ffn", "mix_rank", "decay_rank", "vocab"))
+        layers = (_Layer * sizes["n_layer"])(*map(self._layer, range(sizes["n_layer"])))
+        norms = self._norm("blocks.0.ln0"), self._norm("ln_out")
         self._model = _Model(
-            sizes["n_layer"], *(sizes[name] for name in ("C", "H", "ffn", "mix_rank", "decay_rank", "vocab")),
-            _TYPES[self.dtype], self._layers, self._at("emb.weight"), self._norm("blocks.0.ln0"),
-            self._norm("ln_out"), self._matrix("head"),
-        )  # fmt: skip
-        self._vocab = sizes["vocab"]
+            *self._sizes, _TYPES[self._dtype], layers, self._at("emb.weight"), *norms, self._matrix("head")
+        )
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> "Stepper | None":
-        """From a model's tensors by their published names; None where the PyTorch form must serve.
+        """From a model's tensors by their published names, and its RWKV6Sizes; None where the PyTorch form must serve.
 
-        That is: another device than a CPU, no compiler, other types than float32, bfloat16 and int8 for matrices,
-        or sizes that the kernels do not have.
+        Served are frozen weights on a CPU, float32 or bfloat16, matrices also int8 with a `scale` (outputs,) beside
+        each; without a compiler none are, with a warning.
         """
-        weights = dict(tensors)
-        dtype, N = weights["emb.weight"].dtype, sizes["C"] // sizes["H"]
-        fits = all(
-            x.device.type == "cpu" and x.is_contiguous() and not x.requires_grad
-            and (x.dtype == dtype or x.dtype == torch.int8 or name.endswith(".scale"))
-            for name, x in weights.items()
-        )  # fmt: skip
-        if not fits or dtype not in _TYPES or N not in native.HEAD_SIZES or sizes["ffn"] % 16:
+        dtype = tensors["emb.weight"].dtype
+        one_type = all(x.dtype == _type_of(name, tensors, dtype) for name, x in tensors.items())
+        usable = all(x.device.type == "cpu" and x.is_contiguous() and not x.requires_grad for x in tensors.values())
+        if not usable or not one_type or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        if sizes["C"] // sizes["H"] not in native.HEAD_SIZES or sizes["ffn"] % 16:
             return None
         library = native.cpu_library()
-        return None if library is None else cls(library, weights, sizes)
+        return None if library is None else cls(library, tensors, sizes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # pointers are of no use to a copy
+        return type(None), ()  # a copy's weights lie elsewhere
 
-    def step(self, ids: Tensor, slots: Tensor | None, state: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Logits (n, V) in float32 of tokens `ids` (n,); see RWKV6.step."""
-        wkv, att_shift, ffn_shift = state
-        n = len(ids)
-        logits = torch.empty(n, self._vocab)
+    def step(self, ids: Tensor, slots: Tensor | None, wkv: Tensor, att_shift: Tensor, ffn_shift: Tensor) -> Tensor:
+        """Logits (n, V) in float32 of the tokens `ids` (n,), and the state in place; as RWKV6.step."""
+        n_layer, C, H, *_, vocab = self._sizes
+        n, B = len(ids), wkv.shape[1]
+        wanted = ((n_layer, B, H, C // H, C // H), torch.float32), *(((n_layer, B, C), self._dtype),) * 2
+        for x, (shape, dtype) in zip((wkv, att_shift, ffn_shift), wanted, strict=True):
+            if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+                raise ValueError(f"step: state must be dense {dtype} {shape}, found {x.dtype} {tuple(x.shape)} with "
+                                 f"strides {x.stride()}")  # fmt: skip
+        ids, slots = ids.long().contiguous(), None if slots is None else slots.long().contiguous()
+        logits = torch.empty(n, vocab)
         scratch = torch.empty(self._library.rwkv6_cpu_scratch(byref(self._model), c_int64(n)), dtype=torch.uint8)
-        step = _Step(
-            n, wkv.shape[1], ids.data_ptr(), None if slots is None else slots.data_ptr(), wkv.data_ptr(),
-            att_shift.data_ptr(), ffn_shift.data_ptr(), logits.data_ptr(), scratch.data_ptr(),
-        )  # fmt: skip
+        slots_at = None if slots is None else slots.data_ptr()
+        places = (x.data_ptr() for x in (wkv, att_shift, ffn_shift, logits, scratch))
+        step = _Step(n, B, ids.data_ptr(), slots_at, *places)
         if self._library.rwkv6_cpu_step(byref(self._model), byref(step), c_int(torch.get_num_threads())):
-            raise IndexError("x")
+            raise IndexError(
+                f"step: expected ids below {vocab} and slots below {B}, a slot's tokens together, found ids "
+                f"{ids.tolist()} and slots {None if slots is None else slots.tolist()}"
+            )
         return logits
 
     def _at(self, name: str) -> int:
@@ -129,3 +134,10 @@ class Stepper:
             *(self._at(block + name) for name in _VECTORS),
             *(self._matrix(block + name) for name in _MATRICES),
         )
+
+
+def _type_of(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """What a tensor's type must be in a model of `dtype`."""
+    if f"{name.rpartition('.')[0]}.scale" not in tensors:
+        return dtype
+    return torch.float32 if name.endswith(".scale") else torch.int8
