@@ -47,6 +47,15 @@ def test_what_runs_on_a_gpu_is_refused_on_a_cpu_only(monkeypatch: pytest.MonkeyP
     check_devices(ModelConfig(device="cpu", wkv6="torch"))
 
 
+def test_8_bits_are_for_decoding_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_devices(ModelConfig(device="cpu", precision="int8"))
+    with pytest.raises(UserError, match="--precision: found 'int8' on a GPU, expected .*--device cpu"):
+        check_devices(ModelConfig(precision="int8"))
+    with pytest.raises(UserError, match="--precision: found 'int8', which is for decoding alone, expected"):
+        TrainConfig(device="cpu", precision="int8").check()
+
+
 def test_audio_files_may_hold_a_comma(tmp_path: Path):
     (tmp_path / "a,b.wav").touch()
     assert audio_files(PredictConfig(file_path=str(tmp_path / "a,b.wav"))) == [str(tmp_path / "a,b.wav")]

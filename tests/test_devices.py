@@ -32,6 +32,7 @@ def test_compute_of_takes_every_flag():
     assert compute_of(config) == Compute(cpu, torch.bfloat16, torch.float32, "torch", True)
     assert compute_of(ModelConfig(device="cpu")) == Compute(cpu)
     assert compute_of(config, "meta").device == "meta"
+    assert compute_of(ModelConfig(device="cpu", precision="int8")) == Compute(cpu, torch.int8)
 
 
 def test_encoder_precision_follows_precision_unless_given():
