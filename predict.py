@@ -1,50 +1,75 @@
-"""Print what is said in audio files."""
+"""Print what is said in audio files; on demand write it as text, subtitles, tables or JSON."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
-from rwkv_speech.config import PredictConfig
-from rwkv_speech.errors import UserError, exit_code
+from rwkv_speech.config import PredictConfig, output_formats
+from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
 
 
-def predict(config: PredictConfig) -> None:
-    """One line per file: its text, and before it its name if there are several.
+def predict(config: PredictConfig) -> int:
+    """The exit code: 1 if anything that was named could not be read. The rest is transcribed all the same.
 
-    A broken file does not stop the others; it is named at the end.
+    Files are written as soon as a transcript is there, whole or not at all, so that an interruption loses none.
     """
     # Imported here: wrong flags and --help are answered before torch is there.
-    from tqdm import tqdm
-
-    from rwkv_speech.batch import BadSample
-    from rwkv_speech.checks import audio_files, before_prediction
+    from rwkv_speech.checks import before_prediction, check_outputs, named_inputs
+    from rwkv_speech.data.inputs import find_inputs
     from rwkv_speech.decoding.options import Options
-    from rwkv_speech.decoding.transcribe import transcribe
+    from rwkv_speech.decoding.results import Transcript, shifted
+    from rwkv_speech.decoding.screen import Screen
+    from rwkv_speech.decoding.transcribe import Recording, Transcriber
+    from rwkv_speech.decoding.writers import Layout, exist, write_transcript
     from rwkv_speech.devices import compute_of
+    from rwkv_speech.models.checkpoint import one_task
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
 
     before_prediction(config)
-    files = audio_files(config)
+    formats = output_formats(config.output_format)
+    inputs, faults = find_inputs(named_inputs(config))
+    check_outputs(config, inputs, formats)
+    if config.skip_existing:
+        inputs = [found for found in inputs if not exist(Path(config.output_dir, found.output), formats)]
+    if not inputs:
+        return report(faults)
     parts, compute = Parts.of(config), compute_of(config)
     model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
-    num_broken = 0
-    results = transcribe(model, files, config.micro_bsz, config.task, Options.of(config))
-    for number, result in tqdm(results, total=len(files), unit="file", disable=None if len(files) > 1 else True):
-        name = files[number]
-        if isinstance(result, BadSample):
-            if len(files) == 1:
-                raise UserError(result.reason)
-            num_broken += 1
-            tqdm.write(f"error: {result.reason}", file=sys.stderr)
-            continue
-        tqdm.write(result.text if len(files) == 1 else f"{name}\t{result.text}")
-        if result.cut:
-            tqdm.write(f"warning: {name}: the text was cut off; raise --max_new_tokens", file=sys.stderr)
-    if num_broken:
-        raise UserError(
-            f"--file_path: {num_broken} of {len(files)} files could not be read; the others' texts are above"
-        )
+    states = dict(model.initial_states.items())
+    task = one_task("the weights", states, config.task)
+    for found in [found for found in inputs if found.task and found.task not in states]:
+        faults.append(f"{found.label}: found no state named {found.task!r}, expected one of {', '.join(states)}")
+        inputs.remove(found)
+    report(faults)
+    layout = Layout(config.max_line_width, config.max_line_count, config.max_words_per_line)
+    transcriber = Transcriber(model, Options.of(config), config.micro_bsz)
+    screen = Screen(inputs, len(faults), bool(config.verbose))
+
+    def recordings() -> Iterator[Recording]:
+        for number, found in enumerate(inputs):
+            blocks = partial(screen.watched, found)
+            yield Recording(number, found.label, blocks, found.task or task, found.lang)
+
+    try:
+        for recording, result in transcriber.run(recordings()):
+            found = inputs[recording.key]
+            if isinstance(result, Transcript):
+                result = shifted(result, found.offset)
+                write_transcript(result, Path(config.output_dir, found.output), formats, layout)
+            screen.show(recording.key, result)
+    finally:
+        screen.close()
+    return int(screen.num_skipped > 0)
+
+
+def report(faults: Sequence[str]) -> int:
+    """Say what could not be read; the exit code."""
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_speech.checks import audio_files, before_training, check_devices
+from rwkv_speech.checks import before_training, check_devices, named_inputs
 from rwkv_speech.config import ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.errors import UserError
 
@@ -56,10 +56,11 @@ def test_8_bits_are_for_decoding_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
         TrainConfig(device="cpu", precision="int8").check()
 
 
-def test_audio_files_may_hold_a_comma(tmp_path: Path):
+def test_the_one_name_in_file_path_may_hold_a_comma(tmp_path: Path):
     (tmp_path / "a,b.wav").touch()
-    assert audio_files(PredictConfig(file_path=str(tmp_path / "a,b.wav"))) == [str(tmp_path / "a,b.wav")]
-    assert audio_files(PredictConfig(file_path="a.wav, b.wav")) == ["a.wav", "b.wav"]
+    assert named_inputs(PredictConfig(file_path=str(tmp_path / "a,b.wav"))) == [str(tmp_path / "a,b.wav")]
+    given = PredictConfig(inputs=("c,d.wav",), file_path="a.wav, b.wav")
+    assert named_inputs(given) == ["c,d.wav", "a.wav", "b.wav"]
 
 
 def test_compile_is_refused_where_torchs_compiler_would_fail(monkeypatch: pytest.MonkeyPatch, manifest: Path):

@@ -11,11 +11,13 @@ from rwkv_speech.config import (
     DATA_FORMS,
     LABEL_MODES,
     NORMALIZERS,
+    OUTPUT_FORMATS,
     DecodeFlags,
     EvalConfig,
     ModelConfig,
     PredictConfig,
     TrainConfig,
+    output_formats,
 )
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import parse
@@ -47,7 +49,7 @@ def test_parse_names_the_flag_that_was_meant():
         "--lr_adaptor: there is no such flag; did you mean --lr_ad"
     )
     assert "did you mean" not in said(TrainConfig, "--zzzzzzzz", "1")
-    assert said(PredictConfig, "a.wav").startswith("'a.wav': found a word that belongs to no flag")
+    assert said(TrainConfig, "a.wav").startswith("'a.wav': found a word that belongs to no flag")
     assert said(PredictConfig, "--device") == "--device: found no value, expected one argument"
 
 
@@ -65,7 +67,10 @@ def test_parse_names_flag_found_and_expected():
 
 
 NUMBERS = [
-    (config, f) for config in CONFIGS for f in dataclasses.fields(config) if f.type not in (str, str | tuple[str, ...])
+    (config, f)
+    for config in CONFIGS
+    for f in dataclasses.fields(config)
+    if f.type not in (str, str | tuple[str, ...], tuple[str, ...])
 ]
 
 
@@ -87,6 +92,37 @@ def test_a_flag_without_effect_is_an_error():
     assert parse(TrainConfig, ["--patience", ""], "").patience == 0
 
 
+def test_words_that_belong_to_no_flag_stand_anywhere():
+    def inputs(*argv: str) -> tuple[str, ...]:
+        return parse(PredictConfig, argv, "").inputs
+
+    assert inputs("a.wav", "--beam", "4", "b c.wav", "--draft=1", "d,e.wav") == ("a.wav", "b c.wav", "d,e.wav")
+    assert inputs("--verbose", "1", "--", "-a.wav", "--beam") == ("-a.wav", "--beam")
+    assert inputs("", "-", "\udcff.wav", "two\nlines") == ("", "-", "\udcff.wav", "two\nlines")
+    assert inputs("--file_path", "a.wav") == ()
+
+
+def test_a_file_that_begins_with_a_minus_sign_is_no_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-a.wav").touch()
+    assert "if the file is meant, write ./-a.wav" in said(PredictConfig, "-a.wav")
+    assert said(PredictConfig, "a.wav", "--bean", "4").startswith("--bean: there is no such flag; did you mean --beam")
+
+
+@pytest.mark.parametrize(
+    ("text", "formats"),
+    [
+        ("", ()),
+        ("srt", ("srt",)),
+        ("vtt, json,vtt", ("vtt", "json")),
+        ("all", OUTPUT_FORMATS),
+        ("txt,all", OUTPUT_FORMATS),
+    ],
+)
+def test_output_formats(text: str, formats: tuple[str, ...]):
+    assert output_formats(parse(PredictConfig, ["--output_format", text], "").output_format) == formats
+
+
 def test_help_describes_every_flag_within_100_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -96,7 +132,9 @@ def test_help_describes_every_flag_within_100_columns(
             parse(config, ["--help"], "what it does")
         assert stopped.value.code == 0
         shown = capsys.readouterr().out
-        assert all(f"--{field.name} " in shown and field.metadata["help"] for field in dataclasses.fields(config))
+        fields = dataclasses.fields(config)
+        flags = [f"[{x.name} ...]" if x.type == tuple[str, ...] else f"--{x.name} " for x in fields]
+        assert all(flag in shown for flag in flags) and all(field.metadata["help"] for field in fields)
         assert max(map(len, shown.splitlines())) <= 100
         assert all((form in shown) == (config is not PredictConfig) for form in DATA_FORMS)
 

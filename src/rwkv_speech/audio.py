@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.errors import AudioError as AudioError
-from rwkv_speech.media import FAILURES, Block, check_size, decode, measure, opened
+from rwkv_speech.errors import printable
+from rwkv_speech.media import FAILURES, Block, check_size, claimed, decode, measure, opened
 from rwkv_speech.media import check_duration as check_duration
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def read_blocks(
 
     Raises AudioError as `load_audio`, after the blocks that could be decoded.
     """
-    label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
+    label = name or ("<bytes>" if isinstance(source, bytes) else printable(source))
     if not (0 <= offset < math.inf) or (duration is not None and not (0 < duration < math.inf)):
         raise AudioError(
             f"{label}: segment offset {offset!r} s, duration {duration!r} s; expected an offset of 0 or "
@@ -137,9 +139,16 @@ def audio_seconds(source: str | Path | bytes, *, name: str | None = None) -> flo
 
     The header tells it for a plain WAV, the frames' headers for a FLAC; anything else is decoded.
     """
-    label = name or str(source)
+    label = name or ("<bytes>" if isinstance(source, bytes) else printable(source))
     with opened(source, label) as file:
         return measure(file, label)
+
+
+def claimed_seconds(path: str | Path) -> float:
+    """The length that a file's header claims, in seconds, which may be wrong; 0 where there is none."""
+    with suppress(AudioError), opened(path, str(path)) as file:
+        return claimed(file)
+    return 0.0
 
 
 def _joined(blocks: Iterator[Block], size: float, label: str) -> Iterator[NDArray[np.float32]]:

@@ -3,14 +3,16 @@
 import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_speech import tiny
 from rwkv_speech.config import ACCEPTED_FORMS, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.data.inputs import Input
 from rwkv_speech.data.source import split_weight
 from rwkv_speech.data.sources import KINDS
 from rwkv_speech.devices import accelerator
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
 
 
@@ -60,18 +62,31 @@ def before_evaluation(config: EvalConfig) -> None:
 def before_prediction(config: PredictConfig) -> None:
     """Raises UserError for a device or files that prediction would miss later, and flags without effect."""
     check_devices(config)
-    names = audio_files(config)
+    if not named_inputs(config):
+        raise UserError("found no input, expected audio files, folders, patterns or manifests: predict.py a.wav b.mp3")
     _check_checkpoint(config, config.checkpoint)
     _check_model_files(config)
-    if not any(map(os.path.exists, names)):
-        raise UserError(f"--file_path: no such file {names[0]!r}; expected audio files separated by commas")
+    if config.output_format:
+        _check_folder("output_dir", config.output_dir)
 
 
-def audio_files(config: PredictConfig) -> list[str]:
-    """The names in --file_path, which may itself be one with a comma; raises UserError if there are none."""
-    if not config.file_path:
-        raise UserError("--file_path: found nothing, expected one or more audio files separated by commas")
-    return [config.file_path] if os.path.isfile(config.file_path) else _items("file_path", config.file_path)
+def named_inputs(config: PredictConfig) -> list[str]:
+    """The words of the command line, and the names in --file_path, which may itself be one with a comma."""
+    listed = [config.file_path] if os.path.lexists(config.file_path) else _items("file_path", config.file_path)
+    return [*config.inputs, *listed]
+
+
+def check_outputs(config: PredictConfig, inputs: Sequence[Input], formats: Sequence[str]) -> None:
+    """Raises UserError if a file to write is a folder, or what is to be read."""
+    read = {os.path.abspath(name) for name in [*named_inputs(config), *(found.audio for found in inputs)]}
+    stems = [os.path.normpath(os.path.join(config.output_dir, found.output)) for found in inputs]
+    for path in (f"{stem}.{form}" for stem in stems for form in formats):
+        if os.path.isdir(path) or os.path.abspath(path) in read:
+            kind = "a folder" if os.path.isdir(path) else "an input"
+            raise UserError(
+                f"--output_dir: found that {printable(path)} is {kind}, expected a file that may be written; give "
+                "another folder"
+            )
 
 
 def check_devices(config: ModelConfig) -> None:

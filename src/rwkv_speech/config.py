@@ -17,6 +17,7 @@ LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 SCHEDULES = ("cosine", "constant")
 VADS = ("silero", "none")
+OUTPUT_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 # What --train_data, --valid_data and --eval_data accept.
 DATA_FORMS = {
@@ -59,6 +60,17 @@ _PHRASES = (
     lambda found: isinstance(found, str) or all(isinstance(line, str) for line in found),
     "a file, or in Python a list of phrases",
 )
+
+
+def output_formats(text: str) -> tuple[str, ...]:
+    """The comma-separated formats of a flag, `all` being each of them; raises ValueError for anything else."""
+    named = [part.strip() for part in text.split(",")] if text else []
+    if not set(named) <= {*OUTPUT_FORMATS, "all"}:
+        raise ValueError(text)
+    return OUTPUT_FORMATS if "all" in named else tuple(dict.fromkeys(named))
+
+
+_FORMATS = (output_formats, f"one or several of {', '.join(OUTPUT_FORMATS)} and all, separated by commas")
 _TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
 _LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
 
@@ -362,17 +374,41 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
 
 
 @dataclass(frozen=True)
-class PredictConfig(DecodeFlags, ModelConfig):
+class _OutputFlags:
+    group: ClassVar[str] = "output"
+    output_format: str = flag(
+        "", "files to write beside the text on the screen: txt, srt, vtt, tsv, json, several or all", form=_FORMATS
+    )
+    output_dir: str = flag(".", "folder that they are written to", needs="output_format")
+    skip_existing: int = flag(0, "1: leave out recordings whose files are all there", OFF_ON, needs="output_format")
+    verbose: int = flag(0, "1: a line for each segment, with its times, on the screen", OFF_ON)
+    max_line_width: int | None = flag(
+        None, "most characters of a line of subtitles", at_least=1, needs="word_timestamps"
+    )
+    max_line_count: int | None = flag(None, "most lines of a subtitle", at_least=1, needs="max_line_width")
+    max_words_per_line: int | None = flag(None, "most words of a subtitle", at_least=1, needs="word_timestamps")
+
+
+@dataclass(frozen=True)
+class PredictConfig(_OutputFlags, DecodeFlags, ModelConfig):
     """predict.py"""
 
     group: ClassVar[str] = "run"
+    inputs: tuple[str, ...] = flag(
+        (),
+        "audio files, folders, patterns such as '*.mp3', and manifests (.jsonl). What cannot be read\n"
+        "is named and left out; the exit code is then 1.",
+    )
+    micro_bsz: int = flag(8, "pieces of audio that are decoded together", at_least=1)
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
-    file_path: str = flag("", "audio files, separated by commas")
+    file_path: str = flag("", "inputs separated by commas")
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
 
     def check(self) -> None:
-        """Raises UserError for flags that have no effect on one device."""
+        """Raises UserError for flags that contradict each other, or have no effect on one device."""
         _check_one_device(self)
+        if self.max_words_per_line and self.max_line_width:
+            raise UserError("--max_words_per_line: has no effect with --max_line_width; leave one of them out")
 
 
 def _check_one_device(config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """The one exception that a user is meant to read, and the exit codes of commands."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -24,19 +25,28 @@ class AudioError(UserError):
     """One recording that cannot be used; the message names the file and the reason."""
 
 
+def printable(path: object) -> str:
+    """A path as one line of text: what is no letter, and a line break, as Python's escape."""
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(path))
+
+
 def first_line(error: Exception) -> str:
     """What an error says first, else its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def exit_code(command: Callable[[], None]) -> int:
-    """Run a command: 0 if it ended well; 2, after at most three lines, if the user can mend what stopped it; 130 if the
-    user interrupted it.
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command: 0, or the code that it gives, if it ended well; 2, after at most three lines, if the user can mend
+    what stopped it; 130 if the user interrupted it, 141 if nobody reads what it prints.
     """
     try:
-        command()
+        return command() or 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        # What reads the output, as `head`, has had enough; at its end Python would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
@@ -47,8 +57,6 @@ def exit_code(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    else:
-        return 0
     lines = f"error: {message}".splitlines()
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES - 1 :] = [f"  ... and {len(lines) - _MOST_LINES + 1} more lines like these"]

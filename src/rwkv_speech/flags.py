@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import inspect
 import math
+import numbers
+import os
 import re
 import sys
 import types
@@ -15,8 +17,11 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from rwkv_speech.errors import UserError
 
-GROUPS = ("model", "device and precision", "data", "changes of the training audio", "training", "decoding", "run")
+GROUPS = (
+    "model", "device and precision", "data", "changes of the training audio", "training", "decoding", "output", "run",
+)  # fmt: skip
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+_NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}
 _LARGEST_WHOLE_NUMBER = 2**31 - 1
 
 
@@ -80,6 +85,11 @@ def _kind(field: dataclasses.Field[Any]) -> type:
     return typing.cast(type, options[0])
 
 
+def _takes_words(field: dataclasses.Field[Any]) -> bool:
+    """Whether it takes the words of the command line that belong to no flag."""
+    return field.type == tuple[str, ...]
+
+
 def _allowed(field: dataclasses.Field[Any], value: Any) -> bool:
     facts = field.metadata
     if facts["choices"] is not None:
@@ -89,8 +99,10 @@ def _allowed(field: dataclasses.Field[Any], value: Any) -> bool:
             return bool(facts["form"][0](value))
         except ValueError:
             return False
-    if isinstance(value, str):
+    if (kind := _kind(field)) not in _NUMBERS:
         return True
+    if not isinstance(value, _NUMBERS[kind]):
+        return False
     low, above, high, below = facts["bounds"].values()
     most = _LARGEST_WHOLE_NUMBER if high is None and isinstance(value, int) else high
     return (
@@ -132,17 +144,23 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
     """The flags in `argv` as a `cls`; raises UserError for a flag that is unknown, or without effect, or has a value
     that it may not have.
 
-    An empty value means the default, so that a script may leave a variable empty.
+    An empty value means the default, so that a script may leave a variable empty. Words that belong to no flag, and
+    all that follow a `--`, go into the field of type tuple[str, ...], if there is one.
     """
-    words = _joined(sys.argv[1:] if argv is None else argv)
-    for word in words:
-        if "\0" in word or any("\ud800" <= character <= "\udfff" for character in word):
-            raise UserError(f"{word!r}: found bytes that are no text, expected UTF-8; rename the file or folder")
-    found, rest = _parser(cls, description).parse_known_args(words)
+    given = list(sys.argv[1:] if argv is None else argv)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if rest:
-        raise UserError(_unknown(rest[0], list(fields)))
-    config = cls(**{name: _value(fields[name], text) for name, text in vars(found).items() if text})
+    home = next((name for name, field in fields.items() if _takes_words(field)), None)
+    end = given.index("--") if home and "--" in given else len(given)
+    found, free = _parser(cls, description).parse_known_args(_joined(given[:end]))
+    if wrong := [word for word in free if not home or (word.startswith("-") and word != "-")]:
+        raise UserError(unknown_flag(wrong[0], list(fields)))
+    for name, text in vars(found).items():
+        if text and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
+            raise UserError(
+                f"--{name}={text!r}: found bytes that are no text, expected UTF-8; rename the file or folder"
+            )
+    values = {name: _value(fields[name], text) for name, text in vars(found).items() if text}
+    config = cls(**values, **({home: (*free, *given[end + 1 :])} if home else {}))
     config.check()
     for name in (name for name, text in vars(found).items() if text):
         needed = fields[name].metadata["needs"]
@@ -154,16 +172,18 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
 
 
 def _parser(cls: type[Flags], description: str) -> Parser:
+    free = [field for field in dataclasses.fields(cls) if _takes_words(field)]
+    description += "".join(f"\n\n{field.name}: {field.metadata['help']}" for field in free)
     parser = Parser(
         prog=cls.__doc__,
-        usage="%(prog)s [--FLAG VALUE ...]",
+        usage="%(prog)s [--FLAG VALUE ...]" + "".join(f" [{field.name} ...]" for field in free),
         description=description,
         epilog=cls.epilog or None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
         allow_abbrev=False,
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field not in free):
         home: Any = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
         default = "" if field.default in (None, "") else f" (default: {field.default})"
         choices = field.metadata["choices"]
@@ -182,13 +202,15 @@ def _value(field: dataclasses.Field[Any], text: str) -> Any:
         raise UserError(_unexpected(field, text)) from error
 
 
-def _unknown(word: str, names: Sequence[str]) -> str:
+def unknown_flag(word: str, names: Sequence[str]) -> str:
     """What is said of a word that no flag takes."""
     if not word.startswith("-"):
         return f"{word!r}: found a word that belongs to no flag, expected --FLAG VALUE pairs; quote values with blanks"
     name = word.lstrip("-").partition("=")[0]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = "did you mean " + " or ".join(f"--{found}" for found in close) + "? " if close else ""
+    if os.path.exists(word):
+        hint = f"if the file is meant, write ./{word}; "
     return f"--{name}: there is no such flag; {hint}--help lists all"
 
 

@@ -100,13 +100,22 @@ def measure(file: BinaryIO, label: str) -> float:
                 return float(sound.frames / sound.samplerate)
             if sound.format == "FLAC":
                 with _ffmpeg(file, label) as (container, stream):
-                    return sum(float((packet.duration or 0) * stream.time_base) for packet in container.demux(stream))
+                    units = sum(packet.duration or 0 for packet in container.demux(stream))
+                    # Of a damaged file not every frame that has a header can be decoded.
+                    if units == stream.duration:
+                        return float(units * stream.time_base)
     blocks = _read_any(file, label, 0.0, None)
     try:
         while True:
             next(blocks)
     except StopIteration as stop:
         return float(stop.value)
+
+
+def claimed(file: BinaryIO) -> float:
+    """The seconds that an open file's header claims, 0 if none; raises AudioError."""
+    with _ffmpeg(file, "") as (container, _):
+        return max(0.0, (container.duration or 0) / 1e6)
 
 
 @contextmanager
@@ -128,7 +137,7 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise AudioError(f"{label}: is a folder, a pipe or a device; expected an audio file: check the path")
         # By number, so that no decoder guesses from a name's end what the content does not say.
-        return open(os.open(path, os.O_RDONLY), "rb", buffering=0)
+        return _File(os.open(path, os.O_RDONLY))
     except AudioError:
         raise
     except FileNotFoundError as error:
@@ -139,6 +148,17 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
         ) from error
     except ValueError as error:
         raise AudioError(f"{label}: is no path ({error}); expected an audio file: check the path") from error
+
+
+class _File(io.FileIO):
+    """A file in which a position that no file has, as a broken header may name it, is the end; as in io.BytesIO."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move as io.FileIO does."""
+        try:
+            return super().seek(offset, whence)
+        except OSError:
+            return super().seek(0, os.SEEK_END)
 
 
 def _without_tag(file: BinaryIO) -> BinaryIO:

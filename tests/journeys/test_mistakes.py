@@ -161,18 +161,14 @@ EVAL = """
 """
 PREDICT = """
 --file x.wav => did you mean --file_path
-{here}/a.wav => found a word that belongs to no flag
---file_path {here}/gone.wav => --file_path: no such file
 --file_path {here}/a.wav,,{here}/a.wav => --file_path: found an empty name
---file_path {here} => {here}
---file_path {here}/good.jsonl => {here}/good.jsonl
 --micro_bsz 0 --file_path {here}/a.wav => --micro_bsz: found 0
---max_new_tokens -1 --file_path {here}/a.wav => --max_new_tokens: found -1
---proj_dir {here}/gone --file_path {here}/a.wav => {here}/gone: found no trained weights there
---checkpoint {here}/gone --file_path {here}/a.wav => --checkpoint: no such file or folder
---stack 4 --file_path {here}/a.wav => --stack: has no effect
---device cpu:2 --file_path {here}/a.wav => --device: found 'cpu:2'
---vocab_file {here}/gone --file_path {here}/a.wav => --vocab_file: no such file
+--max_new_tokens -1 {here}/a.wav => --max_new_tokens: found -1
+--proj_dir {here}/gone {here}/a.wav => {here}/gone: found no trained weights there
+--checkpoint {here}/gone {here}/a.wav => --checkpoint: no such file or folder
+--stack 4 {here}/a.wav => --stack: has no effect
+--device cpu:2 {here}/a.wav => --device: found 'cpu:2'
+--vocab_file {here}/gone {here}/a.wav => --vocab_file: no such file
 """
 OTHERS = {
     "rwkv_speech.synthetic.make_corpus": """

@@ -255,22 +255,6 @@ def test_eval_does_not_depend_on_the_batch_size(corpus: Path, run: Path, tmp_pat
     assert texts[0] == texts[1]
 
 
-def test_predict_prints_one_line_a_file_and_names_broken_ones(
-    corpus: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    one, two = (str(corpus / f"test/0000{i}.flac") for i in (0, 1))
-    assert predict_script.main(["--proj_dir", str(run), "--device", "cpu", "--file_path", one]) == 0
-    alone = capsys.readouterr().out.rstrip("\n")
-    both = f"{one},{tmp_path / 'gone.wav'},{two}"
-    assert predict_script.main(["--proj_dir", str(run), "--device", "cpu", "--file_path", both]) == 2
-    shown = capsys.readouterr()
-    assert shown.out.split("\n")[0] == f"{one}\t{alone}" and shown.out.split("\n")[1].startswith(f"{two}\t")
-    assert "gone.wav: no such audio file" in shown.err
-    assert predict_script.main(["--proj_dir", str(run), "--device", "cpu", "--file_path", str(tmp_path)]) == 2
-    what = "is a folder, a pipe or a device; expected an audio file: check the path"
-    assert capsys.readouterr().err == f"error: {tmp_path}: {what}\n"
-
-
 def test_predict_without_weights_names_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert predict_script.main(["--proj_dir", str(tmp_path), "--device", "cpu", "--file_path", "a.wav"]) == 2
     assert f"{tmp_path}: found no trained weights there" in capsys.readouterr().err

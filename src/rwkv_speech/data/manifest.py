@@ -14,6 +14,7 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker")
 SECONDS = ("duration", "offset")
+REQUIRED = ("audio_filepath", "text")
 _MAX_ERRORS_SHOWN = 20
 
 
@@ -48,11 +49,13 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     return [to_utterance(row, folder) for row in rows]
 
 
-def parse_lines(content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+def parse_lines(
+    content: bytes, first: int, required: Sequence[str] = REQUIRED
+) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
     """Give the number, from `first`, of each line that is not empty, its row without null values, and its faults."""
     for number, line in enumerate(content.split(b"\n"), start=first):
         if line.strip():
-            yield number, *_parse_line(line)
+            yield number, *_parse_line(line, required)
 
 
 def check(manifest: Path, problems: dict[int, str], count: int, word: str = "line", complete: bool = True) -> None:
@@ -90,7 +93,7 @@ def with_speaker(row: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "speaker": str(speaker)} if is_number else rest
 
 
-def row_faults(row: dict[str, Any], required: Sequence[str] = ("audio_filepath", "text")) -> list[str]:
+def row_faults(row: dict[str, Any], required: Sequence[str] = REQUIRED) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
     reasons = [f"lacks {key!r}" for key in required if key not in row]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
@@ -120,7 +123,7 @@ def unreadable(manifest: Path, error: OSError) -> UserError:
     return UserError(f"manifest {manifest}: cannot be read ({error.strerror}); expected a file of JSON lines")
 
 
-def _parse_line(line: bytes) -> tuple[dict[str, Any], list[str]]:
+def _parse_line(line: bytes, required: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -131,7 +134,7 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"is not a JSON object but {type(row).__name__}"]
     row = {key: value for key, value in row.items() if value is not None}
     row = with_speaker(row)
-    return row, row_faults(row)
+    return row, row_faults(row, required)
 
 
 def _string_fault(key: str, value: object) -> str:

@@ -94,7 +94,9 @@ class Engine:
         self._beams: list[tuple[_Job, Beam]] = []
         self._verifiers: list[tuple[_Job, Verifier]] = []
         self._ready: deque[tuple[_Job, Track, Tensor, State]] = deque()  # texts that wait for a row
-        self._waiting: list[tuple[int, int, Request]] = []  # a heap: longest first, then in order
+        # A heap: longest first, among so many that no short one waits for ever.
+        self._waiting: list[tuple[int, int, int, Request]] = []
+        self._window = _AHEAD * slots
         self._count = itertools.count()
         self.num_unfinished = 0  # requests that wait or are being decoded
         encode = model.tokenizer.encode
@@ -104,7 +106,8 @@ class Engine:
         """Have a request decoded by the next calls of `poll`."""
         sample = request.sample
         length = len(sample.waveform if sample.frames is None else sample.frames)
-        heapq.heappush(self._waiting, (-length, next(self._count), request))
+        number = next(self._count)
+        heapq.heappush(self._waiting, (number // self._window, -length, number, request))
         self.num_unfinished += 1
 
     @torch.no_grad()
@@ -159,8 +162,8 @@ class Engine:
         free = [row for row, job in enumerate(self._jobs) if job is None]
         while self._ready and free:
             self._place(free.pop(0), *self._ready.popleft())
-        while self._waiting and len(free) - len(self._verifiers) - len(self._ready) >= self._rows(self._waiting[0][2]):
-            _, _, request = heapq.heappop(self._waiting)
+        while self._waiting and len(free) - len(self._verifiers) - len(self._ready) >= self._rows(self._waiting[0][-1]):
+            request = heapq.heappop(self._waiting)[-1]
             encoded = self._reader.encode(request.sample)
             job = _Job(request, encoded.ctc)
             if len(encoded.audio) == 0:

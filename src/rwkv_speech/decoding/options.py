@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech.config import DecodeFlags, numbers
+from rwkv_speech.errors import UserError
+from rwkv_speech.flags import unknown_flag
 
 # Fast speech is about 6 tokens a second; a decoder that still runs at this rate is lost.
 _TOKENS_PER_SECOND, _MIN_NEW_TOKENS = 25, 16
@@ -33,6 +35,9 @@ class Options(DecodeFlags):
             several = temperature if isinstance(temperature, Sequence) else (temperature,)
             others["temperature"] = ",".join(f"{x:g}" for x in several)
         lines = str(keywords) if isinstance(keywords, str | Path) else tuple(keywords)
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in set(others) - set(names):
+            raise UserError(unknown_flag(f"--{name}", names))
         return cls(keywords=lines, **others)
 
     @property

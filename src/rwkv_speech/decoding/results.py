@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
@@ -40,6 +41,9 @@ class Segment:
     words: list[Word] | None = None
 
 
+TimedT = TypeVar("TimedT", Word, Segment)
+
+
 @dataclass(frozen=True)
 class Transcript:
     """What is said in a recording of so many `seconds`, of which `removed_seconds` held no speech."""
@@ -60,6 +64,18 @@ class Transcript:
     def cut(self) -> bool:
         """Whether a segment's text was cut off at its limit."""
         return any(segment.cut for segment in self.segments)
+
+
+def shifted(transcript: Transcript, seconds: float) -> Transcript:
+    """The same, of a part that begins so many seconds into its recording."""
+
+    def later(found: TimedT) -> TimedT:
+        return replace(found, start=found.start + seconds, end=found.end + seconds)
+
+    segments = [
+        replace(later(x), words=None if x.words is None else list(map(later, x.words))) for x in transcript.segments
+    ]
+    return replace(transcript, segments=segments) if seconds else transcript
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.decoding.streaming import SegmentListener, Stream
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
 from rwkv_speech.text import join_texts
@@ -320,7 +320,7 @@ def _recordings(batches: Iterable[Batch], rows: dict[int, Row]) -> Iterator[Reco
 
 def recording_of(audio: Any, number: int, task: str) -> Recording:
     """What Python was given as a recording; what cannot be one raises AudioError when it is read."""
-    name = str(audio) if isinstance(audio, (str, Path)) else f"audio {number + 1}"
+    name = printable(audio) if isinstance(audio, (str, Path)) else f"audio {number + 1}"
 
     def blocks() -> Iterable[Tensor]:
         if isinstance(audio, (Tensor, np.ndarray)):
