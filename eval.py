@@ -16,6 +16,7 @@ def score_all(config: EvalConfig) -> None:
 
     from rwkv_speech.checks import before_evaluation
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
+    from rwkv_speech.reports.evaluation import write_evaluation
     from rwkv_speech.scoring.evaluate import evaluate, result_stem
     from rwkv_speech.scoring.processes import Progress
 
@@ -31,8 +32,13 @@ def score_all(config: EvalConfig) -> None:
             bar.update(progress.done)
 
         for result in evaluate(config, show):
-            paths = result.write(Path(config.proj_dir), result_stem(result.name, weights))
-            bar.write(f"{result.report()}\n  written to {' and '.join(map(str, paths))}")
+            stem = Path(config.proj_dir) / result_stem(result.name, weights)
+            paths, note = result.write(stem.parent, stem.name), ""
+            try:
+                paths.append(write_evaluation(result, stem.with_name(f"{stem.name}.html"), weights))
+            except ModuleNotFoundError as error:
+                note = f"\n  note: no page, for it needs the package {error.name}: pip install 'rwkv-speech[train]'"
+            bar.write(f"{result.report()}\n  written to {', '.join(map(str, paths))}{note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from rwkv_speech.reports.charts import Point, line_chart, smoothed
+from rwkv_speech.reports.charts import Point, bar_chart, line_chart, smoothed
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -97,3 +97,10 @@ def test_a_trend_is_drawn_over_many_points_alone():
     many = [(float(i), 1.0) for i in range(80)]
     assert "mean of 5 %" in texts(line_chart("Loss", "x", "y", {"": many}, trend=True))
     assert "mean of 5 %" not in texts(line_chart("Loss", "x", "y", {"": many[:30]}, trend=True))
+
+
+def test_bars_stand_beside_their_names_and_values():
+    svg = bar_chart("WER", "duration", "%", {"0 to 2 s": 1.5, "2 to 5 s": 12345.0})
+    assert {"0 to 2 s", "2 to 5 s", "1.5", "12,345.0", "duration", "%"} <= set(texts(svg))
+    assert svg == bar_chart("WER", "duration", "%", {"0 to 2 s": 1.5, "2 to 5 s": 12345.0})
+    assert not re.search(r"#[0-9a-f]{3}|rgb", svg)

@@ -82,7 +82,8 @@ def shifted(transcript: Transcript, seconds: float) -> Transcript:
 class Row:
     """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set.
 
-    What is not known is None: who speaks, and what the CTC head alone makes of it.
+    What is not known is None: who speaks, the file with the audio, in which it starts at `offset` seconds, and what the
+    CTC head alone makes of it.
     """
 
     id: str
@@ -94,6 +95,8 @@ class Row:
     seconds: float
     cut: bool
     speaker: str | None = None
+    audio: str | None = None
+    offset: float = 0.0
     ctc: str | None = None
 
 

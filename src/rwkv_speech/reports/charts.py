@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, in the colours of the page around them."""
+"""Charts as inline SVG, in the colours of the page around them."""
 
 import io
 import re
@@ -35,6 +35,20 @@ _STYLE = {
 _MARKED = 40  # so few points get a dot each
 
 
+def bar_chart(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Markup:
+    """An SVG element, the same bytes for the same data: a bar for each name, with its value above it."""
+    with style.context(["default", _STYLE, {"svg.hashsalt": title}]):
+        figure = Figure(figsize=(5.4, 2.6), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        drawn = axes.bar(list(bars), list(bars.values()), color=_SERIES[0])
+        axes.bar_label(drawn, labels=[f"{round(value, 2):,}" for value in bars.values()], color=_SOFT, fontsize=8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _inline(figure, title)
+
+
 def line_chart(
     title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[Point]], trend: bool = False
 ) -> Markup:
@@ -67,10 +81,7 @@ def line_chart(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(axes.lines) > 1:
             figure.legend(loc="outside upper right", ncols=2)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return _inline(file.getvalue(), title)
+        return _inline(figure, title)
 
 
 def smoothed(points: np.ndarray, half: int) -> np.ndarray:
@@ -81,8 +92,12 @@ def smoothed(points: np.ndarray, half: int) -> np.ndarray:
     return np.stack((points[:, 0], (sums[end] - sums[start]) / (end - start)), axis=1)
 
 
-def _inline(svg: str, title: str) -> Markup:
+def _inline(figure: Figure, title: str) -> Markup:
     """Without the file's head and the names of its groups, which would come again with every chart of a page."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg ") :])
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

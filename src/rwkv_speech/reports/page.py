@@ -1,6 +1,5 @@
 """A finished run as one page, `report.html`, which needs no network and runs no script."""
 
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,18 +9,11 @@ from rwkv_speech.decoding.results import read_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.reports.record import VALIDATION, LogRow, read_metrics, read_run
-from rwkv_speech.scoring.errors import Utterance, align, most_frequent
+from rwkv_speech.reports.render import frequent, render, worst
+from rwkv_speech.scoring.errors import align
 from rwkv_speech.scoring.metrics import score_rows
 
 REPORT = "report.html"
-_WORST = 25
-_MOST_FREQUENT = 15
-_MOST_WORDS = 80  # of an utterance: a hypothesis that repeats itself fills no page
-_MOST_LETTERS = 120  # of a word, which is a whole sentence where no blanks are written
-
-# What no page may hold: control characters and halves of surrogate pairs.
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
 # Column of the metrics, what it is called, its unit, what it is multiplied by.
 _SPEED = (
     ("audio_hours_per_hour", "audio per time", "hours per hour", 1.0),
@@ -49,39 +41,12 @@ def write_report(folder: Path) -> Path:
         "wers": [row.wer for row in metrics if row.wer is not None],
         "scores": score_rows(texts) if texts else None,
         "charts": list(_charts(metrics)),
-        "worst": sorted((u for u in utterances if u.edits), key=lambda u: (-u.wer, -u.edits, u.name))[:_WORST],
-        "most_words": _MOST_WORDS,
-        "frequent": list(_frequent(utterances)),
+        "worst": worst(utterances),
+        "frequent": list(frequent(utterances)),
         "tables": [_speed(metrics), *_circumstances(run)],
     }
-    write_text_atomically(folder / REPORT, _render(content))
+    write_text_atomically(folder / REPORT, render("report.html.jinja", content))
     return folder / REPORT
-
-
-def _render(content: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def cleaned(value: object) -> object:
-        return value if isinstance(value, Markup) else _NO_TEXT.sub("\ufffd", str(value))
-
-    page = Environment(
-        loader=PackageLoader("rwkv_speech.reports", ""),
-        autoescape=True,
-        finalize=cleaned,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["percent"] = lambda fraction, digits=2: f"{100 * fraction:.{digits}f} %"
-    page.filters["word"] = _word
-    return page.get_template("report.html.jinja").render(content)
-
-
-def _word(word: str) -> str:
-    if len(word) > _MOST_LETTERS:
-        word = f"{word[:_MOST_LETTERS]}…"
-    return word or "·"
 
 
 def _charts(rows: Sequence[LogRow]) -> Iterator[tuple[str, str]]:
@@ -103,17 +68,6 @@ def _charts(rows: Sequence[LogRow]) -> Iterator[tuple[str, str]]:
     for title, unit, name, trend in steps:
         charts.append((title, line_chart(title, "optimizer step", unit, {"": by("step", name)}, trend)))
     return ((title, chart) for title, chart in charts if chart)
-
-
-def _frequent(utterances: Sequence[Utterance]) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str | int, ...]]]]:
-    kinds = (
-        ("sub", "Substitutions", ("said", "recognised")),
-        ("ins", "Insertions", ("word",)),
-        ("del", "Deletions", ("word",)),
-    )
-    for kind, title, head in kinds:
-        if found := most_frequent(utterances, kind, _MOST_FREQUENT):
-            yield title, (*head, "times"), [(*(_word(word) for word in pair if word), times) for *pair, times in found]
 
 
 def _speed(rows: Sequence[LogRow]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]], int]:

@@ -26,9 +26,14 @@ class Utterance:
         return sum(kind != "equal" for kind, _, _ in self.words)
 
     @property
+    def ref_length(self) -> int:
+        """Words of the reference."""
+        return sum(kind != "ins" for kind, _, _ in self.words)
+
+    @property
     def wer(self) -> float:
         """As a fraction of the reference's words; of 1 where it has none."""
-        return self.edits / max(1, sum(kind != "ins" for kind, _, _ in self.words))
+        return self.edits / max(1, self.ref_length)
 
 
 def align(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> list[Utterance]:

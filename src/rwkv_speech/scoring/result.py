@@ -31,7 +31,7 @@ def duration_bin(seconds: float) -> str:
     return f"{(0, *_DURATIONS)[place]} to {_DURATIONS[place]} s"
 
 
-_GROUPS: dict[str, Callable[[Row], str | None]] = {
+GROUPS: dict[str, Callable[[Row], str | None]] = {
     "duration": lambda row: duration_bin(row.seconds),
     "language": lambda row: row.lang,
     "speaker": lambda row: row.speaker,
@@ -78,7 +78,7 @@ class Evaluation:
     def tables(self) -> dict[str, dict[str, Scores]]:
         """The scores of each group of utterances, by what the groups are told apart; only where there are several."""
         found = {}
-        for name, group_of in _GROUPS.items():
+        for name, group_of in GROUPS.items():
             groups = [group_of(row) for row in self.rows]
             names = sorted({group for group in groups if group is not None}, key=_in_order)
             if len(names) > 1:

@@ -75,12 +75,18 @@ def decode(
         _warm_up(model, dataset)
         with timer.run(model.encoder):
             for row in transcribe_batches(model, _batches(dataset, slots, part.bad, max_bad, timer), options, slots):
-                part.rows.append(replace(row, index=share.place(row.index), speaker=share.utterance(row.index).speaker))
+                part.rows.append(_completed(row, share))
                 yield 1
         yield len(part.bad)
     part.bad = [replace(sample, index=share.place(sample.index)) for sample in part.bad]
     part.seconds = dict(timer.seconds)
     yield part
+
+
+def _completed(row: Row, share: Share) -> Row:
+    """With its place in the whole set, and what the source knows besides."""
+    found = share.utterance(row.index)
+    return replace(row, index=share.place(row.index), speaker=found.speaker, audio=found.audio, offset=found.offset)
 
 
 def _batches(dataset: SpeechDataset, size: int, bad: list[BadSample], max_bad: int, timer: Timer) -> Iterator[Batch]:
