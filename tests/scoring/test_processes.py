@@ -33,7 +33,7 @@ def results(folder: Path, sets: str, device: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.count("skipped 1 recordings: 1 broken") == 1
     found = {}
     for path in folder.iterdir():
-        content = path.read_text()
+        content = "".join(line for line in path.read_text().splitlines(True) if "times real time" not in line)
         if path.suffix == ".json":
             summary = json.loads(content)
             assert summary.pop("speed")["processes"] == (2 if device == "cpu:2" else 1)
@@ -44,7 +44,7 @@ def results(folder: Path, sets: str, device: str, capsys: pytest.CaptureFixture[
 
 def test_several_processes_give_the_files_of_one(sets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one = results(tmp_path / "a", sets, "cpu", capsys)
-    assert len(one) >= 5 and "two3.wav" in one["bad_files.jsonl"]
+    assert len(one) == 7 and "two3.wav" in one["bad_files.jsonl"]
     assert results(tmp_path / "b", sets, "cpu:2", capsys) == one
 
 
