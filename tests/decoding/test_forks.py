@@ -1,5 +1,7 @@
 """Readings of a growing piece on random weights, against reading everything again."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,9 +103,9 @@ def test_a_reading_costs_the_same_however_long_the_piece_is(
     monkeypatch.setattr(forks, "LOOK_BACK_SECONDS", 1.0)
     lengths, forward = list[int](), model.encoder.forward
 
-    def counted(waveforms: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    def counted(waveforms: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         lengths.append(waveforms.shape[1])
-        return forward(waveforms, *args)
+        return forward(waveforms, *args, **kwargs)
 
     monkeypatch.setattr(model.encoder, "forward", counted)
     piece = OpenPiece(model, "asr", OPTIONS)

@@ -81,7 +81,7 @@ class Engine:
     """
 
     def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8) -> None:
-        if options.draft and getattr(model, "ctc", None) is None:
+        if options.draft and model.ctc is None:
             raise UserError("--draft 1: the weights have no CTC head, whose text it verifies; train one with --ctc 1")
         self._model, self._options = model, options
         rows = slots * options.beam
@@ -93,7 +93,8 @@ class Engine:
         self._tracks: list[Track | None] = [None] * rows  # the text in each row; those of a beam search may lack one
         self._beams: list[tuple[_Job, Beam]] = []
         self._verifiers: list[tuple[_Job, Verifier]] = []
-        self._ready: deque[tuple[_Job, Track, Tensor, State]] = deque()  # texts that wait for a row
+        self._texts: deque[tuple[_Job, Track, Tensor, State]] = deque()  # that wait for a row
+        self._read: deque[tuple[_Job, Tensor, State]] = deque()  # whose texts are to be begun
         # A heap: longest first, among so many that no short one waits for ever.
         self._waiting: list[tuple[int, int, int, Request]] = []
         self._window = _AHEAD * slots
@@ -152,26 +153,51 @@ class Engine:
             elif drafts:
                 going.append((job, verifier))
             else:
-                self._ready.append((job, verifier.track, verifier.logits, verifier.state))
+                self._texts.append((job, verifier.track, verifier.logits, verifier.state))
         self._verifiers = going
         return done
 
     def _admit(self) -> list[Done]:
-        """Fill the free rows from what waits; requests that hold no audio token have no text, and are done."""
-        done = []
+        """Fill the free rows; what has been found on the way to hold no audio token has no text, and is done."""
+        done = list[Done]()
         free = [row for row, job in enumerate(self._jobs) if job is None]
-        while self._ready and free:
-            self._place(free.pop(0), *self._ready.popleft())
-        while self._waiting and len(free) - len(self._verifiers) - len(self._ready) >= self._rows(self._waiting[0][-1]):
-            request = heapq.heappop(self._waiting)[-1]
-            encoded = self._reader.encode(request.sample)
-            job = _Job(request, encoded.ctc)
-            if len(encoded.audio) == 0:
-                done.append(Done(request, [Hypothesis((), (), (), False, 0.0)], encoded.ctc, 0))
-                continue
-            before = self._before if request.before is None else self._model.tokenizer.encode(request.before)
-            self._start(job, *self._reader.prefill(encoded, request.sample.task, before, self._after), free)
-        return done
+        while True:
+            while self._texts and free:
+                self._place(free.pop(0), *self._texts.popleft())
+            room = len(free) - len(self._verifiers) - len(self._texts)
+            if room > 0 and self._waiting and not self._read:
+                done += self._read_some()
+            elif room > 0 and self._read and room >= self._rows(self._read[0][0].request):
+                self._start(*self._read.popleft(), free)
+            else:
+                return done
+
+    def _read_some(self) -> list[Done]:
+        """Encode and prefill the first that wait, as many as are read together."""
+        together = list[Request]()
+        while self._waiting and len(together) < self._reader.rows:
+            request = self._waiting[0][-1]
+            if together and self._kind(request) != self._kind(together[0]):
+                break
+            together.append(heapq.heappop(self._waiting)[-1])
+        encoded = self._reader.encode([request.sample for request in together])
+        pairs = list(zip(together, encoded, strict=True))
+        empty = [pair for pair in pairs if not len(pair[1].audio)]
+        pairs = [pair for pair in pairs if len(pair[1].audio)]
+        if pairs:
+            first = together[0]
+            before = self._before if first.before is None else self._model.tokenizer.encode(first.before)
+            prompts = first.sample.task, before, self._after
+            logits, state = self._reader.prefill([one for _, one in pairs], *prompts)
+            for row, (request, one) in enumerate(pairs):
+                here = slice(row, row + 1)
+                self._read.append((_Job(request, one.ctc), logits[here], State(*(x[:, here] for x in state))))
+        return [Done(request, [Hypothesis((), (), (), False)], one.ctc, 0) for request, one in empty]
+
+    def _kind(self, request: Request) -> tuple[Any, ...]:
+        """What requests have in common that are read together."""
+        sample = request.sample
+        return self._reader.size(sample), sample.task, sample.normalised, sample.frames is None, request.before
 
     def _rows(self, request: Request) -> int:
         """The free rows that a request waits for."""
@@ -185,9 +211,7 @@ class Engine:
             for number in range(job.wanted):
                 chance = random.Random(f"{options.sampling_seed} {request.temperature} {number}")
                 track = Track(request.limit, request.temperature, chance)
-                self._ready.append((job, track, logits, state))
-            while self._ready and free:
-                self._place(free.pop(0), *self._ready.popleft())
+                self._texts.append((job, track, logits, state))
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
             track = Track(request.limit)
@@ -204,7 +228,8 @@ class Engine:
     def _draft(self, job: _Job) -> str | None:
         if job.request.draft is not None or not self._options.draft:
             return job.request.draft
-        head: Any = self._model.ctc
+        head = self._model.ctc
+        assert head is not None and job.ctc is not None
         return head.spec.text(job.ctc)
 
     def _place(self, row: int, job: _Job, track: Track, logits: Tensor, state: State) -> None:

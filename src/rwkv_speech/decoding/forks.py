@@ -60,7 +60,7 @@ class OpenPiece:
         """The text of all of the piece that there is; it begins with what is `committed`."""
         first = max(0, self._num_settled - self._tokens(LOOK_BACK_SECONDS))
         window = piece.waveform[first * self._stack * SAMPLES_PER_FRAME :]
-        encoded = self._reader.encode(Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task))
+        [encoded] = self._reader.encode([Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task)])
         known = self._num_settled - first
         audio = encoded.audio[known:].to(self._model.lm.emb.weight.dtype)
         ctc = None if encoded.ctc is None else encoded.ctc[known * self._stack :]

@@ -118,7 +118,9 @@ class SpeechEncoder(nn.Module):
         return num_frames(num_samples, config.conv_kernel, config.conv_stride)
 
     @torch.no_grad()
-    def forward(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False, crop: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """waveforms (B, S) in -1..1, num_samples (B,) -> frames (B, F, D) float32 and their lengths (B,).
 
         Lengths are taken to the host and stay there. F is the longest utterance's, at least 1. `normalised`: the caller
@@ -133,7 +135,9 @@ class SpeechEncoder(nn.Module):
         # Whatever a trainer's autocast says, the waveform and the convolutions stay in float32.
         with autocast(x.device.type, enabled=False):
             rows = self._rows_at_once(x.shape[1], x.device)
-            hidden = model.feature_projection(self._convolve(x, num_samples, rows))
+            hidden = model.feature_projection(
+                self._convolve(x, num_samples if crop else torch.full_like(num_samples, x.shape[1]), rows)
+            )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         # One frame at least is attended, so that no row of the attention is empty.
         mask = length_mask(lengths.clamp_min(1), hidden.shape[1], hidden.device)
