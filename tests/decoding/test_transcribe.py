@@ -85,6 +85,27 @@ def test_transcribe_takes_files_bytes_arrays_and_tensors_alone_or_in_a_list(
     assert transcribed(fixed) == transcribed(fixed.numpy()) == transcribed(fixed.double() / 2**15)
 
 
+def test_a_piece_in_which_the_ctc_head_hears_nothing_has_no_text(
+    model: SpeechLM, waves: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    longest = max(len(wave) for wave in waves)
+
+    def head(frames: Tensor, lengths: Tensor) -> Tensor:
+        """Hears labels all over in the longest sound alone."""
+        heard = 0.5 if frames.shape[1] == 18 else 1e-3
+        return torch.tensor([1 - heard, heard]).log().expand(1, frames.shape[1], 2)
+
+    before = model.transcribe(waves, max_new_tokens=4, **ONCE)
+    monkeypatch.setattr(model, "ctc", head)
+    found = model.transcribe(waves, max_new_tokens=4, **ONCE)
+    kept = model.transcribe(waves, max_new_tokens=4, no_speech_threshold=1.0, **ONCE)
+    assert [x.text for x in kept] == [x.text for x in before] and sum(bool(x.text.strip()) for x in before) > 3
+    for wave, one, other in zip(waves, found, before, strict=True):
+        assert one.text == (other.text if len(wave) == longest else "") and (one.segments == []) == (not one.text)
+    [spoken] = [x for x in found if x.text]
+    assert spoken.segments[0].no_speech_prob < 0.6 < kept[0].segments[0].no_speech_prob
+
+
 @pytest.mark.parametrize("limits", [{"batch_size": 0}, {"max_new_tokens": 0}])
 def test_limits_below_one_are_refused(model: SpeechLM, waves: list[Tensor], limits: dict[str, int]):
     with pytest.raises(UserError, match="found 0, expected (a whole number )?at least 1"):

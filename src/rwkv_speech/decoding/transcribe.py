@@ -174,12 +174,13 @@ class Transcriber:
         work, piece, attempt = done.request.key.work, done.request.key.piece, done.request.key.attempt
         work.in_flight -= 1
         best, o = done.hypotheses[0], self._options
-        text = self._model.tokenizer.decode(best.ids)
         silence = guards.no_speech_prob(done.ctc)
+        is_silence = guards.is_silence(silence, o)
+        text = "" if is_silence else self._model.tokenizer.decode(best.ids)
         again = attempt + 1 < len(o.temperatures)
-        if again and guards.needs_fallback(best, text, silence, o):
+        if again and not is_silence and guards.needs_fallback(best, text, silence, o):
             return self._submit(work, piece, attempt + 1)
-        if text.strip() and not guards.is_silence(best, silence, o):
+        if text.strip():
             work.segments.append(self._segment(done, text, silence))
         if o.condition_on_previous_text:
             hot = done.request.temperature > _CONTEXT_TEMPERATURE
