@@ -9,7 +9,7 @@ arXiv:2212.08703.
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
@@ -75,8 +75,8 @@ class Calibration:
 
     def probability(self, found: Evidence) -> float:
         """That a word is right."""
-        bias, *weights = astuple(self)
-        odds = bias + sum(weight * x for weight, x in zip(weights, found, strict=True))
+        odds = self.bias + self.logprob * found.logprob + self.entropy * found.entropy
+        odds += self.margin * found.margin + self.likeness * found.likeness
         return 1 / (1 + math.exp(-min(max(odds, -30.0), 30.0)))
 
 
