@@ -1,11 +1,12 @@
-"""Mutated audio files: what our readers make of them, and what FFmpeg alone does.
+"""Mutated audio files and lines of manifests: what our readers make of them, and what FFmpeg alone does.
 
-`python tests/fuzzing.py SEED FIRST LAST` reads the files of these numbers and prints a line for each finding. It is a
-process of its own, since a decoder that crashes takes its process with it.
+`python tests/fuzzing.py files SEED FIRST LAST` reads the files of these numbers and prints a line for each finding, and
+so does `lines` with manifests. It is a process of its own, since a decoder that crashes takes its process with it.
 """
 
 import faulthandler
 import io
+import json
 import logging
 import random
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
@@ -22,11 +24,16 @@ import numpy as np
 import torch
 from hard_files import encode, hard_files, sound, tones
 
-from rwkv_speech.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio
+from rwkv_speech.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio, read_blocks
+from rwkv_speech.data.inputs import find_inputs
+from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.tables import open_table
+from rwkv_speech.errors import UserError
 
 # Seconds of processor time that a file may take, for each reader; of a clock until the process is stopped.
 MOST_SECONDS, STUCK_SECONDS = 2.0, 120
 ROUNDING = 0.1
+Mutation = Callable[[random.Random, bytearray], bytearray]
 ENCODERS = """
 wav:pcm_u8 wav:pcm_s24le wav:pcm_f32le wav:pcm_alaw wav:adpcm_ima_wav wav:adpcm_yamaha w64:pcm_s16le aiff:pcm_s16be
 au:pcm_s16be caf:pcm_s16le caf:alac voc:pcm_u8 sox:pcm_s32le ircam:pcm_s16le flac:flac mp2:mp2 mp3:libmp3lame adts:aac
@@ -59,11 +66,34 @@ def mutated(seed: int, number: int) -> tuple[str, bytes]:
     """The file of a number: what it was made of, and its bytes."""
     rng = random.Random(f"{seed}/{number}")
     name = rng.choice(sorted(originals()))
-    content = bytearray(originals()[name])
     changes = [rng.choice(MUTATIONS) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+    return f"{name} {' '.join(change.__name__ for change in changes)}", changed(rng, originals()[name], changes)
+
+
+def changed(rng: random.Random, content: bytes, changes: list[Mutation]) -> bytes:
     for change in changes:
-        content = bytearray(change(rng, content)) or bytearray(1)
-    return f"{name} {' '.join(change.__name__ for change in changes)}", bytes(content)
+        content = bytes(change(rng, bytearray(content))) or b"\0"
+    return content
+
+
+def mutated_line(seed: int, number: int) -> bytes:
+    """A manifest's line: a row with strange values, then strange bytes, or one of the two."""
+    rng = random.Random(f"{seed}/{number}")
+    row: dict[str, Any] = {"audio_filepath": "a.wav", "text": "so it is", "duration": 1.5, "offset": 0.25}
+    row |= {"lang": "en", "task": "asr", "id": "x", "speaker": "ann", "more": [1, {"a": None}]}
+    row = {key: row[key] for key in rng.sample(sorted(row), rng.randrange(1, len(row)))} | dict(rng.sample(SOUND, 2))
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        row[rng.choice(sorted(row))] = rng.choice(STRANGE)
+    line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    changes = [rng.choice([flip, cut, behead, insert, drop, repeat, wipe]) for _ in range(rng.choice([0, 0, 0, 1, 2]))]
+    return changed(rng, line.replace(b'"BIG"', b"9" * 400), changes)
+
+
+SOUND: list[tuple[str, Any]] = [("audio_filepath", "a.wav"), ("text", "so it is"), ("duration", 1.5)]
+STRANGE: list[Any] = [
+    None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**30, "BIG", "", "\0", "\ud800", "a" * 70_000, [], {},
+    [[[1]]], {"a": "}\n{"}, "../a.wav", "/dev/zero", ".", "b.wav", "\u2028\x85", "1.5", 1e-320, -0.0,
+]  # fmt: skip
 
 
 def flip(rng: random.Random, x: bytearray) -> bytearray:
@@ -119,7 +149,7 @@ def splice(rng: random.Random, x: bytearray) -> bytearray:
     return x[: rng.randrange(len(x))] + other[rng.randrange(len(other)) :]
 
 
-MUTATIONS: list[Callable[[random.Random, bytearray], bytearray]] = [
+MUTATIONS: list[Mutation] = [
     flip, header, header, number, number, cut, behead, insert, wipe, drop, repeat, splice,
 ]  # fmt: skip
 
@@ -159,7 +189,7 @@ def findings(content: bytes, file: Path) -> Iterator[str]:
             yield f"{name} takes {took:.1f} s"
     whole, seconds = results.pop("load_audio"), results.pop("audio_seconds")
     for name, other in results.items():
-        if type(whole) is not type(other) or (isinstance(whole, torch.Tensor) and not torch.equal(whole, other)):
+        if not equal(whole, other):
             yield f"{name} gives {describe(other)}, load_audio {describe(whole)}"
     if not isinstance(whole, torch.Tensor):
         return
@@ -171,6 +201,43 @@ def findings(content: bytes, file: Path) -> Iterator[str]:
         yield f"load_audio gives {length:.3f} s, FFmpeg {theirs:.3f}"
 
 
+def equal(one: torch.Tensor | str, other: torch.Tensor | str) -> bool:
+    """Both unreadable, or the same number of samples, which differ by rounding."""
+    if isinstance(one, str) or isinstance(other, str):
+        return str(one) == str(other)
+    return len(one) == len(other) and bool((one - other).abs().max() <= 1e-4 * (1 + one.abs().max()))
+
+
+def line_findings(line: bytes, folder: Path) -> Iterator[str]:
+    """What is wrong with what the readers of manifests make of a line among others."""
+    plain = b'{"audio_filepath": "a.wav", "text": "x"}\n'
+    manifest = folder / "m.jsonl"
+    for file in folder.glob("*.arrow"):
+        file.unlink()
+    manifest.write_bytes(plain + line + b"\n" + plain * 3)
+    results: list[Any] = []
+    for read in (read_manifest, lambda path: [*map((table := open_table(path)).utterance, range(len(table)))]):
+        started = time.process_time()
+        try:
+            results.append(read(manifest))
+        except UserError:
+            results.append(None)
+        except Exception as error:
+            yield f"raises {error!r}"
+            return
+        if (took := time.process_time() - started) > MOST_SECONDS:
+            yield f"takes {took:.1f} s"
+    if results[0] != results[1]:
+        yield f"read_manifest gives {results[0]}, open_table {results[1]}"
+    try:
+        inputs, faults = find_inputs([str(manifest)])
+    except Exception as error:
+        yield f"find_inputs raises {error!r}"
+        return
+    if results[0] is not None and (faults or {found.offset for found in inputs} != {x.offset for x in results[0]}):
+        yield f"find_inputs gives {inputs} and {faults}"
+
+
 def describe(found: object) -> str:
     return f"{len(found) / SAMPLE_RATE:.4f} s" if isinstance(found, torch.Tensor) else str(found)
 
@@ -178,29 +245,28 @@ def describe(found: object) -> str:
 READERS = {
     "load_audio": lambda content, file: load_audio(file, name="F"),
     "load_audio of bytes": lambda content, file: load_audio(content, name="F"),
+    "read_blocks": lambda content, file: torch.cat(list(read_blocks(file, 0.3, name="F"))),
     "audio_seconds": lambda content, file: audio_seconds(file, name="F"),
 }
 
 
-def main(seed: int, first: int, last: int) -> None:
+def main(kind: str, seed: int, first: int, last: int) -> None:
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
     np.seterr(all="ignore")
     torch.set_num_threads(1)
-    decoded = 0
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "F")
+        Path(folder, "a.wav").write_bytes(originals()["24.caf"])
         for number in range(first, last):
-            name, content = mutated(seed, number)
+            name, content = mutated(seed, number) if kind == "files" else ("line", mutated_line(seed, number))
             print(f"at {number} {name}", flush=True)
             faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True)
-            for finding in findings(content, file):
+            found = findings(content, Path(folder, "F")) if kind == "files" else line_findings(content, Path(folder))
+            for finding in found:
                 print(f"FOUND {number} {name}: {finding}", flush=True)
             faulthandler.cancel_dump_traceback_later()
-            with suppress(AudioError):
-                decoded += len(load_audio(content)) > 0
-    print(f"DONE {last - first} files, {decoded} of them decoded", flush=True)
+    print(f"DONE {last - first} {kind}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]))

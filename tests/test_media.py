@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hard_files import HERTZ, SECONDS, encode, hard_files, heard, sound, tones, with_data_size
+from hard_files import HERTZ, SECONDS, encode, hard_files, heard, sound, tones, with_data_size, with_total
 
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio, read_blocks
 from rwkv_speech.errors import printable
@@ -83,6 +83,28 @@ def test_what_was_read_before_a_sample_that_is_no_number_is_not_lost():
     with pytest.raises(AudioError, match="NaN"):
         found.extend(read_blocks(sound(samples, "WAV", "FLOAT"), 0.5))
     assert len(found) in (0, 4)
+
+
+def test_a_file_is_not_given_to_another_decoder_after_the_first_has_given_some_of_it():
+    adpcm = sound(tones(), "WAV", "IMA_ADPCM")
+    damaged = adpcm[:4_000] + b"\xff" * (len(adpcm) - 4_000)
+    found = []
+    with pytest.raises(AudioError, match="is cut off or damaged: 24 of 33 packets are damaged"):
+        found.extend(read_blocks(damaged))
+    assert 5_000 < sum(map(len, found)) < 10_000
+
+
+def test_a_header_that_points_nowhere_is_read_alike_from_a_path_and_from_bytes(tmp_path: Path):
+    content = sound(tones(), "CAF", "PCM_16") + b"free" + (2**62).to_bytes(8, "big")
+    (tmp_path / "a.caf").write_bytes(content)
+    assert torch.equal(load_audio(content), load_audio(tmp_path / "a.caf"))
+
+
+def test_the_length_of_a_damaged_flac_is_that_of_what_can_be_decoded():
+    flac = with_total(sound(tones(), "FLAC"), 0)
+    middle = len(flac) // 2
+    damaged = flac[:middle] + bytes(200) + flac[middle + 200 :]
+    assert audio_seconds(damaged) == pytest.approx(len(load_audio(damaged)) / 16_000, abs=1e-3)
 
 
 def test_what_is_no_file_is_named(tmp_path: Path):

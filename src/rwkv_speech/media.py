@@ -359,21 +359,24 @@ class _Chain:
         damaged or missing. Other claims are often estimates, or wrong: a note.
         """
         if self._damaged > self._sound:
-            raise _Undecodable(self._label, f"{self._damaged} of {self._damaged + self._sound} packets are damaged")
+            count = f"{self._damaged} of {self._damaged + self._sound} packets are damaged"
+            # Another decoder may try only what has given nothing so far.
+            raise _Undecodable(self._label, count) if self._last is None else _damaged(self._label, count)
         # Where the last frame says that it ends: beyond what was decoded, if frames between were lost.
         reached = (self._last.time or 0) + self._last.samples / self._last.sample_rate if self._last else 0
         is_damaged = self._damaged > 0 or reached - end > _SLACK_SECONDS
         misses_flac = self._format == "flac" and self._claimed - end > _SLACK_SECONDS and is_damaged
         if misses_flac or (self._format == "wav" and _lacks_data(self._file)):
-            raise AudioError(
-                f"{self._label}: is cut off or damaged: {end:.3f} s could be decoded, its header promises more: copy "
-                "it again"
-            )
+            raise _damaged(self._label, f"{end:.3f} s could be decoded, its header promises more")
         if self._claimed > _CLAIM * end + _CLAIM_SECONDS:
             logger.warning(
                 "note: %s: %.3f s could be decoded, and are used; its header claims %.3f s",
                 *(self._label, end, self._claimed),
             )
+
+
+def _damaged(label: str, what: str) -> AudioError:
+    return AudioError(f"{label}: is cut off or damaged: {what}; expected a whole file: copy it again")
 
 
 def _ogg_links(file: BinaryIO) -> list[BinaryIO]:
