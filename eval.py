@@ -41,9 +41,23 @@ def score_all(config: EvalConfig) -> None:
             bar.write(f"{result.report()}\n  written to {', '.join(map(str, paths))}{note}")
 
 
+def compare_two(config: EvalConfig) -> None:
+    """Print and write how the second of two results differs from the first."""
+    from rwkv_speech.scoring.compare import compare
+
+    found = compare(config.compare, config.results[0], config.normalizer, config.seed)
+    print(found.report())
+    print(f"  written to {', '.join(map(str, found.write(Path(config.proj_dir))))}")
+
+
+def run(config: EvalConfig) -> None:
+    """What the flags ask for."""
+    return compare_two(config) if config.compare else score_all(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return exit_code(lambda: score_all(parse(EvalConfig, argv, __doc__ or "")))
+    return exit_code(lambda: run(parse(EvalConfig, argv, __doc__ or "")))
 
 
 if __name__ == "__main__":

@@ -354,6 +354,11 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     """eval.py"""
 
     group: ClassVar[str] = "run"
+    results: tuple[str, ...] = flag((), "with --compare the second of the two results")
+    compare: str = flag(
+        "",
+        "--compare A B: compare two results instead, each a file such as eval-best-test-1c9a04.jsonl or a run's folder",
+    )
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
     task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
@@ -369,6 +374,14 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
 
     def check(self) -> None:
         """Raises UserError for flags that contradict each other."""
+        if self.compare and len(self.results) != 1:
+            found = " ".join([self.compare, *self.results])
+            raise UserError(f"--compare: found {found!r}, expected two results: --compare A B")
+        if self.results and not self.compare:
+            raise UserError(
+                f"{self.results[0]!r}: found a word that belongs to no flag, expected --FLAG VALUE pairs; quote values "
+                "with blanks"
+            )
         if self.untrained and self.checkpoint:
             raise UserError("--checkpoint: has no effect with --untrained 1; leave one of them out")
 

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import eval as eval_script
 import jiwer
 import pytest
 
@@ -79,3 +80,11 @@ def test_results_of_different_data_are_refused(tmp_path: Path):
     foreign = written(tmp_path / "c.jsonl", [replace(rows(("one", "one"))[0], id="x")])
     with pytest.raises(UserError, match="have no utterance in common, expected results of the same data"):
         compare(a, foreign)
+
+
+def test_the_command_prints_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = (written(tmp_path / name, rows(("one two", hyp))) for name, hyp in (("a", "one two"), ("b", "one")))
+    assert eval_script.main(["--compare", a, b, "--proj_dir", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "WER of A 0.00 %, of B 50.00 %; B - A +50.00" in shown
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".jsonl"]

@@ -5,9 +5,13 @@ import pytest
 import soundfile
 import torch
 
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.folder import FileSource
+from rwkv_speech.data.loader import collate
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.decoding.options import GREEDY
+from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.share import Part, Share, decode
@@ -65,3 +69,22 @@ def test_more_broken_recordings_than_allowed_end_it(model: SpeechLM, source: Fil
     counts, part = decoded(model, Share(source), max_bad=0)
     assert 1 <= len(part.bad) <= 2 and sum(counts) <= 7
     assert decoded(model, Share(source, 8, 9)) == ([], Part())
+
+
+def test_rows_hold_what_the_ctc_head_alone_hears(model: SpeechLM, source: FileSource, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(1)
+    head = CtcHead(model.encoder.width, CtcSpec(" abc", hidden=8)).eval().requires_grad_(False)
+    monkeypatch.setattr(model, "ctc", head)
+    _, part = decoded(model, Share(source))
+    dataset = SpeechDataset(source, model.tokenizer)
+    for row in part.rows:
+        sample = dataset[row.index]
+        assert isinstance(sample, Sample) and [row.ctc] == model.ctc_texts(collate([sample]))
+    assert any(row.ctc for row in part.rows)
+
+
+def test_rows_say_where_their_audio_lies(model: SpeechLM, source: FileSource):
+    _, part = decoded(model, Share(source, 1, 3))
+    assert [(row.audio, row.offset, row.ctc) for row in part.rows] == [
+        (source.utterance(row.index).audio, 0.0, None) for row in part.rows
+    ]

@@ -46,7 +46,10 @@ TimedT = TypeVar("TimedT", Word, Segment)
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording of so many `seconds`, of which `removed_seconds` held no speech."""
+    """What is said in a recording of so many `seconds`, of which `removed_seconds` held no speech.
+
+    `ctc` is what the CTC head alone hears, None where the model has none.
+    """
 
     text: str
     segments: list[Segment]
@@ -54,6 +57,7 @@ class Transcript:
     task: str
     language: str | None = None
     removed_seconds: float = 0.0
+    ctc: str | None = None
 
     @property
     def ids(self) -> list[int]:

@@ -62,6 +62,7 @@ class _Work:
     waiting: deque[Piece] = field(default_factory=deque)  # for the text of the one before, their context
     in_flight: int = 0
     segments: list[Segment] = field(default_factory=list)
+    heard: dict[int, str] = field(default_factory=dict)  # what the CTC head alone hears, by where a piece starts
     samples: int = 0
     removed: int = 0
     is_read: bool = False
@@ -175,6 +176,8 @@ class Transcriber:
         work.in_flight -= 1
         best, o = done.hypotheses[0], self._options
         silence = guards.no_speech_prob(done.ctc)
+        if done.ctc is not None and self._model.ctc is not None:
+            work.heard[piece.start] = self._model.ctc.spec.text(done.ctc)
         is_silence = guards.is_silence(silence, o)
         text = "" if is_silence else self._model.tokenizer.decode(best.ids)
         again = attempt + 1 < len(o.temperatures)
@@ -214,6 +217,7 @@ class Transcriber:
             task=work.recording.task,
             language=work.recording.language,
             removed_seconds=work.removed / SAMPLE_RATE,
+            ctc=join_texts(work.heard[start] for start in sorted(work.heard)) if self._model.ctc else None,
         )
 
 
@@ -300,7 +304,7 @@ def transcribe_batches(
     recordings = _recordings(itertools.chain([first], batches), rows)
     for recording, found in Transcriber(model, options, slots or max(1, len(first))).run(recordings):
         assert isinstance(found, Transcript)
-        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut)
+        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:
