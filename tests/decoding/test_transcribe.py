@@ -22,6 +22,7 @@ from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM, transcribe, transcribe_batch, transcribe_batches
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.ctc import CtcSpec
 from rwkv_speech.models.parts import TrainedOn
 
 # Of noise nothing else would be left.
@@ -90,18 +91,24 @@ def test_a_piece_in_which_the_ctc_head_hears_nothing_has_no_text(
 ):
     longest = max(len(wave) for wave in waves)
 
-    def head(frames: Tensor, lengths: Tensor) -> Tensor:
+    class Head:
         """Hears labels all over in the longest sound alone."""
-        heard = 0.5 if frames.shape[1] == 18 else 1e-3
-        return torch.tensor([1 - heard, heard]).log().expand(1, frames.shape[1], 2)
+
+        spec = CtcSpec("a")
+
+        def __call__(self, frames: Tensor, lengths: Tensor) -> Tensor:
+            heard = 0.6 if frames.shape[1] == 18 else 1e-3
+            return torch.tensor([1 - heard, heard]).log().expand(1, frames.shape[1], 2)
 
     before = model.transcribe(waves, max_new_tokens=4, **ONCE)
-    monkeypatch.setattr(model, "ctc", head)
+    monkeypatch.setattr(model, "ctc", Head())
     found = model.transcribe(waves, max_new_tokens=4, **ONCE)
     kept = model.transcribe(waves, max_new_tokens=4, no_speech_threshold=1.0, **ONCE)
     assert [x.text for x in kept] == [x.text for x in before] and sum(bool(x.text.strip()) for x in before) > 3
     for wave, one, other in zip(waves, found, before, strict=True):
         assert one.text == (other.text if len(wave) == longest else "") and (one.segments == []) == (not one.text)
+    assert [x.ctc for x in found] == ["a" if len(wave) == longest else "" for wave in waves]
+    assert {x.ctc for x in before} == {None}
     [spoken] = [x for x in found if x.text]
     assert spoken.segments[0].no_speech_prob < 0.6 < kept[0].segments[0].no_speech_prob
 
