@@ -45,6 +45,18 @@ def test_say_follows_the_rate(synthesizer: Synthesizer):
     assert slow > 1.4 * fast
 
 
+def test_words_and_pauses(synthesizer: Synthesizer):
+    text = "the dog waits & sleeps <here>"
+    speech = synthesizer.say("the dog waits behind", Voice("en-us"), [0, 500, 100])
+    assert len(speech.words) == 4 and speech.words == sorted(speech.words)
+    gaps = np.diff(speech.words) / speech.sample_rate
+    plain = np.diff(synthesizer.say("the dog waits behind", Voice("en-us")).words) / speech.sample_rate
+    assert len(plain) == 3 and 0.4 < gaps[1] - plain[1] < 0.9 and gaps[2] - plain[2] < 0.4
+    third = speech.words[2]
+    assert np.abs(speech.samples[third - speech.sample_rate // 4 : third - 100]).max() < 0.01
+    assert len(synthesizer.say(text, Voice("en-us"), [50] * 5).samples) > 0
+
+
 def test_say_names_an_unknown_voice(synthesizer: Synthesizer):
     with pytest.raises(UserError, match="no voice 'nowhere'"):
         synthesizer.say("a", Voice("nowhere"))

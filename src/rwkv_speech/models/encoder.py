@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class SpeechEncoder(nn.Module):
         self.width: int = config.hidden_size
         # 400 for the published convolutions, others for others.
         self.min_samples = receptive_field(config.conv_kernel, config.conv_stride)
+        self.samples_per_frame = math.prod(config.conv_stride)
         transformer: Any = model.encoder
         if config.model_type == "wavlm":
             fuse_attention(transformer)

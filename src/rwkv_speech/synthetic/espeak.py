@@ -1,10 +1,12 @@
-"""Synthetic speech with phoneme times, from the eSpeak NG library that the `espeakng-loader` wheel carries.
+"""Synthetic speech with times of its phonemes and words, from eSpeak NG, the library in the `espeakng-loader` wheel.
 
 Only the tiny default and the tests use it; nothing in training or decoding of real models imports it.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
@@ -17,8 +19,8 @@ from rwkv_speech.errors import UserError
 # Synchronous: in the asynchronous modes eSpeak hands over between threads and now and then waits for ever.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _PHONEME_EVENTS, _PHONEME_IPA = 1, 2
-_CHARS_UTF8 = 1
-_EVENT_LIST_TERMINATED, _EVENT_PHONEME = 0, 7
+_CHARS_UTF8, _SSML = 1, 0x10
+_EVENT_LIST_TERMINATED, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7
 _RATE, _PITCH, _RANGE = 1, 3, 4
 
 
@@ -45,11 +47,15 @@ class Voice:
 
 @dataclass(frozen=True)
 class Speech:
-    """`samples` (S,) float32 at `sample_rate` Hz; `phonemes` holds (IPA name, first sample) in order of time."""
+    """`samples` (S,) float32 at `sample_rate` Hz, and what begins where, in order of time.
+
+    `phonemes` holds (IPA name, first sample), `words` the first sample of each word.
+    """
 
     samples: np.ndarray
     sample_rate: int
     phonemes: list[tuple[str, int]]
+    words: list[int]
 
     def waveform(self, rate: int = SAMPLE_RATE) -> torch.Tensor:
         """(S,) float32 at `rate` Hz, by default the package's."""
@@ -79,6 +85,7 @@ class Synthesizer:
             raise UserError(f"eSpeak NG did not start with its data in {data}")
         self._chunks: list[np.ndarray] = []
         self._phonemes: list[tuple[str, int]] = []
+        self._words: list[int] = []
         self._callback = _Callback(self._receive)
         self._lib.espeak_SetSynthCallback(self._callback)
 
@@ -89,17 +96,23 @@ class Synthesizer:
         while events[i].type != _EVENT_LIST_TERMINATED:
             if events[i].type == _EVENT_PHONEME:
                 self._phonemes.append((events[i].name.decode("utf-8", "ignore"), events[i].sample))
+            elif events[i].type == _EVENT_WORD:
+                self._words.append(events[i].sample)
             i += 1
         return 0
 
-    def say(self, text: str, voice: Voice) -> Speech:
-        """Speak `text`; raises UserError for an unknown voice."""
+    def say(self, text: str, voice: Voice, pauses: Sequence[int] = ()) -> Speech:
+        """Speak `text`, with `pauses` (ms) between its words; raises UserError for an unknown voice."""
         if self._lib.espeak_SetVoiceByName(voice.name.encode()) != 0:
             raise UserError(f"eSpeak NG has no voice {voice.name!r}; examples: en-us, en-gb+f3, de, cmn")
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
-        self._chunks, self._phonemes = [], []
+        self._chunks, self._phonemes, self._words = [], [], []
+        if pauses:
+            first, *rest = map(escape, text.split())
+            words = (f"<break time='{pause}ms'/>{word}" for pause, word in zip(pauses, rest, strict=True))
+            text = f"<speak>{' '.join([first, *words])}</speak>"
         data = text.encode()
-        self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None)
+        self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8 | (_SSML if pauses else 0), None, None)
         samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
-        return Speech(samples, self.sample_rate, self._phonemes)
+        return Speech(samples, self.sample_rate, self._phonemes, self._words)

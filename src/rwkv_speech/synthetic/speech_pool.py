@@ -50,7 +50,7 @@ def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random)
         samples += [take.samples[:end] * rng.uniform(0.5, 1.0), np.zeros(gap, np.float32)]
         phonemes += [(name, position + start) for name, start in take.phonemes if start < end] + [("", position + end)]
         position += end + gap
-    return Speech(np.concatenate(samples), synthesizer.sample_rate, phonemes)
+    return Speech(np.concatenate(samples), synthesizer.sample_rate, phonemes, [])
 
 
 def _utterances(seed: int, seconds: float, variants: list[str]) -> list[LabelledSpeech]:

@@ -45,6 +45,7 @@ from rwkv_speech.training.optim import lr_factor
 from rwkv_speech.training.points import ResumePoint, begin_point, finish_point, newest_point
 from rwkv_speech.training.progress import say
 from rwkv_speech.training.resume import shared_settings
+from rwkv_speech.training.run import quieten
 
 FOLDER = "ctc"  # in that of the run: points to resume from, and the frames of a small set
 _STATE, _FRAMES = "state.pt", "frames"
@@ -83,6 +84,7 @@ def fit_ctc(model: SpeechLM, config: TrainConfig, source: Source) -> None:
 
 def _fit(module: "CtcModule", config: TrainConfig) -> None:
     kind, devices = accelerator(config)
+    quieten()
     trainer = pl.Trainer(
         accelerator=kind,
         devices=devices,
@@ -217,7 +219,8 @@ class CtcModule(pl.LightningModule):
             frames, lengths = self._encode(batch.waveforms, batch.num_samples, batch.normalised)
         targets = [self.head.spec.encode(text) for text in batch.texts]
         losses = ctc_losses(self.head(frames.to(self.device), lengths), lengths, targets)
-        self._left_out |= {i for i, loss in zip(batch.indices, losses.tolist(), strict=True) if not loss}
+        found = zip(batch.indices, batch.texts, losses.tolist(), strict=True)
+        self._left_out |= {i for i, text, loss in found if text and not loss}  # longer than its audio can say
         return losses
 
     def _encode(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ from rwkv_speech.training.strategies import strategy_of
 LOCK = "run.lock"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep what Lightning says of itself off the screen; its errors and other warnings stay."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -63,7 +63,7 @@ def _quieten() -> None:
 
 def make_trainer(config: TrainConfig, settings: Mapping[str, Any], first_step: int = 0) -> pl.Trainer:
     """The trainer that `config` describes, for a run that begins behind optimizer step `first_step`."""
-    _quieten()
+    quieten()
     kind, devices = accelerator(config)
     folder = Path(config.proj_dir)
     curves = TensorBoardLogger(folder, "logs", "tensorboard", purge_step=first_step or None)

@@ -1,0 +1,148 @@
+"""When each word of a text is heard, by the CTC head's log-probabilities of the frames that the text was made from."""
+
+# F frames · K labels · U characters
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.decoding.results import Word
+from rwkv_speech.models.ctc import CtcHead, align
+from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.text import UNSPACED
+
+_SHORTEST = 0.02  # seconds of a word
+_UNHEARD = 1e-3  # the probability of a word for which there is no room
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, each with the blanks before it; joined they are the text, but for blanks at its end.
+
+    In scripts without blanks between words each character is one, with the marks that belong to it. What has no sound,
+    such as a dash between blanks, belongs to the word before it; at the start to that behind.
+    """
+    words: list[str] = []
+    for character in text.rstrip():
+        last = words[-1] if words else ""
+        if not last or not last.strip():
+            new = not last
+        elif character.isspace():
+            new = True
+        elif unicodedata.category(character)[0] in "LN":
+            new = bool((UNSPACED.match(character) or UNSPACED.match(last[-1])) and _has_sound(last))
+        else:
+            new = False
+        if new:
+            words.append(character)
+        else:
+            words[-1] += character
+    return _merged(words)
+
+
+def _merged(words: Sequence[str]) -> list[str]:
+    """Words without a sound joined to the one before, at the start to the one behind."""
+    merged: list[str] = []
+    for word in words:
+        if merged and not (_has_sound(word) and _has_sound(merged[-1])):
+            merged[-1] += word
+        else:
+            merged.append(word)
+    return merged
+
+
+def _has_sound(text: str) -> bool:
+    return any(unicodedata.category(character)[0] in "LN" for character in text)
+
+
+class WordTimes:
+    """Finds the words of texts in the frames of `encoder`, by the log-probabilities of `head`."""
+
+    def __init__(self, head: CtcHead, encoder: SpeechEncoder) -> None:
+        self._spec = head.spec
+        self._first, self._step = encoder.min_samples / 2 / SAMPLE_RATE, encoder.samples_per_frame / SAMPLE_RATE
+
+    def seconds(self, frames: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The middle of each frame, from the start of what the encoder was given."""
+        return self._first + self._step * frames.astype(np.float64)
+
+    def words(self, text: str, log_probs: Tensor, start: float, end: float) -> list[Word]:
+        """The words of a text that was recognised between `start` and `end` (s) of a recording, from its (F, K).
+
+        They follow each other inside that time, none without length, none before the one before it has ended. A
+        character without a label counts as any sound. The probability is the mean (geometric) of its characters' own.
+        Words of a text that is too long for the frames are spread evenly by their letters.
+        """
+        words = split_words(text)
+        if not words:
+            return []
+        targets, owners = self._targets(words)
+        rows = log_probs.numpy()
+        spans = align(rows, targets)
+        if spans is None or len(set(owners) - {-1}) < len(words):
+            return _spread(words, start, end)
+        firsts, lasts, probabilities = [], [], []
+        for number in range(len(words)):
+            own = [i for i, owner in enumerate(owners) if owner == number]
+            firsts.append(spans[own[0], 0])
+            lasts.append(spans[own[-1], 1])
+            probabilities.append(float(np.exp(np.mean([self._log_prob(rows, targets[i], spans[i]) for i in own]))))
+        starts = self.seconds(np.array(firsts)) + self._spec.start_shift
+        ends = self.seconds(np.array(lasts)) + self._spec.end_shift
+        return _placed(words, start + starts, start + ends, probabilities, start, end)
+
+    def _targets(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The labels of the characters, and the word of each, -1 for the blanks between words."""
+        targets, owners = list[int](), list[int]()
+        blank = self._spec.encode(" ")[0]
+        for number, word in enumerate(words):
+            if number and word[0].isspace() and blank != self._spec.star:
+                targets.append(blank)
+                owners.append(-1)
+            letters = unicodedata.normalize("NFC", word.strip())
+            for letter, label in zip(letters, self._spec.encode(letters), strict=True):
+                if label != self._spec.star or _has_sound(letter):
+                    targets.append(label)
+                    owners.append(number)
+        return targets, owners
+
+    def _log_prob(self, rows: NDArray[np.float32], label: int, span: NDArray[np.int64]) -> float:
+        """The log-probability of a label in the best of its frames."""
+        frames = rows[span[0] : span[1] + 1]
+        if label == self._spec.star:
+            return float(np.log(max(1e-9, 1.0 - float(np.exp(frames[:, 0].min())))))
+        return float(frames[:, label].max())
+
+
+def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
+    """Words of a length by their letters, side by side."""
+    edges = start + (end - start) * np.cumsum([0, *(len(word.strip()) for word in words)]) / sum(
+        len(word.strip()) for word in words
+    )
+    return _placed(words, edges[:-1], edges[1:], [_UNHEARD] * len(words), start, end)
+
+
+def _placed(
+    words: Sequence[str],
+    starts: NDArray[np.float64],
+    ends: NDArray[np.float64],
+    probabilities: Sequence[float],
+    start: float,
+    end: float,
+) -> list[Word]:
+    """Words moved as little as it takes for each to lie inside, to have a length and to leave the next its own."""
+    count = len(words)
+    room = min(_SHORTEST, (end - start) / count)
+    # Starts at least `room` apart, from the first possible one to the last.
+    steps = room * np.arange(count)
+    starts = np.maximum.accumulate(np.maximum(starts, start) - steps) + steps
+    starts = np.minimum(starts, end - room * np.arange(count, 0, -1))
+    limits = np.append(starts[1:], end)
+    ends = np.minimum(np.maximum(ends, starts + room), limits)
+    return [
+        Word(word, float(first), float(last), probability)
+        for word, first, last, probability in zip(words, starts, ends, probabilities, strict=True)
+    ]
