@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.decoding.results import Word
-from rwkv_speech.models.ctc import CtcHead, align
+from rwkv_speech.models.ctc import BLANK, CtcHead, align
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.text import UNSPACED
 
@@ -32,10 +32,10 @@ def split_words(text: str) -> list[str]:
             new = not last
         elif character.isspace():
             new = True
-        elif unicodedata.category(character)[0] in "LN":
-            new = bool((UNSPACED.match(character) or UNSPACED.match(last[-1])) and _has_sound(last))
         else:
-            new = False
+            before = next(filter(_has_sound, reversed(last)), "")
+            meets = UNSPACED.match(character) or UNSPACED.match(before)
+            new = bool(before and _has_sound(character) and meets)
         if new:
             words.append(character)
         else:
@@ -84,15 +84,15 @@ class WordTimes:
         spans = align(rows, targets)
         if spans is None or len(set(owners) - {-1}) < len(words):
             return _spread(words, start, end)
-        firsts, lasts, probabilities = [], [], []
-        for number in range(len(words)):
-            own = [i for i, owner in enumerate(owners) if owner == number]
-            firsts.append(spans[own[0], 0])
-            lasts.append(spans[own[-1], 1])
-            probabilities.append(float(np.exp(np.mean([self._log_prob(rows, targets[i], spans[i]) for i in own]))))
-        starts = self.seconds(np.array(firsts)) + self._spec.start_shift
-        ends = self.seconds(np.array(lasts)) + self._spec.end_shift
-        return _placed(words, start + starts, start + ends, probabilities, start, end)
+        of = np.array(owners)
+        inside = of >= 0
+        first, count = np.unique(of[inside], return_index=True, return_counts=True)[1:]
+        firsts, lasts = spans[inside][first, 0], spans[inside][first + count - 1, 1]
+        heard = self._log_probs(rows, np.array(targets)[inside], spans[inside, 0])
+        probabilities = np.exp(np.add.reduceat(heard, first) / count)
+        starts = self.seconds(firsts) + self._spec.start_shift
+        ends = self.seconds(lasts) + self._spec.end_shift
+        return _placed(words, start + starts, start + ends, probabilities.tolist(), start, end)
 
     def _targets(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """The labels of the characters, and the word of each, -1 for the blanks between words."""
@@ -109,12 +109,13 @@ class WordTimes:
                     owners.append(number)
         return targets, owners
 
-    def _log_prob(self, rows: NDArray[np.float32], label: int, span: NDArray[np.int64]) -> float:
-        """The log-probability of a label in the best of its frames."""
-        frames = rows[span[0] : span[1] + 1]
-        if label == self._spec.star:
-            return float(np.log(max(1e-9, 1.0 - float(np.exp(frames[:, 0].min())))))
-        return float(frames[:, label].max())
+    def _log_probs(
+        self, rows: NDArray[np.float32], labels: NDArray[np.int64], frames: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """The log-probability of each label in its frame, of a star that it is not blank."""
+        star = labels == self._spec.star
+        found = rows[frames, np.where(star, BLANK, labels)].astype(np.float64)
+        return np.where(star, np.log1p(-np.exp(np.minimum(found, -1e-9))), found)
 
 
 def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
@@ -139,7 +140,7 @@ def _placed(
     # Starts at least `room` apart, from the first possible one to the last.
     steps = room * np.arange(count)
     starts = np.maximum.accumulate(np.maximum(starts, start) - steps) + steps
-    starts = np.minimum(starts, end - room * np.arange(count, 0, -1))
+    starts = np.maximum(start, np.minimum(starts, end - room * np.arange(count, 0, -1)))
     limits = np.append(starts[1:], end)
     ends = np.minimum(np.maximum(ends, starts + room), limits)
     return [

@@ -26,6 +26,7 @@ from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.decoding.streaming import SegmentListener, Stream
+from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
@@ -93,6 +94,7 @@ class Transcriber:
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
         self._max_seconds = options.max_segment or longest
+        self._times = _word_times(model) if options.word_timestamps else None
 
     @torch.no_grad()
     def run(self, recordings: Iterable[Recording]) -> Iterator[tuple[Recording, Transcript | BadSample]]:
@@ -192,10 +194,14 @@ class Transcriber:
 
     def _segment(self, done: Done, text: str, silence: float) -> Segment:
         best, piece = done.hypotheses[0], done.request.key.piece
+        start, end = piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE
+        words = None
+        if self._times and done.ctc is not None:
+            words = self._times.words(text, done.ctc, start, end)
         return Segment(
             id=0,
-            start=piece.start / SAMPLE_RATE,
-            end=piece.end / SAMPLE_RATE,
+            start=start,
+            end=end,
             text=text,
             tokens=list(best.ids),
             temperature=done.request.temperature,
@@ -203,6 +209,7 @@ class Transcriber:
             compression_ratio=guards.compression_ratio(text),
             no_speech_prob=silence,
             cut=best.cut,
+            words=words,
         )
 
     def _result(self, work: _Work) -> Transcript | BadSample:
@@ -219,6 +226,14 @@ class Transcriber:
             removed_seconds=work.removed / SAMPLE_RATE,
             ctc=join_texts(work.heard[start] for start in sorted(work.heard)) if self._model.ctc else None,
         )
+
+
+def _word_times(model: speech_lm.SpeechLM) -> WordTimes:
+    if model.ctc is None:
+        raise UserError(
+            "--word_timestamps 1: the weights have no CTC head, which finds the words; train one with --ctc 1"
+        )
+    return WordTimes(model.ctc, model.encoder)
 
 
 class SpeechLM(speech_lm.SpeechLM):

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,8 +41,12 @@ class CtcSpec:
 
     def encode(self, text: str) -> list[int]:
         """The label of each character, in its other case where it has none in its own, else the star."""
-        known = {character: i for i, character in enumerate(self.labels, start=1)}
+        known = self._known
         return [known.get(c) or known.get(c.lower()) or known.get(c.upper()) or self.star for c in text]
+
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        return {character: i for i, character in enumerate(self.labels, start=1)}
 
     def text(self, log_probs: Tensor) -> str:
         """The likeliest path through log-probabilities (F, K) as text."""

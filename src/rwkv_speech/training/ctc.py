@@ -5,7 +5,6 @@
 import dataclasses
 import hashlib
 import math
-import random
 import re
 import shutil
 import signal
@@ -23,14 +22,15 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError
-from rwkv_speech.batch import Batch, Sample
+from rwkv_speech import tasks
+from rwkv_speech.audio import FRAME_RATE
+from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
-from rwkv_speech.data.loader import StepLoader, collate
+from rwkv_speech.data.loader import StepLoader
 from rwkv_speech.data.source import Source
 from rwkv_speech.devices import accelerator
 from rwkv_speech.errors import UserError
@@ -38,8 +38,7 @@ from rwkv_speech.models.checkpoint import BEST, LAST, add_ctc
 from rwkv_speech.models.ctc import BLANK, CtcHead, CtcSpec
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.synthetic.nonspeech import VOICES, nonspeech
-from rwkv_speech.text import normalise_label
+from rwkv_speech.training.ctc_speech import Speech, with_times
 from rwkv_speech.training.data import make_augmenter, make_datasets
 from rwkv_speech.training.optim import lr_factor
 from rwkv_speech.training.points import ResumePoint, begin_point, finish_point, newest_point
@@ -55,7 +54,6 @@ _WARMUP, _GRAD_CLIP, _WEIGHT_DECAY = 50, 5.0, 0.01
 _SMALL = 1 << 30
 # Every so many steps a batch more: half of it sounds without words, half of it speech with silence around.
 _EXTRAS_EVERY = 8
-_SHORTEST, _LONGEST = 0.5, 10.0  # seconds of a sound without words
 _SECONDS_BETWEEN_LINES = 60.0
 _CHECKPOINT = re.compile(rf"{BEST}|{LAST}|(best-)?epoch-\d+\.safetensors")
 
@@ -68,13 +66,15 @@ def fit_ctc(model: SpeechLM, config: TrainConfig, source: Source) -> None:
     folder = Path(config.proj_dir)
     config = _with_frames_kept(config, model.encoder, source)
     data, _, cache = make_datasets(config, model, source, None)
-    module = CtcModule(model.encoder, config, cast(SpeechDataset, data), cache)
+    speech = Speech(source, config)
+    module = CtcModule(model.encoder, config, cast(SpeechDataset, data), speech, cache)
     point = module.find_point(shared_settings(config, model, data, None))
     if point is None or point.info["epoch"] < module.epochs:
         _fit(module, config)
     if getattr(rank_zero_only, "rank", 0):
         return
-    head = module.head.cpu().eval().requires_grad_(False)
+    head = module.head.to(next(model.encoder.parameters()).device).eval().requires_grad_(False)
+    head.spec = with_times(head, model.encoder, speech, config.seed)
     paths = sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
     for path in paths:
         add_ctc(path, head)
@@ -124,14 +124,18 @@ class CtcModule(pl.LightningModule):
     """Loss and optimizer of a CTC head on the frames of a frozen encoder."""
 
     def __init__(
-        self, encoder: SpeechEncoder, config: TrainConfig, data: SpeechDataset, cache: FeatureCache | None
+        self,
+        encoder: SpeechEncoder,
+        config: TrainConfig,
+        data: SpeechDataset,
+        speech: Speech,
+        cache: FeatureCache | None,
     ) -> None:
         super().__init__()
-        self.config, self._data, self._cache = config, data, cache
+        self.config, self._data, self._speech, self._cache = config, data, speech, cache
         self._frozen = (encoder,)  # hidden from Lightning: it is neither trained, nor saved, nor shared out
         torch.manual_seed(_number(config.seed))
-        self.head = CtcHead(encoder.width, CtcSpec(characters(data.source, config.label_mode)))
-        self._extras = Extras(data.source, config)
+        self.head = CtcHead(encoder.width, CtcSpec(speech.characters()))
         world_size = config.num_nodes * accelerator(config)[1]
         cut = Cut(config.micro_bsz, config.batch_seconds, world_size=world_size, accumulate=config.accumulate)
         self.epochs = config.ctc_epochs or math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
@@ -200,7 +204,7 @@ class CtcModule(pl.LightningModule):
         batches = step
         self._left_out |= {sample.index for batch in step for sample in batch.bad}
         if (self.current_epoch * int(self.trainer.num_training_batches) + batch_idx) % _EXTRAS_EVERY == 0:
-            batches = [*step, self._extras.batch(self.current_epoch, batch_idx, self.trainer.global_rank)]
+            batches = [*step, self._speech.extras(f"{self.current_epoch}/{batch_idx}/{self.trainer.global_rank}")]
         losses = torch.cat([self._losses_of(batch) for batch in batches if len(batch)] or [torch.zeros(0)])
         if not len(losses):  # this rank has none, but takes part
             return sum((x.sum() * 0.0 for x in self.head.parameters()), torch.zeros((), device=self.device))
@@ -212,15 +216,19 @@ class CtcModule(pl.LightningModule):
         return losses.mean()
 
     def _losses_of(self, batch: Batch) -> Tensor:
-        """The loss of each utterance, (B,), on the host."""
+        """The loss of each utterance whose text says what is spoken, (at most B,), on the host."""
         if batch.frames is not None and batch.frame_lengths is not None:
             frames, lengths = batch.frames, batch.frame_lengths
         else:
             frames, lengths = self._encode(batch.waveforms, batch.num_samples, batch.normalised)
-        targets = [self.head.spec.encode(text) for text in batch.texts]
-        losses = ctc_losses(self.head(frames.to(self.device), lengths), lengths, targets)
-        found = zip(batch.indices, batch.texts, losses.tolist(), strict=True)
-        self._left_out |= {i for i, text, loss in found if text and not loss}  # longer than its audio can say
+        spoken = [row for row, task in enumerate(batch.tasks) if task == tasks.DEFAULT]
+        if not spoken:
+            return torch.zeros(0)
+        targets = [self.head.spec.encode(batch.texts[row]) for row in spoken]
+        losses = ctc_losses(self.head(frames[spoken].to(self.device), lengths[spoken]), lengths[spoken], targets)
+        for row, target, loss in zip(spoken, targets, losses.tolist(), strict=True):
+            if target and not loss:  # longer than its audio can say
+                self._left_out.add(batch.indices[row])
         return losses
 
     def _encode(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
@@ -246,47 +254,6 @@ class CtcModule(pl.LightningModule):
             finish_point(pending, {"settings": self._settings, "epoch": epoch}, keep=1)
 
 
-class Extras:
-    """Batches of sounds without words and of speech with silence around: an empty text must mean that nobody speaks."""
-
-    def __init__(self, source: Source, config: TrainConfig) -> None:
-        self._source, self._config = source, config
-
-    def batch(self, epoch: int, step: int, rank: int) -> Batch:
-        """Half of each, as many as a batch has utterances; the same for the same place in the run."""
-        c = self._config
-        rng = random.Random(f"{c.seed}/ctc/{epoch}/{step}/{rank}")
-        count = max(2, c.micro_bsz)
-        voices = self._voices(rng, max(VOICES, count // 2))
-        samples = [_sample(F.pad(voice, (_up_to_a_second(rng), _up_to_a_second(rng))), text)
-                   for voice, text in voices[: count // 2]]  # fmt: skip
-        for _ in range(count - len(samples)):
-            seconds = math.exp(rng.uniform(math.log(_SHORTEST), math.log(_LONGEST)))
-            samples.append(_sample(nonspeech(rng, seconds, [voice for voice, _ in voices]), ""))
-        return collate(samples)
-
-    def _voices(self, rng: random.Random, count: int) -> list[tuple[Tensor, str]]:
-        """Recordings that can be decoded, and their texts."""
-        found = []
-        for _ in range(2 * count):
-            index = rng.randrange(len(self._source))
-            try:
-                found.append((self._source.load(index), self._source.utterance(index).text))
-            except AudioError:  # it is reported where it is trained on
-                continue
-            if len(found) == count:
-                break
-        return [(waveform, normalise_label(text, self._config.label_mode)) for waveform, text in found]
-
-
-def _up_to_a_second(rng: random.Random) -> int:
-    return rng.randrange(SAMPLE_RATE)
-
-
-def _sample(waveform: Tensor, text: str) -> Sample:
-    return Sample("", waveform, text, [], len(waveform) / SAMPLE_RATE, 0, "")
-
-
 def ctc_losses(log_probs: Tensor, frame_lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
     """The CTC loss of each row of log-probabilities (B, F, K), (B,), on the host; 0 for a text that is too long.
 
@@ -302,14 +269,6 @@ def ctc_losses(log_probs: Tensor, frame_lengths: Tensor, targets: Sequence[Seque
         reduction="none",
         zero_infinity=True,
     )
-
-
-def characters(source: Source, label_mode: str) -> str:
-    """The characters of all texts of a source as they are learned, sorted."""
-    found = {
-        character for i in range(len(source)) for character in normalise_label(source.utterance(i).text, label_mode)
-    }
-    return "".join(sorted(found))
 
 
 def _number(*names: object) -> int:
