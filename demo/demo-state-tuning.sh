@@ -55,7 +55,7 @@ eval_data=${eval_data-librispeech:test-clean,librispeech:test-other}
 setup_environment
 
 if [ "$OP" = eval ]; then
-    # Scores come from one device, whatever the number used for training.
+    # One device, whatever the number used for training: a --device that follows may name more.
     case $device in *[!0-9]*) ;; *) device=auto ;; esac
     exec "$python" "$root/eval.py" --load_model "$load_model" --encoder "$encoder" --proj_dir "$proj_dir" \
         --n_layer "$n_layer" --n_embd "$n_embd" --micro_bsz "$micro_bsz" --device "$device" --wkv6 "$wkv6" \

@@ -13,7 +13,7 @@ from rwkv_speech.errors import UserError
 LABEL_MODES = ("none", "lower")
 
 # Typographic apostrophes that stand inside words: right and left quotes, the modifier letter, the prime.
-_APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u2032", "'"))
+_APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\u2032"), "'")
 # A character with its marks, of the scripts that are written without blanks between words.
 UNSPACED = regex.compile(r"(?=[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Lao}\p{scx=Mymr}\p{scx=Khmr}])\X")
 
@@ -47,17 +47,24 @@ def normalise_score(text: str) -> str:
     """
     # Casefolding can undo a composition ("ΐ"), so the compatibility form is taken again after it.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    kept = "".join(_score_character(character) for character in folded.translate(_APOSTROPHES))
-    return " ".join(word for word in (raw.strip("'") for raw in kept.split()) if word)
+    return " ".join(word for word in (raw.strip("'") for raw in folded.translate(_SCORED).split()) if word)
 
 
-def _score_character(character: str) -> str:
-    if character == "'":
+class _Scored(dict[int, str]):
+    """What each character becomes in a score's texts, looked up once: str.translate is far faster than a loop."""
+
+    def __missing__(self, code: int) -> str:
+        character = _APOSTROPHES.get(code, chr(code))
+        category = unicodedata.category(character)
+        if category == "Cf":
+            character = ""
+        elif category.startswith("P") and character != "'":
+            character = " "
+        self[code] = character
         return character
-    category = unicodedata.category(character)
-    if category == "Cf":
-        return ""
-    return " " if category.startswith("P") else character
+
+
+_SCORED = _Scored()
 
 
 def split_unspaced(text: str) -> str:

@@ -29,6 +29,12 @@ def test_what_a_later_version_adds_to_a_row_is_left_out(tmp_path: Path):
     assert read_rows(tmp_path / "r.jsonl") == ROWS[:1]
 
 
+def test_rows_of_earlier_versions_are_read(tmp_path: Path):
+    line = '{"id": "a", "index": 0, "ref": "b", "hyp": "c", "lang": null, "task": "asr", "seconds": 1.5, "cut": false}'
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    assert read_rows(tmp_path / "r.jsonl") == [Row("a", 0, "b", "c", None, "asr", 1.5, False)]
+
+
 @pytest.mark.parametrize("line", [b'{"id": "a", "ref": "b", "hyp": "c"}', b"[]", b"{", b"\xff\xfe", b"", b"7"])
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes):
     path = tmp_path / "r.jsonl"
