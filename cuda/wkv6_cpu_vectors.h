@@ -7,10 +7,6 @@
 
 #include <stdint.h>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #if defined(__AVX512F__)
 #define WKV6_LANES 16
 #define WKV6_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
@@ -170,17 +166,11 @@ struct Bfloat16 {
 
 struct Int8 {
     typedef int8_t Element;
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
     static inline Vec get(const int8_t* x) {
-#if defined(__AVX512F__)  // from the generic notation GCC makes many more instructions
-        return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
-#elif defined(__AVX2__)
-        return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
-#else
-        typedef int8_t Bytes __attribute__((vector_size(LANES)));
         Bytes out;
         __builtin_memcpy(&out, x, sizeof out);
         return __builtin_convertvector(__builtin_convertvector(out, Ints), Vec);
-#endif
     }
 };
 

@@ -18,6 +18,14 @@ def _average(given: Namespace) -> Path:
     return given.output
 
 
+def _calibrate(given: Namespace) -> Path:
+    from rwkv_speech.scoring.calibrate import calibrate
+
+    path, before, now = calibrate(given.run, given.data, given.task)
+    print(f"confidence before: {before.report()}\nconfidence now:    {now.report()}\n{now.table()}")
+    return path
+
+
 def _export(given: Namespace) -> Path:
     from rwkv_speech.models.checkpoint import export_published, find_checkpoint, load_trained
 
@@ -46,6 +54,12 @@ def _parser() -> Parser:
     average.add_argument("--output", required=True, type=Path, help="the file to write, .safetensors")
     average.set_defaults(verb=_average)
 
+    calibrate = verbs.add_parser("calibrate", help="make the confidence of words what it says", allow_abbrev=False)
+    calibrate.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint, which is changed")
+    calibrate.add_argument("--data", required=True, help="what was not trained on, in any form of --valid_data")
+    calibrate.add_argument("--task", default="", help="initial state to decode with, where there are several")
+    calibrate.set_defaults(verb=_calibrate)
+
     export = verbs.add_parser("export", help="write a checkpoint in the layout of the published adapter files")
     export.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint")
     export.add_argument("file", metavar="FILE", type=Path, help="the file to write, .pth")
@@ -64,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         given = _parser().parse_args(argv)
         if given.verb is None:
-            raise UserError("VERB: found none, expected average, export or report; --help says what each does")
+            raise UserError(
+                "VERB: found none, expected average, calibrate, export or report; --help says what each does"
+            )
         print(f"written to {given.verb(given)}")
 
     return exit_code(run)

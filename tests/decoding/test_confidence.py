@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_speech.decoding.confidence import Calibration, Evidence, evidence, fit, probability
+from rwkv_speech.decoding.confidence import Calibration, Evidence, evidence, fit, probability, tokens_of_words
 from rwkv_speech.models.ctc import align
 
 K = 5  # blank, "a", "b", "c", "d"
@@ -22,12 +22,14 @@ def said(labels: list[int], sure: float = 0.97) -> np.ndarray:
 
 def of_word(log_probs: np.ndarray, text: list[int], word: slice) -> Evidence:
     frames = align(log_probs, text)
-    return evidence([-0.5, -0.25], [0.1, 0.7], log_probs, text[word], None if frames is None else frames[word])
+    return evidence(
+        [-0.5, -0.25], [0.1, 0.7], log_probs, np.array(text[word]), None if frames is None else frames[word]
+    )
 
 
 def test_evidence_of_a_word_that_both_hear():
     found = of_word(said([1, 2, 3, 4]), [1, 2, 3, 4], slice(1, 3))
-    assert found == Evidence(logprob=-0.75, entropy=0.7, margin=0.0, likeness=1.0)
+    assert found == Evidence(logprob=-0.75, entropy=0.7, margin=0.0, worst=0.0)
 
 
 def test_evidence_of_a_word_that_the_head_hears_otherwise():
@@ -35,8 +37,8 @@ def test_evidence_of_a_word_that_the_head_hears_otherwise():
     one_letter = of_word(heard, [1, 2, 1, 4], slice(1, 3))  # "ba" for "bc"
     both_letters = of_word(heard, [1, 4, 1, 4], slice(1, 3))  # "da" for "bc"
     right = of_word(heard, [1, 4, 1, 4], slice(3, 4))
-    assert both_letters.margin < one_letter.margin < 0 and both_letters.likeness < one_letter.likeness < 1
-    assert right.margin == 0 and right.likeness == 1  # its neighbour's errors are not its own
+    assert both_letters.margin < one_letter.margin < 0 and both_letters.worst < -3 and one_letter.worst < -3
+    assert right.margin == right.worst == 0  # its neighbour's errors are not its own
     assert of_word(heard, [1, K, K, 4], slice(1, 3)).margin == 0  # characters without a label may be anything
 
 
@@ -50,25 +52,43 @@ def test_evidence_margin_is_the_score_of_the_path_against_the_best():
         first, last = frames[1, 0], frames[3, 1]
         label_of = {frame: text[i] for i in range(1, 4) for frame in range(frames[i, 0], frames[i, 1] + 1)}
         scores = [log_probs[frame, label_of.get(frame, 0)] - log_probs[frame].max() for frame in range(first, last + 1)]
-        assert of_word(log_probs, text, slice(1, 4)).margin == pytest.approx(max(sum(scores) / 3, -10), abs=1e-4)
+        found = of_word(log_probs, text, slice(1, 4))
+        assert found.margin == pytest.approx(max(sum(scores) / 3, -10), abs=1e-4)
+        of_characters = [score for frame, score in enumerate(scores, start=first) if frame in label_of]
+        assert found.worst == pytest.approx(max(min(of_characters), -10), abs=1e-4)
 
 
 def test_evidence_is_bounded_and_without_room_there_is_none():
     log_probs = said([1])
-    assert of_word(log_probs, [1, 2, 3, 4, 1, 2], slice(0, 2)) == Evidence(-0.75, 0.7, -10.0, 0.0)
-    assert evidence([-90.0], [], log_probs, [], None) == Evidence(-10.0, 10.0, -10.0, 0.0)
+    assert of_word(log_probs, [1, 2, 3, 4, 1, 2], slice(0, 2)) == Evidence(-0.75, 0.7, -10.0, -10.0)
+    assert evidence([-90.0], [], log_probs, np.zeros(0, np.int64), None) == Evidence(-10.0, 10.0, -10.0, -10.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "expected"),
+    [
+        (["the", " weather"], [b"the", b" weather"], [[0], [1]]),
+        (["a", " Grünwald,", " b"], [b"a", " Grü".encode(), b"nwald", b",", b" ", b"b"], [[0], [1, 2, 3], [4, 5]]),
+        (["か", "ら", "東"], ["から".encode(), b"\xe6", b"\x9d", b"\xb1"], [[0], [0], [1, 2, 3]]),
+        (["a"], [b"a", b" "], [[0]]),
+        (["\ufffd", " b"], [b"\xff", b" b"], [[0, 1], [1]]),
+        ([], [], []),
+    ],
+)
+def test_tokens_of_words(words: list[str], tokens: list[bytes], expected: list[list[int]]):
+    assert tokens_of_words(words, tokens) == expected
 
 
 def drawn(count: int, truth: Calibration, seed: int) -> tuple[list[Evidence], list[bool]]:
     draw = np.random.default_rng(seed)
     found = [
-        Evidence(-draw.exponential(0.5), draw.exponential(0.3), -draw.exponential(0.4), draw.uniform(0.5, 1))
+        Evidence(-draw.exponential(0.5), draw.exponential(0.3), -draw.exponential(0.4), -draw.exponential(0.6))
         for _ in range(count)
     ]
     return found, [draw.random() < truth.probability(x) for x in found]
 
 
-TRUTH = Calibration(bias=0.0, logprob=1.5, entropy=-0.8, margin=2.5, likeness=3.0)
+TRUTH = Calibration(bias=3.0, logprob=1.5, entropy=-0.8, margin=2.5, worst=0.5)
 
 
 def test_fit_is_the_maximum_of_the_likelihood():
@@ -96,17 +116,17 @@ def test_fit_finds_what_words_were_drawn_by():
     calibration = fit(*drawn(20_000, TRUTH, seed=2))
     others, _ = drawn(200, TRUTH, seed=3)
     assert [calibration.probability(x) for x in others] == pytest.approx(
-        [TRUTH.probability(x) for x in others], abs=0.03
+        [TRUTH.probability(x) for x in others], abs=0.06
     )
 
 
 def test_fit_of_words_that_can_be_told_apart_stays_finite():
-    sure, unsure = Evidence(0.0, 0.0, 0.0, 1.0), Evidence(-5.0, 2.0, -4.0, 0.2)
+    sure, unsure = Evidence(0.0, 0.0, 0.0, 0.0), Evidence(-5.0, 2.0, -4.0, -6.0)
     calibration = fit([sure] * 30 + [unsure] * 30, [True] * 30 + [False] * 30)
     assert 0 < calibration.probability(unsure) < 0.1 < 0.9 < calibration.probability(sure) < 1
 
 
 def test_probability_without_a_calibration_is_the_language_models():
-    found = Evidence(-0.75, 0.7, -3.0, 0.1)
+    found = Evidence(-0.75, 0.7, -3.0, -4.0)
     assert probability(found, None) == math.exp(-0.75)
     assert probability(found, TRUTH) == TRUTH.probability(found)

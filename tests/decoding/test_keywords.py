@@ -113,10 +113,11 @@ def test_a_word_inside_another_earns_nothing():
 
 def test_scripts_without_blanks_are_found_anywhere():
     tokenizer = WorldTokenizer()
-    keywords = Keywords({"東京": 2.0, "สวัสดี": 1.0}, tokenizer, 65_536)
+    keywords = Keywords({"東京": 2.0, "สวัสดี": 1.0, "서울": 1.0}, tokenizer, 65_536)
     text = "我去東京都。 東京"
     assert sum(earned(keywords, tokenizer.encode(text), 65_536)) == 8
     assert sum(earned(keywords, tokenizer.encode("คำสวัสดีครับ"), 65_536)) >= 1
+    assert sum(earned(keywords, tokenizer.encode("나는 서울에서"), 65_536)) >= 1  # a word with its particle
 
 
 def test_rows_do_not_change_each_other_and_no_phrase_changes_nothing(tiny: WorldTokenizer):

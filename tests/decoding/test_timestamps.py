@@ -1,4 +1,5 @@
 import random
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_speech.decoding.confidence import Calibration
 from rwkv_speech.decoding.results import Word
 from rwkv_speech.decoding.timestamps import WordTimes, split_words
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -140,3 +142,8 @@ def test_transcribe_gives_words_where_asked(tiny_parts: Parts):
         assert segment.words and "".join(word.word for word in segment.words) == segment.text.rstrip()
         assert_in_order(segment.words, segment.start, segment.end)
     assert found and np.all([segment.end <= 20_000 / 16_000 for segment in found])
+    model.confidence = asdict(Calibration(bias=2.0, logprob=0.0, entropy=0.0, margin=0.0, worst=0.0))
+    judged = model.transcribe(list(audio), no_speech_threshold=1.0, word_timestamps=1, **options)
+    sure = {word.probability for t in judged for segment in t.segments for word in segment.words or []}
+    assert sure == {1 / (1 + np.exp(-2.0))}
+    assert not sure & {word.probability for segment in found for word in segment.words or []}

@@ -11,6 +11,7 @@ from rwkv_speech.models.checkpoint import (
     FORMAT,
     FORMAT_1,
     Trained,
+    add_confidence,
     add_ctc,
     export_published,
     find_checkpoint,
@@ -301,3 +302,20 @@ def test_ctc_head_is_added_and_all_else_stays(tmp_path: Path):
     replaced = load_trained(path).ctc_head()
     assert replaced is not None
     assert_same_bits(replaced.state_dict(), other.state_dict())
+
+
+def test_confidence_is_added_and_all_else_stays_until_there_is_another_head(tmp_path: Path):
+    path = save(tmp_path / "last.safetensors", wer=0.25)
+    add_ctc(path, CtcHead(WIDTH, CtcSpec("ab", hidden=8, kernel=3)))
+    before = load_trained(path)
+    assert before.confidence is None
+    add_confidence(path, {"bias": 0.5, "logprob": 1e-7})
+    after = load_trained(path)
+    assert after.confidence == {"bias": 0.5, "logprob": 1e-7}
+    assert_same_bits(after.named_tensors(), before.named_tensors())
+    assert (after.parts, after.trained_on, after.metrics) == (before.parts, before.trained_on, before.metrics)
+    found, wanted = after.ctc_head(), before.ctc_head()
+    assert found is not None and wanted is not None and found.spec == wanted.spec
+    assert_same_bits(found.state_dict(), wanted.state_dict())
+    add_ctc(path, CtcHead(WIDTH, CtcSpec("x", hidden=4)))
+    assert load_trained(path).confidence is None  # it was made with the other head

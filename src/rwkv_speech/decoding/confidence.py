@@ -10,12 +10,13 @@ arXiv:2212.08703.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rwkv_speech.decoding.strategy import Hypothesis
+from rwkv_speech.decoding.timestamps import Heard
 from rwkv_speech.models.ctc import BLANK
 
 # Beyond these a word is wrong anyhow; without a bound a few words would decide what is fitted.
@@ -29,14 +30,14 @@ class Evidence(NamedTuple):
     logprob: float  # of its tokens together, by the language model
     entropy: float  # the highest of its tokens, nats
     margin: float  # per character: log-probability of its best path less that of the CTC head's own in the same frames
-    likeness: float  # of its characters and those that the CTC head itself finds in its frames, 0 to 1
+    worst: float  # the same of the one frame of a character that agrees least
 
 
 def evidence(
     logprobs: Sequence[float],
     entropies: Sequence[float],
     log_probs: NDArray[np.float32],
-    labels: Sequence[int],
+    labels: NDArray[np.int64],
     frames: NDArray[np.int64] | None,
 ) -> Evidence:
     """Of a word from its tokens' log-probabilities and entropies, and the CTC head's log-probabilities (F, K).
@@ -47,20 +48,42 @@ def evidence(
     logprob = max(sum(logprobs), _LEAST_LOGPROB)
     entropy = min(max(entropies, default=_MOST_ENTROPY), _MOST_ENTROPY)
     if frames is None or not len(labels):
-        return Evidence(logprob, entropy, _LEAST_LOGPROB, 0.0)
+        return Evidence(logprob, entropy, _LEAST_LOGPROB, _LEAST_LOGPROB)
     first, last = int(frames[0, 0]), int(frames[-1, 1])
     path = np.full(last + 1 - first, BLANK)
     for label, (start, end) in zip(labels, frames - first, strict=True):
         path[start : end + 1] = label
     there = log_probs[first : last + 1]
     best = there.argmax(1)
+    is_character = path != BLANK
     path = np.where(path == there.shape[1], best, path)  # a character without a label is whatever is heard
     places = np.arange(len(path))
-    margin = float((there[places, path] - there[places, best]).sum()) / len(labels)
-    around = log_probs[max(0, first - 1) : last + 2].argmax(1)
-    heard = around[np.flatnonzero(np.diff(around, prepend=BLANK) != 0)]
-    likeness = SequenceMatcher(None, [x for x in heard.tolist() if x != BLANK], list(labels), autojunk=False).ratio()
-    return Evidence(logprob, entropy, max(margin, _LEAST_LOGPROB), likeness)
+    behind = (there[places, path] - there[places, best]).astype(np.float64)
+    margin, worst = behind.sum() / len(labels), behind[is_character].min()
+    return Evidence(logprob, entropy, float(max(margin, _LEAST_LOGPROB)), float(max(worst, _LEAST_LOGPROB)))
+
+
+def tokens_of_words(words: Sequence[str], tokens: Sequence[bytes]) -> list[list[int]]:
+    """The places of the tokens of which each word has bytes; both are those of one text."""
+    ends = np.cumsum([0, *(len(token) for token in tokens)])
+    bounds = np.cumsum([0, *(len(word.encode("utf-8", "replace")) for word in words)])
+    firsts = np.searchsorted(ends, bounds[:-1], "right") - 1
+    lasts = np.searchsorted(ends, bounds[1:], "left")
+    # Bytes that are no text are shown as three: what then lies beyond the last token belongs to it.
+    return [list(range(min(a, len(tokens) - 1), min(b, len(tokens)))) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def evidence_of_words(
+    found: Sequence[Heard], text: Hypothesis, tokens: Sequence[bytes], log_probs: NDArray[np.float32]
+) -> list[Evidence]:
+    """Of the words of a text, `tokens` being the bytes of each of its tokens."""
+    places = tokens_of_words([heard.word for heard in found], tokens)
+    return [
+        evidence(
+            [text.logprobs[i] for i in own], [text.entropies[i] for i in own], log_probs, heard.labels, heard.frames
+        )
+        for heard, own in zip(found, places, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,12 +94,12 @@ class Calibration:
     logprob: float
     entropy: float
     margin: float
-    likeness: float
+    worst: float
 
     def probability(self, found: Evidence) -> float:
         """That a word is right."""
         odds = self.bias + self.logprob * found.logprob + self.entropy * found.entropy
-        odds += self.margin * found.margin + self.likeness * found.likeness
+        odds += self.margin * found.margin + self.worst * found.worst
         return 1 / (1 + math.exp(-min(max(odds, -30.0), 30.0)))
 
 

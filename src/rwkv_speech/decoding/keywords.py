@@ -13,6 +13,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.errors import UserError
-from rwkv_speech.text import normalise_label
+from rwkv_speech.text import UNSPACED, normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
 
 _LONGEST = 200  # characters of a phrase
@@ -218,9 +219,9 @@ class Keywords:
                 queue.append(child)
 
 
+@cache
 def _is_letter(character: str) -> bool:
-    """Whether it is part of a word, in scripts that write blanks between words; half a character counts as one."""
-    unspaced = "\u0e00" <= character <= "\u0eff" or "\u1000" <= character <= "\u109f" or character >= "\u2e80"
-    if not character or unspaced:
-        return character == "\ufffd"
-    return unicodedata.category(character)[0] in "LMN"
+    """Whether a phrase beside it would be inside a word; half a character counts as one."""
+    if not character or UNSPACED.match(character) or "\uac00" <= character <= "\ud7a3":  # Korean joins its particles
+        return False
+    return character == "\ufffd" or unicodedata.category(character)[0] in "LMN"

@@ -3,7 +3,8 @@
 # F frames · K labels · U characters
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,17 @@ def _has_sound(text: str) -> bool:
     return any(unicodedata.category(character)[0] in "LN" for character in text)
 
 
+class Heard(NamedTuple):
+    """A word, the labels (U,) of its characters, and the first and the last frame of each (U, 2) if there is room."""
+
+    word: str
+    labels: NDArray[np.int64]
+    frames: NDArray[np.int64] | None
+
+
+Judge = Callable[[Sequence[Heard]], Sequence[float]]  # how sure each word is, 0 to 1
+
+
 class WordTimes:
     """Finds the words of texts in the frames of `encoder`, by the log-probabilities of `head`."""
 
@@ -69,30 +81,34 @@ class WordTimes:
         """The middle of each frame, from the start of what the encoder was given."""
         return self._first + self._step * frames.astype(np.float64)
 
-    def words(self, text: str, log_probs: Tensor, start: float, end: float) -> list[Word]:
+    def align(self, text: str, log_probs: Tensor) -> list[Heard]:
+        """The words of a text and where they are heard in the (F, K) of its frames."""
+        words = split_words(text)
+        targets, owners = self._targets(words)
+        labels, owner = np.array(targets), np.array(owners)
+        frames = align(log_probs.numpy(), targets) if words else None
+        own = [owner == number for number in range(len(words))]
+        if frames is None or not all(places.any() for places in own):
+            return [Heard(word, np.zeros(0, np.int64), None) for word in words]
+        return [Heard(word, labels[places], frames[places]) for word, places in zip(words, own, strict=True)]
+
+    def words(self, text: str, log_probs: Tensor, start: float, end: float, judge: Judge | None = None) -> list[Word]:
         """The words of a text that was recognised between `start` and `end` (s) of a recording, from its (F, K).
 
         They follow each other inside that time, none without length, none before the one before it has ended. A
-        character without a label counts as any sound. The probability is the mean (geometric) of its characters' own.
-        Words of a text that is too long for the frames are spread evenly by their letters.
+        character without a label counts as any sound. The probabilities are those of `judge`; without one the mean
+        (geometric) of a word's characters. Words of a text that is too long for the frames are spread evenly by their
+        letters.
         """
-        words = split_words(text)
-        if not words:
-            return []
-        targets, owners = self._targets(words)
-        rows = log_probs.numpy()
-        spans = align(rows, targets)
-        if spans is None or len(set(owners) - {-1}) < len(words):
-            return _spread(words, start, end)
-        of = np.array(owners)
-        inside = of >= 0
-        first, count = np.unique(of[inside], return_index=True, return_counts=True)[1:]
-        firsts, lasts = spans[inside][first, 0], spans[inside][first + count - 1, 1]
-        heard = self._log_probs(rows, np.array(targets)[inside], spans[inside, 0])
-        probabilities = np.exp(np.add.reduceat(heard, first) / count)
-        starts = self.seconds(firsts) + self._spec.start_shift
-        ends = self.seconds(lasts) + self._spec.end_shift
-        return _placed(words, start + starts, start + ends, probabilities.tolist(), start, end)
+        found = self.align(text, log_probs)
+        words = [heard.word for heard in found]
+        probabilities = judge(found) if judge else [self._probability(heard, log_probs.numpy()) for heard in found]
+        frames = [heard.frames for heard in found if heard.frames is not None]
+        if not words or len(frames) < len(words):
+            return _spread(words, probabilities, start, end)
+        starts = self.seconds(np.array([x[0, 0] for x in frames])) + self._spec.start_shift
+        ends = self.seconds(np.array([x[-1, 1] for x in frames])) + self._spec.end_shift
+        return _placed(words, start + starts, start + ends, probabilities, start, end)
 
     def _targets(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """The labels of the characters, and the word of each, -1 for the blanks between words."""
@@ -109,21 +125,23 @@ class WordTimes:
                     owners.append(number)
         return targets, owners
 
-    def _log_probs(
-        self, rows: NDArray[np.float32], labels: NDArray[np.int64], frames: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """The log-probability of each label in its frame, of a star that it is not blank."""
-        star = labels == self._spec.star
-        found = rows[frames, np.where(star, BLANK, labels)].astype(np.float64)
-        return np.where(star, np.log1p(-np.exp(np.minimum(found, -1e-9))), found)
+    def _probability(self, heard: Heard, rows: NDArray[np.float32]) -> float:
+        """Of each label in its first frame, of a star that it is not blank."""
+        if heard.frames is None:
+            return _UNHEARD
+        star = heard.labels == self._spec.star
+        found = rows[heard.frames[:, 0], np.where(star, BLANK, heard.labels)].astype(np.float64)
+        return float(np.exp(np.where(star, np.log1p(-np.exp(np.minimum(found, -1e-9))), found).mean()))
 
 
-def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
+def _spread(words: Sequence[str], probabilities: Sequence[float], start: float, end: float) -> list[Word]:
     """Words of a length by their letters, side by side."""
+    if not words:
+        return []
     edges = start + (end - start) * np.cumsum([0, *(len(word.strip()) for word in words)]) / sum(
         len(word.strip()) for word in words
     )
-    return _placed(words, edges[:-1], edges[1:], [_UNHEARD] * len(words), start, end)
+    return _placed(words, edges[:-1], edges[1:], probabilities, start, end)
 
 
 def _placed(

@@ -38,7 +38,8 @@ _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
 class Trained:
     """The trained tensors of a checkpoint; `parts` is None for a published file, which does not say.
 
-    `ctc` is None without a CTC head, else what it is and its tensors.
+    `ctc` is None without a CTC head, else what it is and its tensors; `confidence` what decoding.confidence weighs with
+    it, None where it was not calibrated.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Trained:
     ignored: tuple[str, ...]  # names of tensors in the file that are not trained ones
     metrics: dict[str, Any]
     ctc: tuple[CtcSpec, dict[str, Tensor]] | None = None
+    confidence: dict[str, float] | None = None
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of adapter and states under their names in own files, on the CPU."""
@@ -78,6 +80,7 @@ def write_checkpoint(
     trained_on: TrainedOn | None,
     metrics: Mapping[str, Any],
     ctc: CtcHead | None = None,
+    confidence: Mapping[str, float] | None = None,
 ) -> None:
     """Write an own checkpoint of tensors as `named_tensors` names them, and of a CTC head if given, atomically."""
     metadata = {"format": FORMAT, "parts": json.dumps(asdict(parts)), "metrics": json.dumps(dict(metrics))}
@@ -86,6 +89,8 @@ def write_checkpoint(
         tensors = tensors | {_CTC + name: x.detach().cpu().clone() for name, x in ctc.state_dict().items()}
     if trained_on is not None:
         metadata["trained_on"] = json.dumps(asdict(trained_on))
+    if confidence is not None:
+        metadata["confidence"] = json.dumps(dict(confidence))
     content = _ordered(save(tensors, metadata))
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
@@ -110,6 +115,7 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
     try:
         parts, trained_on, metrics = _described(metadata)
         ctc = CtcSpec(**json.loads(metadata["ctc"])) if "ctc" in metadata else None
+        confidence = json.loads(metadata.get("confidence", "null"))
         if metadata.get("format") == FORMAT_1:
             task = json.loads(metadata["origin"])["task"]
     except (KeyError, TypeError, ValueError) as error:
@@ -129,11 +135,19 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
             f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
     ignored = tuple(name for name in tensors if not name.startswith(known))
-    return Trained(path, adapter, states, parts, trained_on, ignored, metrics, (ctc, head) if ctc else None)
+    return Trained(path, adapter, states, parts, trained_on, ignored, metrics, (ctc, head) if ctc else None, confidence)
+
+
+def add_confidence(path: Path, confidence: Mapping[str, float]) -> None:
+    """Give an own checkpoint these weights of confidence, atomically; all else in it stays as it is."""
+    trained = load_trained(path)
+    assert trained.parts is not None
+    parts = (trained.named_tensors(), trained.parts, trained.trained_on, trained.metrics, trained.ctc_head())
+    write_checkpoint(path, *parts, confidence)
 
 
 def add_ctc(path: Path, head: CtcHead) -> None:
-    """Give an own checkpoint this CTC head, atomically; all else in it stays as it is."""
+    """Give an own checkpoint this CTC head, atomically; all else stays, but for the confidence, which another made."""
     trained = load_trained(path)
     assert trained.parts is not None
     write_checkpoint(path, trained.named_tensors(), trained.parts, trained.trained_on, trained.metrics, head)

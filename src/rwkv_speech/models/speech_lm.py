@@ -51,6 +51,7 @@ class SpeechLM(nn.Module):
             {name: torch.zeros(sizes.n_layer, sizes.H, sizes.N, sizes.N) for name in task_names}
         )
         self.ctc: CtcHead | None = None  # frozen here: it is trained by itself
+        self.confidence: dict[str, float] | None = None  # the weights of decoding.confidence, if it was calibrated
         self.separator_id = _one_token(tokenizer, parts.separator)
         self.trained_on: TrainedOn | None = None
         self.metrics: dict[str, Any] = {}  # of the training, as the checkpoint says
@@ -116,7 +117,7 @@ class SpeechLM(nn.Module):
                 parameters[name].copy_(x)
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
-        self.trained_on, self.metrics = trained.trained_on, trained.metrics
+        self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
