@@ -19,7 +19,7 @@ def after_import(expression: str, **variables: str) -> str:
 
 
 def test_public_names_are_listed_and_there():
-    assert [name for name in dir(rwkv_speech) if not name.startswith("__")] == rwkv_speech.__all__
+    assert [name for name in dir(rwkv_speech) if not name.startswith("__")] == sorted(rwkv_speech.__all__)
     assert all(callable(getattr(rwkv_speech, name)) for name in rwkv_speech.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = rwkv_speech.nothing

@@ -178,8 +178,9 @@ def test_python_names_what_is_no_recording(name: str, here: Path, model: Public,
         model.transcribe(given)
 
 
-OPTIONS = [{"batch_size": 0}, {"beam": 0}, {"beam": "four"}, {"temperature": -1.0}, {"temperature": [0.5, 0.2]},
-           {"vad": "webrtc"}, {"top_p": 2}, {"task": "st"}, {"beem": 4}, {"max_new_tokens": 0}]  # fmt: skip
+OPTIONS = [{"batch_size": 0}, {"batch_size": "all"}, {"beam": 0}, {"beam": "four"}, {"temperature": -1.0},
+           {"temperature": [0.5, 0.2]}, {"vad": "webrtc"}, {"top_p": 2}, {"task": "st"}, {"beem": 4},
+           {"max_new_tokens": 0}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

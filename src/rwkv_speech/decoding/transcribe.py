@@ -293,8 +293,8 @@ def transcribe(
     options: Options = Options(),  # noqa: B008 (it is frozen)
 ) -> Iterator[tuple[int, Transcript | BadSample]]:
     """Each recording's number and transcript, in order, as they are made; a broken one gives a BadSample."""
-    if batch_size < 1:
-        raise UserError(f"batch_size: found {batch_size}, expected at least 1; leave it out for the default")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size: found {batch_size!r}, expected a whole number at least 1; leave it out for 8")
     task = one_task("the weights", dict(model.initial_states.items()), task)
     recordings = (recording_of(item, number, task) for number, item in enumerate(audio))
     results: dict[int, Transcript | BadSample] = {}
