@@ -43,9 +43,9 @@ class Verifier:
     def advance(self) -> None:
         """One pass over what is unread and, while it is of use, the draft."""
         draft = self._draft if self.drafts else []
-        tokens = torch.tensor([[*self._unread, *draft]], device=self.logits.device)
-        hidden, state = self._lm.hidden(self._lm.embed(tokens), self.state)
-        logits = self._lm.head(hidden[0, len(self._unread) - 1 :])
+        tokens = torch.tensor([*self._unread, *draft], device=self.logits.device)
+        state = State(*(x.clone() for x in self.state))
+        logits = self._lm.step(tokens, state, slots=torch.zeros_like(tokens))[len(self._unread) - 1 :]
         if not draft:
             self.logits, self.state, self._unread = logits, state, []
         elif self._keep(logits):
@@ -70,8 +70,8 @@ class Verifier:
 class Rest:
     """What of a draft is left after a text that differs from it.
 
-    The text fits best to that beginning of the draft from which it has the smallest edit distance, the longest of
-    several. A row of the distances' table is kept; each byte of the text adds the next.
+    The text fits best to that beginning of the draft from which it has the smallest edit distance: of several one that
+    ends with a word, and of these the longest. A row of the distances' table is kept; each byte of the text adds the next.
     """
 
     def __init__(self, draft: str, tokenizer: WorldTokenizer) -> None:
@@ -79,6 +79,7 @@ class Rest:
         self._draft = draft.encode("utf-8", "replace")
         self._bytes = np.frombuffer(self._draft, np.uint8)
         self._places = np.arange(len(self._draft) + 1)
+        self._inside = np.append(self._bytes != ord(" "), False)  # a word, or at its first letter
         self._distances = self._places
         self._read = 0
 
@@ -90,7 +91,8 @@ class Rest:
             # Bytes of the draft that are left out: each costs one more than the place before.
             self._distances = np.minimum.accumulate(kept - self._places) + self._places
         self._read = len(text)
-        place = len(self._draft) - int(self._distances[::-1].argmin())
+        costs = 2 * self._distances + self._inside
+        place = len(self._draft) - int(costs[::-1].argmin())
         while place < len(self._draft) and self._draft[place] & 0xC0 == 0x80:  # within a character
             place += 1
         return self.tokenizer.encode(self._draft[place:].decode("utf-8", "replace"))

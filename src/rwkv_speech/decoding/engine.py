@@ -16,6 +16,7 @@ from torch import Tensor
 from rwkv_speech.batch import Sample
 from rwkv_speech.decoding.beam import Beam, candidates
 from rwkv_speech.decoding.draft import Verifier
+from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader
@@ -76,8 +77,8 @@ class Engine:
     """Decodes `slots` requests at once; what is found in one does not depend on the others.
 
     The states lie in a table of S rows, one for each text: with a beam search each request has as many as beams. All
-    rows make every step, the empty ones too, so that a step always has one shape. Free rows take the longest of the
-    waiting requests. Raises UserError for a draft where the weights have no CTC head.
+    rows make every step, the empty ones too, so that a step always has one shape; but where a kernel keeps them apart.
+    Free rows take the longest of the waiting requests. Raises UserError for a draft where the weights have no CTC head.
     """
 
     def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8) -> None:
@@ -86,6 +87,7 @@ class Engine:
         self._model, self._options = model, options
         rows = slots * options.beam
         self._state = model.lm.zero_state(rows)
+        self._graph = StepGraph.of(model.lm, self._state)
         keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
         self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id, keywords)
         self._logits: Tensor | None = None  # (S, V) of the next token of each row
@@ -133,9 +135,14 @@ class Engine:
 
     def _step(self) -> None:
         jobs = {id(job): job for job in self._jobs if job}
-        if jobs:
+        lm, device = self._model.lm, self._state.wkv.device
+        if jobs and self._logits is not None and lm.slots_are_apart:
+            rows = [row for row, track in enumerate(self._tracks) if track]
+            tokens = torch.tensor([track.ids[-1] for track in self._tracks if track])
+            self._logits[rows] = lm.step(tokens, self._state, torch.tensor(rows))
+        elif jobs:
             tokens = torch.tensor([track.ids[-1] if track else 0 for track in self._tracks])
-            self._logits = self._model.lm.step(tokens.to(self._state.wkv.device, non_blocking=True), self._state)
+            self._logits = self._graph.step(tokens) if self._graph else lm.step(tokens.to(device), self._state)
         for job in jobs.values():
             job.passes += 1
 
@@ -235,7 +242,7 @@ class Engine:
     def _place(self, row: int, job: _Job, track: Track, logits: Tensor, state: State) -> None:
         """Put a text with its logits (1, V) and its state into a row."""
         if self._logits is None:
-            self._logits = logits.new_zeros(len(self._jobs), logits.shape[-1])
+            self._logits = torch.zeros(len(self._jobs), logits.shape[-1], device=logits.device)
         self._jobs[row], self._tracks[row], self._logits[row] = job, track, logits[0]
         for table, one in zip(self._state, state, strict=True):
             table[:, row] = one[:, 0]

@@ -285,6 +285,11 @@ class RWKV6(nn.Module):
             x = block.step(x, *layer_state)
         return self.head(self.ln_out(x)).float()
 
+    @property
+    def slots_are_apart(self) -> bool:
+        """Whether the bits of a slot's step depend on nothing else in it: then only those in use need be given."""
+        return self._stepper() is not None
+
     def _read_slots(self, x: Tensor, state: State, slots: Tensor) -> Tensor:
         """Embeddings (n, C) of a few tokens of some slots, as one packed batch."""
         rows, counts = slots.unique_consecutive(return_counts=True)
