@@ -71,7 +71,7 @@ class Rest:
     """What of a draft is left after a text that differs from it.
 
     The text fits best to that beginning of the draft from which it has the smallest edit distance: of several one that
-    ends with a word, and of these the longest. A row of the distances' table is kept; each byte of the text adds the next.
+    ends with a word, and of these the longest. A row of the table of distances is kept; each byte of the text adds one.
     """
 
     def __init__(self, draft: str, tokenizer: WorldTokenizer) -> None:
