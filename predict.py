@@ -1,13 +1,17 @@
-"""Print what is said in audio files; on demand write it as text, subtitles, tables or JSON."""
+"""Print what is said in audio files or a stream; on demand write it as text, subtitles, tables or JSON."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_speech.config import PredictConfig, output_formats
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
+
+if TYPE_CHECKING:
+    from rwkv_speech.models.speech_lm import SpeechLM
 
 
 def predict(config: PredictConfig) -> int:
@@ -23,12 +27,11 @@ def predict(config: PredictConfig) -> int:
     from rwkv_speech.decoding.screen import Screen
     from rwkv_speech.decoding.transcribe import Recording, Transcriber
     from rwkv_speech.decoding.writers import Layout, exist, write_transcript
-    from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import one_task
-    from rwkv_speech.models.parts import Parts
-    from rwkv_speech.models.speech_lm import SpeechLM
 
     before_prediction(config)
+    if config.stream:
+        return predict_stream(config)
     formats = output_formats(config.output_format)
     inputs, faults = find_inputs(named_inputs(config))
     check_outputs(config, inputs, formats)
@@ -36,8 +39,7 @@ def predict(config: PredictConfig) -> int:
         inputs = [found for found in inputs if not exist(Path(config.output_dir, found.output), formats)]
     if not inputs:
         return report(faults)
-    parts, compute = Parts.of(config), compute_of(config)
-    model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
+    model = load(config)
     states = dict(model.initial_states.items())
     task = one_task("the weights", states, config.task)
     for found in [found for found in inputs if found.task and found.task not in states]:
@@ -63,6 +65,30 @@ def predict(config: PredictConfig) -> int:
     finally:
         screen.close()
     return int(screen.num_skipped > 0)
+
+
+def predict_stream(config: PredictConfig) -> int:
+    """Print what is said in the samples that come from standard input."""
+    from rwkv_speech.decoding.live import transcribe_live
+    from rwkv_speech.decoding.options import Options
+    from rwkv_speech.decoding.transcribe import stream
+
+    # What may change is shown on a terminal alone.
+    pace = 0.5 if sys.stdout.isatty() and config.commit == "segment" else None
+    options = Options.of(config)
+    opened = stream(load(config), options, config.commit, pace, config.stream_rate, config.micro_bsz, config.task)
+    transcribe_live(opened, sys.stdin.buffer, sys.stdout)
+    return 0
+
+
+def load(config: PredictConfig) -> "SpeechLM":
+    """The model of the checkpoint, or of the run."""
+    from rwkv_speech.devices import compute_of
+    from rwkv_speech.models.parts import Parts
+    from rwkv_speech.models.speech_lm import SpeechLM
+
+    parts, compute = Parts.of(config), compute_of(config)
+    return SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
 
 
 def report(faults: Sequence[str]) -> int:

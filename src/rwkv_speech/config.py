@@ -16,6 +16,7 @@ KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 SCHEDULES = ("cosine", "constant")
+COMMITS = ("segment", "word")
 VADS = ("silero", "none")
 OUTPUT_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
@@ -403,7 +404,24 @@ class _OutputFlags:
 
 
 @dataclass(frozen=True)
-class PredictConfig(_OutputFlags, DecodeFlags, ModelConfig):
+class _StreamFlags:
+    group: ClassVar[str] = "streaming"
+    stream: str = flag(
+        "",
+        "-: in place of files, raw 16-bit samples (little-endian, mono) from standard input, as they come",
+        form=(lambda text: text == "-", "-, which is standard input"),
+    )
+    stream_rate: int = flag(16_000, "its samples a second", at_least=1000, at_most=1_000_000, needs="stream")
+    commit: str = flag(
+        "segment",
+        "segment: text that stays comes in each pause, and is that of a file; word: soon after each word",
+        COMMITS,
+        needs="stream",
+    )
+
+
+@dataclass(frozen=True)
+class PredictConfig(_StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
     """predict.py"""
 
     group: ClassVar[str] = "run"
@@ -420,6 +438,8 @@ class PredictConfig(_OutputFlags, DecodeFlags, ModelConfig):
     def check(self) -> None:
         """Raises UserError for flags that contradict each other, or have no effect on one device."""
         _check_one_device(self)
+        if self.stream and (self.inputs or self.file_path or self.output_format):
+            raise UserError("--stream: found files or --output_format with it; leave out the one or the other")
         if self.max_words_per_line and self.max_line_width:
             raise UserError("--max_words_per_line: has no effect with --max_line_width; leave one of them out")
 

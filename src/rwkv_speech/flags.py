@@ -18,7 +18,8 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from rwkv_speech.errors import UserError
 
 GROUPS = (
-    "model", "device and precision", "data", "changes of the training audio", "training", "decoding", "output", "run",
+    "model", "device and precision", "data", "changes of the training audio", "training", "decoding", "output",
+    "streaming", "run",
 )  # fmt: skip
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}

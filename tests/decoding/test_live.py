@@ -171,14 +171,3 @@ def test_ctrl_c_ends_a_stream_as_its_end_does():
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == b"end 1002\n" and process.wait() == 0
-
-
-def test_a_reader_that_leaves_ends_the_stream_quietly():
-    with serve() as process:
-        assert process.stdin and process.stdout
-        process.stdin.write(bytes(2000))
-        process.stdout.readline()
-        process.stdout.close()
-        process.stdin.write(bytes(2000))
-        process.stdin.close()
-        assert process.wait() == 0

@@ -4,6 +4,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rwkv_speech.batch import Sample
+from rwkv_speech.decoding.draft import Verifier
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.reader import Reader
@@ -33,17 +36,46 @@ class Reading(NamedTuple):
     ctc: Tensor | None
 
 
+class Forks:
+    """Readings of the piece of a recording that is being spoken, and of one that is complete."""
+
+    def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
+        keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
+        strategy = Strategy(options, model.tokenizer.eos_id, keywords)
+        self._begin = partial(OpenPiece, model, task, options, strategy)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the open piece."""
+        self._open: OpenPiece | None = None
+        self._start, self._text = 0, ""
+
+    def read(self, piece: Piece, committed: str = "") -> Reading:
+        """The open piece as far as it goes."""
+        if self._open is None or piece.start != self._start:
+            self._open, self._start, self._text = self._begin(), piece.start, ""
+        reading = self._open.read(piece, committed, self._text)
+        self._text = reading.text
+        return reading
+
+    def read_whole(self, piece: Piece, committed: str) -> Reading:
+        """A complete piece, all of whose audio is seen at once; the next reading is of another one."""
+        reading = self._begin().read(piece, committed, self._text)
+        self.restart()
+        return reading
+
+
 class OpenPiece:
     """Reads a piece of audio again and again while it grows, each time at the same cost.
 
     Audio tokens are read into the state once, when they lie SETTLE_SECONDS back. The others, the prompt and the
-    committed text are read into a copy of it, from which the text goes on, greedily with the options' penalties; then
-    the copy is dropped.
+    committed text are read into a copy of it, from which the text goes on, greedily, with the options' penalties and
+    keywords; then the copy is dropped.
     """
 
-    def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
-        self._model, self._options, self._task = model, options, task
-        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
+    def __init__(self, model: SpeechLM, task: str, options: Options, strategy: Strategy) -> None:
+        self._model, self._options, self._task, self._strategy = model, options, task, strategy
+        self._reader = Reader(model, rows=1)
         encode = model.tokenizer.encode
         before, _, after = model.prefix(0, task, encode(options.initial_prompt), encode(options.prompt))
         assert isinstance(before, Prompt) and isinstance(after, Prompt)
@@ -56,8 +88,8 @@ class OpenPiece:
         self._ctc = list[Tensor]()  # of their frames
 
     @torch.no_grad()
-    def read(self, piece: Piece, committed: str = "") -> Reading:
-        """The text of all of the piece that there is; it begins with what is `committed`."""
+    def read(self, piece: Piece, committed: str = "", draft: str = "") -> Reading:
+        """The text of all of the piece that there is, which begins with what is `committed`; a `draft` saves time."""
         first = max(0, self._num_settled - self._tokens(LOOK_BACK_SECONDS))
         window = piece.waveform[first * self._stack * SAMPLES_PER_FRAME :]
         [encoded] = self._reader.encode([Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task)])
@@ -73,25 +105,33 @@ class OpenPiece:
         if not self._num_settled + len(audio):
             return Reading(committed, Hypothesis((), (), (), cut=False), whole)
         limit = self._options.token_limit(len(piece.waveform) / SAMPLE_RATE)
-        found = self._decode(audio[num_new:], committed, limit)
+        found = self._decode(audio[num_new:], committed, draft, limit)
         text = self._model.tokenizer.decode(found.ids)
         return Reading(committed + _apart(text[len(committed) :], committed), found, whole)
 
-    def _decode(self, audio: Tensor, committed: str, limit: int) -> Hypothesis:
+    def _decode(self, audio: Tensor, committed: str, draft: str, limit: int) -> Hypothesis:
         """The text that follows the state and more audio tokens (A, C)."""
-        model, given = self._model, self._model.tokenizer.encode(committed)
+        model, given, track = self._model, self._model.tokenizer.encode(committed), Track(limit)
         x = torch.cat([audio, self._embed([*self._after, *given])])
         hidden, state = model.lm.hidden(x[None], self._state)
-        rows = model.lm.head(hidden[0, -1 - len(given) :])
-        track, known, row = Track(limit), iter(given), torch.zeros(1, dtype=torch.int64, device=x.device)
-        while True:
-            found = self._strategy.scores(rows[:1], [track])
-            token = next(known, None)
-            [choice] = self._strategy.choose(found, [None]) if token is None else found.of(row, row + token)
+        logits = model.lm.head(hidden[0, -1 - len(given) :])
+        for row, token in enumerate(given):
+            place, only = torch.tensor([0], device=x.device), torch.tensor([token], device=x.device)
+            [choice] = self._strategy.scores(logits[row : row + 1], [track]).of(place, only)
             if text := self._strategy.take(track, choice):
                 return text
-            # A row for each committed token and the one after them; then the copy of the state makes a step for each.
-            rows = rows[1:] if len(rows) > 1 else model.lm.step(row + choice.token, state)
+        # What the reading before said is most of what this one will say.
+        verifier = Verifier(model, self._strategy, track, draft, logits[-1:], state)
+        while not verifier.ended and verifier.drafts:
+            verifier.advance()
+        if not verifier.ended:
+            verifier.advance()
+        logits, state, text = verifier.logits, verifier.state, verifier.ended
+        while text is None:
+            [choice] = self._strategy.choose(self._strategy.scores(logits, [track]), [None])
+            text = self._strategy.take(track, choice)
+            logits = model.lm.step(torch.tensor([choice.token], device=x.device), state)
+        return text
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         return self._model.lm.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))

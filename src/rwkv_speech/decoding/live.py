@@ -1,6 +1,5 @@
 """A microphone, or other raw samples, through a pipe: its text on a terminal, or line by line."""
 
-import os
 import shutil
 import signal
 import sys
@@ -31,12 +30,11 @@ def transcribe_live(stream: Stream, source: BinaryIO, out: TextIO) -> None:
             "arecord -f S16_LE -r 16000 -t raw | python predict.py --stream -"
         )
     screen = Terminal(out) if out.isatty() else Lines(out)
-    try:
-        for samples in _samples(source):
-            screen.show(stream.push(samples))
-        screen.show([*stream.finish(), Partial("")])
-    except BrokenPipeError:  # who reads the text has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if out.isatty():
+        print("listening; Ctrl-C ends", file=sys.stderr)
+    for samples in _samples(source):
+        screen.show(stream.push(samples))
+    screen.show([*stream.finish(), Partial("")])
 
 
 def _samples(source: BinaryIO) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, Resampler, as_waveform
-from rwkv_speech.decoding.forks import OpenPiece, Reading
+from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.results import Segment, Word
 from rwkv_speech.decoding.vad import BLOCK
@@ -128,13 +128,13 @@ class _Blocks:
 class SegmentListener:
     """Commits the segment of each complete piece, as `decode` makes it: none of silence."""
 
-    def __init__(self, decode: Callable[[Piece], list[Segment]], fork: Callable[[], OpenPiece]) -> None:
-        self._decode, self._forks, self._last = decode, Forks(fork), LastCharacter()
+    def __init__(self, decode: Callable[[Piece], list[Segment]], forks: Forks) -> None:
+        self._decode, self._forks, self._last = decode, forks, LastCharacter()
         self._num_segments = 0
 
     def hear(self, piece: Piece | None) -> list[Event]:
         """What the piece seems to say."""
-        return [] if piece is None else [Partial(self._last.joined(self._forks.read(piece, "").text))]
+        return [] if piece is None else [Partial(self._last.joined(self._forks.read(piece).text))]
 
     def close(self, piece: Piece) -> list[Event]:
         """Its segment."""
@@ -145,25 +145,6 @@ class SegmentListener:
             events.append(Committed(text, segment.words or [], replace(segment, id=self._num_segments)))
             self._num_segments += 1
         return events
-
-
-class Forks:
-    """The readings of the open piece, begun again with each piece."""
-
-    def __init__(self, fork: Callable[[], OpenPiece]) -> None:
-        self._fork = fork
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the open piece."""
-        self._open: OpenPiece | None = None
-        self._start = 0
-
-    def read(self, piece: Piece, committed: str) -> Reading:
-        """The open piece as far as it goes."""
-        if self._open is None or piece.start != self._start:
-            self._open, self._start = self._fork(), piece.start
-        return self._open.read(piece, committed)
 
 
 class LastCharacter:

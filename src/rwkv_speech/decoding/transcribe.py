@@ -23,13 +23,14 @@ from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.confidence import Calibration, evidence_of_words, probability
 from rwkv_speech.decoding.engine import Done, Engine, Request
-from rwkv_speech.decoding.forks import OpenPiece
+from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.decoding.strategy import Hypothesis
-from rwkv_speech.decoding.streaming import SegmentListener, Stream
+from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
 from rwkv_speech.decoding.timestamps import Heard, WordTimes
+from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
 from rwkv_speech.models.checkpoint import one_task
@@ -40,8 +41,8 @@ _LONGEST_IF_UNKNOWN = 30.0
 _LENGTHS_BEYOND = 1.2  # times the longest of training are decoded as well as these
 # So many pieces are read ahead for each slot, so that audio of like length is decoded together.
 _AHEAD = 4
-# Above this temperature a text is no context for the next piece, as in whisper.
-_CONTEXT_TEMPERATURE = 0.5
+# A text is no context for the next piece above this temperature, and its last tokens are enough, as in whisper.
+_CONTEXT_TEMPERATURE, _CONTEXT_TOKENS = 0.5, 223
 
 Audio = str | Path | bytes | Tensor | np.ndarray
 
@@ -131,7 +132,7 @@ class Transcriber:
             while work.waiting or work.in_flight:
                 for done in self._engine.poll():
                     self._take(done)
-            segments, work.segments = work.segments, []
+            segments, work.segments, work.heard = work.segments, [], {}
             return segments
 
         return segments_of
@@ -193,8 +194,13 @@ class Transcriber:
             work.segments.append(self._segment(done, text, silence))
         if o.condition_on_previous_text:
             hot = done.request.temperature > _CONTEXT_TEMPERATURE
-            work.context = "" if hot else join_texts([work.context, text])
+            work.context = "" if hot else self._recent(join_texts([work.context, text]))
         self._add(work, ())
+
+    def _recent(self, text: str) -> str:
+        """The end of a text that is long, so that the context of a piece costs no more in the hundredth hour."""
+        tokenizer = self._model.tokenizer
+        return tokenizer.decode(tokenizer.encode(text)[-_CONTEXT_TOKENS:]).lstrip("\ufffd")
 
     def _segment(self, done: Done, text: str, silence: float) -> Segment:
         best, piece = done.hypotheses[0], done.request.key.piece
@@ -269,20 +275,28 @@ class SpeechLM(speech_lm.SpeechLM):
 
     def stream(
         self,
+        commit: str = "segment",
         pace: float | None = None,
         sample_rate: int = SAMPLE_RATE,
         batch_size: int = 8,
         task: str = "",
+        hold: float = HOLD_SECONDS,
         **options: Any,
     ) -> Stream:
         """A recording that is still being made: its samples are pushed as they come, and events come back.
 
-        A segment is committed when its piece ends in a pause: the segments are those of `transcribe` with the same
-        `batch_size`, `task` and `options`, to the bit, whatever the parts are in which samples come (at another
-        `sample_rate` but for the rounding of resampling). With a `pace`, what the open piece says is read each so many
-        seconds, too. Raises UserError as `transcribe`.
+        `commit="segment"`: a segment is committed when its piece ends in a pause. The segments are those of
+        `transcribe` with the same `batch_size`, `task` and `options`, to the bit, whatever the parts are in which the
+        samples come (at another `sample_rate`, but for the rounding of resampling).
+
+        `commit="word"`: words are committed while their piece is spoken, `hold` seconds after they ended at the
+        earliest, and never taken back. It needs the CTC head, and decodes greedily, once: fallback temperatures are for
+        whole pieces.
+
+        Each `pace` seconds the open piece is read as far as it goes, and its text comes as a Partial; words are
+        committed then. By default each 0.25 where words are committed, else never. Raises UserError as `transcribe`.
         """
-        return stream(self, Options.given(**options), pace, sample_rate, batch_size, task)
+        return stream(self, Options.given(**options), commit, pace, sample_rate, batch_size, task, hold)
 
 
 def transcribe(
@@ -307,12 +321,25 @@ def transcribe(
 
 
 def stream(
-    model: speech_lm.SpeechLM, options: Options, pace: float | None, sample_rate: int, batch_size: int, task: str
+    model: speech_lm.SpeechLM,
+    options: Options,
+    commit: str,
+    pace: float | None,
+    sample_rate: int,
+    batch_size: int,
+    task: str,
+    hold: float = HOLD_SECONDS,
 ) -> Stream:
     """What SpeechLM.stream gives."""
     task = one_task("the weights", dict(model.initial_states.items()), task)
     transcriber = Transcriber(model, options, batch_size)
-    listener = SegmentListener(transcriber.live(task), lambda: OpenPiece(model, task, options))
+    listener: Listener
+    if commit == "word":
+        listener, pace = WordListener(model, options, task, hold), PACE_SECONDS if pace is None else pace
+    elif commit == "segment":
+        listener = SegmentListener(transcriber.live(task), Forks(model, task, options))
+    else:
+        raise UserError(f"commit: found {commit!r}, expected segment or word")
     return Stream(transcriber.segmenter(), listener, pace, sample_rate)
 
 

@@ -1,0 +1,112 @@
+"""Words of speech that is still arriving, soon after they are said, and never taken back."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.decoding import guards
+from rwkv_speech.decoding.agreement import Agreement
+from rwkv_speech.decoding.forks import Forks, Reading
+from rwkv_speech.decoding.long_audio import Piece
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.results import Segment, Word
+from rwkv_speech.decoding.streaming import Committed, Event, LastCharacter, Partial
+from rwkv_speech.decoding.timestamps import WordTimes
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.speech_lm import SpeechLM
+
+# Words end so long before they are committed; the piece is read so often.
+HOLD_SECONDS, PACE_SECONDS = 0.5, 0.25
+
+
+class WordListener:
+    """Commits words while a piece is being spoken, and takes none of them back."""
+
+    def __init__(self, model: SpeechLM, options: Options, task: str, hold: float) -> None:
+        if model.ctc is None:
+            raise UserError(
+                "commit: found word, but the weights have no CTC head, which says when a word ended; train one with "
+                "--ctc 1, or take commit=segment"
+            )
+        if options.beam > 1 or options.draft or options.temperatures[0] > 0 or options.condition_on_previous_text:
+            raise UserError(
+                "commit: found word with beam, draft, condition_on_previous_text or a first temperature above 0, "
+                "expected none of them: words that are never taken back are decoded greedily, each piece by itself; "
+                "leave them out, or take commit=segment"
+            )
+        if not hold >= 0:
+            raise UserError(f"hold: found {hold}, expected seconds from 0 on")
+        self._options, self._tokenizer, self._times = options, model.tokenizer, WordTimes(model.ctc, model.encoder)
+        self._forks, self._last = Forks(model, task, options), LastCharacter()
+        self._words = Agreement(hold)  # of the open piece
+        self._num_segments = 0
+
+    def hear(self, piece: Piece | None) -> list[Event]:
+        """The words that are certain, and what seems to follow them."""
+        events = self._close_dropped(piece)
+        if piece is None:
+            return events
+        text, words, _ = self._read(piece, self._forks.read)
+        is_first = not self._words.committed
+        new = self._words.add(words, piece.end / SAMPLE_RATE)
+        if new:
+            events.append(Committed(self._last.commit(_text(new), is_first), new))
+        rest = text[len(_text(self._words.committed)) :]
+        return [*events, Partial(rest if self._words.committed else self._last.joined(rest))]
+
+    def close(self, piece: Piece) -> list[Event]:
+        """The rest of its words, after one more reading of the whole; words that lie behind it are the next one's."""
+        text, words, reading = self._read(piece, self._forks.read_whole)
+        ended = self._words.end_piece(piece.end / SAMPLE_RATE)
+        new = words[len(ended) :]
+        if self._words.committed:  # nothing can be put before them
+            text, new = _text(ended), []
+        if not text:
+            return []
+        segment = self._segment(text, [*ended, *new], piece.start, piece.end, reading)
+        return [Committed(self._last.commit(text[len(_text(ended)) :], not ended), new, segment)]
+
+    def _close_dropped(self, piece: Piece | None) -> list[Event]:
+        """The segment of words that were committed in a piece which turned out to be too short for one."""
+        known = self._words.committed
+        if not known or (piece is not None and piece.start <= known[-1].end * SAMPLE_RATE):
+            return []
+        ended = self._words.end_piece()
+        start, end = (round(second * SAMPLE_RATE) for second in (ended[0].start, ended[-1].end))
+        return [Committed("", [], self._segment(_text(ended), ended, start, end))]
+
+    def _read(self, piece: Piece, read: Callable[[Piece, str], Reading]) -> tuple[str, list[Word], Reading]:
+        """What a piece says: the committed words, as they were, and those that follow; together they are the text."""
+        known = self._words.committed
+        reading = read(piece, _text(known))
+        if guards.is_silence(guards.no_speech_prob(reading.ctc), self._options):
+            return _text(known), known, reading
+        text = reading.text.rstrip()
+        assert reading.ctc is not None
+        found = self._times.words(text, reading.ctc, piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE)
+        ends = list(accumulate(len(word.word) for word in found))
+        # What a reading adds to a committed word, such as a comma, comes with the next one.
+        bounds = pairwise([len(_text(known)), *ends[len(known) :]])
+        others = zip(found[len(known) :], bounds, strict=True)
+        return text, [*known, *(replace(word, word=text[start:end]) for word, (start, end) in others)], reading
+
+    def _segment(self, text: str, words: list[Word], start: int, end: int, reading: Reading | None = None) -> Segment:
+        self._num_segments += 1
+        return Segment(
+            id=self._num_segments - 1,
+            start=start / SAMPLE_RATE,
+            end=end / SAMPLE_RATE,
+            text=text,
+            tokens=self._tokenizer.encode(text),
+            temperature=0.0,
+            avg_logprob=reading.hypothesis.avg_logprob if reading else 0.0,
+            compression_ratio=guards.compression_ratio(text),
+            no_speech_prob=guards.no_speech_prob(reading.ctc) if reading else 0.0,
+            cut=reading is not None and reading.hypothesis.cut,
+            words=words,
+        )
+
+
+def _text(words: Iterable[Word]) -> str:
+    return "".join(word.word for word in words)
