@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def test_headline_numbers_and_tables(tmp_path: Path):
     assert "WER 33.33 %" in text and "bootstrap of 2 speakers; normalizer casefold" in text
     assert "words 33.33 % 7 1 1 1 9" in text and "5.0 times real time" in text
     assert "By duration" in text and "5 to 10 s 1 5 60.00 % 1 1 1" in text and "By language" not in text
+
+
+def test_probabilities_of_words_are_drawn_where_there_are_any(tmp_path: Path):
+    title = "Right words by their probability"
+    rows = [replace(row, words=[(word, 0.9) for word in row.hyp.split()]) for row in ROWS[:2]]
+    assert title in page(tmp_path, rows) and title not in page(tmp_path, ROWS[:2])
 
 
 def test_references_without_words_have_no_rate(tmp_path: Path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from rwkv_speech.scoring.reliability import BINS, reliability
+from rwkv_speech.scoring.reliability import BINS, reliability, right_words
 
 
 def drawn(seed: int, sharpness: float) -> tuple[list[float], list[bool]]:
@@ -55,3 +55,19 @@ def test_reliability_where_all_are_right_says_what_it_can():
     assert lines == [["0.500", "1.000", "1"], ["1.000", "1.000", "1"]]
     with pytest.raises(ValueError, match="no words"):
         reliability([], [])
+
+
+@pytest.mark.parametrize(
+    ("words", "reference", "right"),
+    [
+        (["The", " weather", " is", " good."], "the weather was good", [True, True, False, True]),
+        (["a", " b", " c"], "a c", [True, False, True]),
+        (["a"], "", [False]),
+        ([], "a b", []),
+        (["well-known", " -", " “x”"], "well known X", [True, None, True]),
+        (["well-known"], "well owned", [False]),
+        (["天", "気", "は", " ok"], "天気が ok", [True, True, False, True]),
+    ],
+)
+def test_right_words_are_those_that_scores_count_as_right(words: list[str], reference: str, right: list[bool | None]):
+    assert right_words(words, reference) == right

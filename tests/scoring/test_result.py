@@ -86,3 +86,20 @@ def test_write_keeps_all_rows_and_numbers(tmp_path: Path):
     low, high = summary["interval"]["ci95min"], summary["interval"]["ci95max"]
     assert (low + high) / 2 == pytest.approx(0.5, abs=0.02) and high - low == 2 * summary["interval"]["ci95"]
     assert found.report().endswith("note: something")
+
+
+def test_probabilities_of_words_are_judged_where_each_row_has_its_words():
+    rows = [
+        row(0, "one two", "One, too", words=[("One,", 0.9), (" too", 0.3)]),
+        row(1, "x", "x -", words=[("x -", 0.8)]),
+        row(2, "y", "", words=[]),
+    ]
+    found = Evaluation("set", rows, SPEED)
+    assert found.reliability is not None
+    assert (found.reliability.words, found.reliability.wrong, found.reliability.auc) == (3, 1, 1.0)
+    assert found.reliability.ece == pytest.approx((0.1 + 0.3 + 0.2) / 3)
+    assert "confidence of words: ECE 0.200, AUC 1.000" in found.report()
+    assert found.summary()["confidence"]["bins"][4] == {"words": 1, "confidence": 0.3, "right": 0.0}
+    for others in ([*rows, row(3, "e", "e")], [row(4, "e", "", words=[])]):
+        assert Evaluation("set", others, SPEED).reliability is None
+        assert "confidence" not in Evaluation("set", others, SPEED).report()

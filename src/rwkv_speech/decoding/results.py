@@ -65,6 +65,12 @@ class Transcript:
         return [token for segment in self.segments for token in segment.tokens]
 
     @property
+    def words(self) -> list[Word] | None:
+        """The words of all segments, None where none were asked for."""
+        known = [segment.words for segment in self.segments]
+        return None if None in known else [word for words in known for word in words or []]
+
+    @property
     def cut(self) -> bool:
         """Whether a segment's text was cut off at its limit."""
         return any(segment.cut for segment in self.segments)
@@ -86,8 +92,8 @@ def shifted(transcript: Transcript, seconds: float) -> Transcript:
 class Row:
     """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set.
 
-    What is not known is None: who speaks, the file with the audio, in which it starts at `offset` seconds, and what the
-    CTC head alone makes of it.
+    What is not known is None: who speaks, the file with the audio, in which it starts at `offset` seconds, what the
+    CTC head alone makes of it, and the words of the hypothesis, each with its probability.
     """
 
     id: str
@@ -102,6 +108,7 @@ class Row:
     audio: str | None = None
     offset: float = 0.0
     ctc: str | None = None
+    words: list[tuple[str, float]] | None = None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

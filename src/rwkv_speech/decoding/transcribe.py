@@ -355,7 +355,8 @@ def transcribe_batches(
     recordings = _recordings(itertools.chain([first], batches), rows)
     for recording, found in Transcriber(model, options, slots or max(1, len(first))).run(recordings):
         assert isinstance(found, Transcript)
-        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc)
+        words = [(word.word, word.probability) for word in found.words or []] if options.word_timestamps else None
+        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:

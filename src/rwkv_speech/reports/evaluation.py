@@ -93,6 +93,10 @@ def _charts(result: Evaluation) -> Iterator[tuple[str, str]]:
         title = "WER by duration"
         rates = {group: 100 * scores.wer for group, scores in result.tables["duration"].items()}
         yield title, bar_chart(title, "duration", "WER, %", rates)
+    if result.reliability:
+        title = "Right words by their probability"
+        shares = {f"{x.confidence:.2f}": 100 * x.right for x in result.reliability.bins if x.words}
+        yield title, bar_chart(title, "mean probability", "right words, %", shares)
     title = "Utterances by their WER"
     wers = 100 * result.tally.edits / np.maximum(1, result.tally.ref_words)
     places = np.searchsorted(_WER_BINS, wers, side="left")

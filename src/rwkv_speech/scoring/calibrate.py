@@ -4,10 +4,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,13 +20,12 @@ from rwkv_speech.decoding.confidence import Calibration, Evidence, evidence_of_w
 from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.guards import is_silence, no_speech_prob
 from rwkv_speech.decoding.options import GREEDY
-from rwkv_speech.decoding.timestamps import WordTimes, split_words
+from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.devices import compute_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import add_confidence, find_checkpoint, one_task
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.scoring.reliability import Reliability, reliability
-from rwkv_speech.text import normalise_score
+from rwkv_speech.scoring.reliability import Reliability, reliability, right_words
 
 # Validation data is often of the training's voices, which are hardly ever misheard: other speeds, which change the
 # pitch, and noise make them strangers. Each utterance as it is, too.
@@ -111,16 +108,3 @@ def _changed(waveform: Tensor, change: int, seed: int) -> Tensor:
         return change_speed(waveform, _SPEEDS[change])
     noise = torch.randn(len(waveform), generator=torch.Generator().manual_seed(seed))
     return waveform + noise * waveform.square().mean().sqrt() * 10 ** (-_SNRS_DB[change - len(_SPEEDS)] / 20)
-
-
-def right_words(words: Sequence[str], reference: str) -> list[bool | None]:
-    """Whether each word is right, aligned with the reference's as for scores; None for one that scores leave out."""
-    pieces = [normalise_score(word).split() for word in words]
-    hyp = [piece for parts in pieces for piece in parts]
-    ref = [piece for word in split_words(reference) for piece in normalise_score(word).split()]
-    is_equal = [False] * len(hyp)
-    for chunk in jiwer.process_words([" ".join(ref)], [" ".join(hyp)]).alignments[0]:
-        if chunk.type == "equal":
-            is_equal[chunk.hyp_start_idx : chunk.hyp_end_idx] = [True] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
-    bounds = pairwise(np.cumsum([0, *map(len, pieces)]).tolist())
-    return [all(is_equal[a:b]) if b > a else None for a, b in bounds]

@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import jiwer
 import numpy as np
+
+from rwkv_speech.decoding.timestamps import split_words
+from rwkv_speech.text import normalise_score
 
 BINS = 15
 
@@ -79,3 +84,16 @@ def _nce(p: np.ndarray, is_right: np.ndarray) -> float:
         return float(-np.where(is_right, np.log(inside), np.log1p(-inside)).sum())
 
     return 1 - entropy(p) / entropy(np.full_like(p, is_right.mean()))
+
+
+def right_words(words: Sequence[str], reference: str) -> list[bool | None]:
+    """Whether each word is right, aligned with the reference's as for scores; None for one that scores leave out."""
+    pieces = [normalise_score(word).split() for word in words]
+    hyp = [piece for parts in pieces for piece in parts]
+    ref = [piece for word in split_words(reference) for piece in normalise_score(word).split()]
+    is_equal = [False] * len(hyp)
+    for chunk in jiwer.process_words([" ".join(ref)], [" ".join(hyp)]).alignments[0]:
+        if chunk.type == "equal":
+            is_equal[chunk.hyp_start_idx : chunk.hyp_end_idx] = [True] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
+    bounds = pairwise(np.cumsum([0, *map(len, pieces)]).tolist())
+    return [all(is_equal[a:b]) if b > a else None for a, b in bounds]

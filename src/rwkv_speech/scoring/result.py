@@ -16,6 +16,7 @@ from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.scoring.bootstrap import REPLICATIONS, Interval, interval
 from rwkv_speech.scoring.metrics import Counts, Scores, Tally, tally_rows
+from rwkv_speech.scoring.reliability import Reliability, reliability, right_words
 from rwkv_speech.scoring.speed import Speed
 from rwkv_speech.text import NORMALIZERS, normalizer
 
@@ -75,6 +76,17 @@ class Evaluation:
         return Tally.of([normalise(row.ref) for row in self.rows], known).scores().words
 
     @cached_property
+    def reliability(self) -> Reliability | None:
+        """How far the probabilities of words can be trusted, where every row has its words, and there are any."""
+        judged = list[tuple[float, bool]]()
+        for row in self.rows:
+            if row.words is None:
+                return None
+            right = right_words([word for word, _ in row.words], row.ref)
+            judged += [(p, is_right) for (_, p), is_right in zip(row.words, right, strict=True) if is_right is not None]
+        return reliability(*zip(*judged, strict=True)) if judged else None
+
+    @cached_property
     def tables(self) -> dict[str, dict[str, Scores]]:
         """The scores of each group of utterances, by what the groups are told apart; only where there are several."""
         found = {}
@@ -104,6 +116,7 @@ class Evaluation:
             },
             "mean_utterance_wer": scores.mean_utterance_wer,
             "ctc": {"wer": _rate(self.ctc), **asdict(self.ctc)} if self.ctc else None,
+            "confidence": asdict(self.reliability) if self.reliability else None,
             "cut_off": sum(row.cut for row in self.rows),
             "by": {name: {group: _numbers(x) for group, x in table.items()} for name, table in self.tables.items()},
             "speed": self.speed.summary(),
@@ -128,6 +141,8 @@ class Evaluation:
             lines.append(f"  WER is not defined: the references have no words; {s.words.insertions:,} were recognised")
         if self.ctc:
             lines.append(f"  WER of the CTC head alone {percent(self.ctc.rate)}   {_counted(self.ctc)}")
+        if self.reliability:
+            lines.append(f"  confidence of words: {self.reliability.report()}")
         for name in (name for name in _SHOWN if name in self.tables):
             rates = ", ".join(f"{group} {percent(x.wer)}" for group, x in self.tables[name].items())
             lines.append(f"  WER by {name}: {rates}")
