@@ -1,4 +1,4 @@
-"""Other implementations of WKV-6 that ours is measured against, called as they are installed."""
+"""Other implementations of WKV-6 and of the whole model that ours is measured against, called as they are installed."""
 
 # B batch · T time · H heads · N head size
 
@@ -48,6 +48,15 @@ def pip_rwkv() -> Callable[[list[Tensor]], Tensor]:
         return out
 
     return run
+
+
+def pip_rwkv_model(path: Path, strategy: str) -> Any:
+    """pip's whole model from a `.pth` file: `forward(ids, state)` -> logits (V,) of the last token, and the state."""
+    # It reads these when it is imported; its compiled form is the faster one.
+    os.environ.update(RWKV_JIT_ON="1", RWKV_CUDA_ON="0", RWKV_V7_ON="0")
+    from rwkv.model import RWKV
+
+    return RWKV(str(path.with_suffix("")), strategy, verbose=False)
 
 
 def flash_linear_attention() -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:

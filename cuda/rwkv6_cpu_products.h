@@ -23,7 +23,11 @@ struct Activations {
 template <class W, int R>
 inline Vec dots(const typename W::Element* const* w, const Activations& x, int64_t row, int64_t inputs) {
     Vec sum[LANES] = {};
+    // The next rows: the processor itself looks ahead to the end of a page only, which is about that of a row.
+    const int64_t ahead = OUTPUTS_AT_ONCE * inputs, line = 64 / sizeof(typename W::Element);
     for (int64_t k = 0; k < inputs; k += LANES) {
+        if (k % line == 0)
+            for (int o = 0; o < OUTPUTS_AT_ONCE; o++) __builtin_prefetch(w[o] + k + ahead);
         Vec weights[OUTPUTS_AT_ONCE];
         for (int o = 0; o < OUTPUTS_AT_ONCE; o++) weights[o] = W::get(w[o] + k);
         for (int r = 0; r < R; r++) {

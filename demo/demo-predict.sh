@@ -1,11 +1,12 @@
 #!/bin/sh
-# Print what is said in an audio file, with the weights in proj_dir. Edit the variables, or set them before calling:
-#   proj_dir=output/quickstart file_path=speech.wav sh demo/demo-predict.sh
+# Print what is said in audio files, with the weights in proj_dir. Edit the variables, or set them before calling; files,
+# folders and flags of predict.py may follow:
+#   proj_dir=output/quickstart sh demo/demo-predict.sh speech.wav talks/ --output_format srt
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 
 proj_dir=${proj_dir-$root/output}
-file_path=${file_path-path/to/your/audio/file}
+file_path=${file_path-}
 device=${device-auto}
 wkv6=${wkv6-auto}
 

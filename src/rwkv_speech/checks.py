@@ -62,10 +62,10 @@ def before_evaluation(config: EvalConfig) -> None:
 def before_prediction(config: PredictConfig) -> None:
     """Raises UserError for a device or files that prediction would miss later, and flags without effect."""
     check_devices(config)
-    if not (named_inputs(config) or config.stream):
-        raise UserError("found no input, expected audio files, folders, patterns or manifests: predict.py a.wav b.mp3")
     _check_checkpoint(config, config.checkpoint)
     _check_model_files(config)
+    if not (named_inputs(config) or config.stream):
+        raise UserError("found no input, expected audio files, folders, patterns or manifests: predict.py a.wav b.mp3")
     if config.output_format:
         _check_folder("output_dir", config.output_dir)
 

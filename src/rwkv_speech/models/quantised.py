@@ -2,12 +2,22 @@
 
 # M outputs · K inputs
 
+import mmap
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Rows that are made floats at a time: they stay in the processor's cache.
 _ROWS = 256
+
+
+def _in_large_pages(M: int, K: int) -> Tensor:
+    """An int8 matrix in memory that is read faster, where the system has pages of megabytes to give."""
+    memory = mmap.mmap(-1, M * K, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int8).view(M, K)
 
 
 class Int8Linear(nn.Module):
@@ -22,8 +32,8 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         M, K = weight.shape
-        self.register_buffer("weight", torch.empty(M, K, dtype=torch.int8, device=weight.device))
-        self.register_buffer("scale", torch.empty(M, dtype=torch.float32, device=weight.device))
+        self.register_buffer("weight", _in_large_pages(M, K))
+        self.register_buffer("scale", torch.empty(M, dtype=torch.float32))
         for rows, whole, scale in zip(*(x.split(_ROWS) for x in (weight, self.weight, self.scale)), strict=True):
             floats = rows.float()
             scale.copy_(floats.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)

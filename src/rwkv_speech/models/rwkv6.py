@@ -198,7 +198,7 @@ class RWKV6(nn.Module):
 
         Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
         A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size. With torch.int8 the
-        matrices are kept in 8 bits and the rest in bfloat16: for decoding on a CPU.
+        matrices are kept in 8 bits and the rest in bfloat16: for decoding on a CPU alone.
         """
         family, tensors = open_base(path)
         if family != FAMILY:
@@ -213,7 +213,7 @@ class RWKV6(nn.Module):
         # Not strict, for check_tensors was.
         model.load_state_dict({name: x.to(device, floats) for name, x in tensors.items()}, strict=False, assign=True)
         for name, module in quantised.items():
-            model.set_submodule(name, module.to(device))
+            model.set_submodule(name, module)
         return model.requires_grad_(False).eval()
 
     def embed(self, input_ids: Tensor) -> Tensor:
