@@ -1,7 +1,9 @@
 import base64
 import gzip
 import hashlib
+import itertools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -113,18 +115,38 @@ def test_the_same_result_gives_the_same_page(tmp_path: Path):
     assert page(tmp_path) == page(tmp_path)
 
 
-def test_a_browser_draws_the_worst_and_lets_no_transcript_run(tmp_path: Path):
+def drawn(address: Path, folder: Path) -> str:
+    """What a browser makes of a page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no Chromium here to draw the page")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", address.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def test_a_browser_draws_the_worst_and_lets_no_transcript_run(tmp_path: Path):
     rows = [*ROWS, *(Row(f"u{i}", 3 + i, "a b", "a c", None, "asr", 1.0, False) for i in range(90))]
     page(tmp_path, rows)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    address = (tmp_path / "x" / "run" / "e.html").as_uri()
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=5000", "--dump-dom", address], capture_output=True, text=True, check=False
-    )
-    found = Tags(done.stdout)
-    assert done.stdout.count('class="utterance"') == 50 and "93 of 93 utterances" in done.stdout
+    shown = drawn(tmp_path / "x" / "run" / "e.html", tmp_path)
+    found = Tags(shown)
+    assert shown.count('class="utterance"') == 50 and "93 of 93 utterances" in shown
     assert found.tags.count("script") == 2 and found.tags.count("b") == 0 and "▶ listen" in found.text
     assert "alert(1)" in found.text
+
+
+@pytest.mark.soak
+def test_a_page_of_100_000_utterances_stays_small_and_is_drawn(tmp_path: Path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlucmfwypvbgk", k=rng.randint(2, 9))) for _ in range(20_000)]
+    likely = list(itertools.accumulate(1 / (i + 1) for i in range(len(words))))
+    rows = []
+    for i in range(100_000):
+        ref = rng.choices(words, cum_weights=likely, k=rng.randint(3, 35))
+        hyp = [rng.choice(words) if rng.random() < 0.05 else word for word in ref if rng.random() > 0.01]
+        file = f"spk{i % 2000}/utt{i:06d}.flac"
+        about = {"lang": "en", "task": "asr", "seconds": 0.4 * len(ref), "cut": False, "speaker": f"spk{i % 2000}"}
+        rows.append(Row(file, i, " ".join(ref), " ".join(hyp), audio=f"/data/{file}", **about))  # type: ignore[arg-type]
+    assert len(page(tmp_path, rows)) < 12e6
+    shown = drawn(tmp_path / "x" / "run" / "e.html", tmp_path)
+    assert shown.count('class="utterance"') == 50 and "100,000 of 100,000 utterances" in shown
