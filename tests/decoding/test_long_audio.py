@@ -167,3 +167,16 @@ def test_silence_shorter_than_a_pause_stays_and_no_speech_gives_no_piece(speech:
     for nothing in (torch.zeros(5 * RATE), torch.zeros(100), torch.zeros(0)):
         segmenter = Segmenter(30.0)
         assert pieces_of(nothing, segmenter) == [] and segmenter.removed_samples == len(nothing)
+
+
+def test_a_piece_begins_and_ends_with_its_sound_where_silence_is_left_out(speech: Tensor):
+    sentence = next(x.waveform for x in pieces_of(speech, Segmenter(30.0)) if len(x.waveform) > 2 * RATE)
+    sentence = sentence * (sentence.abs() > 0.01)
+    loud = sentence.nonzero()
+    sentence = sentence[int(loud[0]) : int(loud[-1]) + 1]
+    for silence in (torch.zeros(RATE), 1e-5 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))):
+        found = pieces_of(torch.cat([silence, sentence] * 3 + [silence]), Segmenter(30.0))
+        assert len(found) == 3
+        for number, piece in enumerate(found):
+            begin = RATE + number * (RATE + len(sentence))
+            assert 0 <= begin - piece.start < 500 and 0 <= piece.end - begin - len(sentence) < 500

@@ -91,8 +91,8 @@ def test_a_segment_is_committed_in_the_pause_behind_it(model: SpeechLM, speech: 
     for part in speech.split(RATE // 50):
         heard += len(part) / RATE
         found += [heard - segment.end for segment in segments_of(stream.push(part))]
-    # 0.3 s make a pause, and a quarter of a second is looked at at once.
-    assert len(found) >= 2 and all(0 < delay <= 0.3 + 0.25 + 0.05 for delay in found)
+    # 0.3 s make a pause, up to 0.1 s of it are heard late, and a quarter of a second is looked at at once.
+    assert len(found) >= 2 and all(0 < delay <= 0.3 + 0.1 + 0.25 + 0.05 for delay in found)
 
 
 def test_partial_texts_are_replaced_and_joined_to_what_is_committed(model: SpeechLM, speech: Tensor):

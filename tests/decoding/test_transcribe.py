@@ -2,8 +2,9 @@
 
 import io
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from sounds import samples, sounds
 from torch import Tensor
 
+from decoding.test_coverage import LABELS, SENTENCES, ctc_of, loud_where
 from rwkv_speech.audio import AudioError
 from rwkv_speech.batch import BadSample
 from rwkv_speech.data.loader import collate
+from rwkv_speech.decoding.coverage import halves
 from rwkv_speech.decoding.engine import Done, Request
 from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.options import Options
@@ -186,10 +189,15 @@ def test_what_is_longer_than_the_audio_of_training_is_read_in_pieces(model: Spee
 
 
 class Scripted:
-    """An engine that gives texts from a table, by the number of samples and the temperature."""
+    """An engine that gives texts from a table, by the number of samples and the temperature; `ctc` by the former."""
 
-    def __init__(self, table: dict[tuple[int, float], tuple[str, float]], model: SpeechLM) -> None:
-        self.table, self.tokenizer = table, model.tokenizer
+    def __init__(
+        self,
+        table: dict[tuple[int, float], tuple[str, float]],
+        model: SpeechLM,
+        ctc: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.table, self.ctc, self.tokenizer = table, ctc, model.tokenizer
         self.requests: list[Request] = []
         self.waiting: list[Request] = []
 
@@ -206,10 +214,11 @@ class Scripted:
 
     def poll(self) -> list[Done]:
         request = self.waiting.pop()
-        text, logprob = self.table[len(request.sample.waveform), request.temperature]
+        size = len(request.sample.waveform)
+        text, logprob = self.table[size, request.temperature]
         ids = tuple(self.tokenizer.encode(text))
         numbers = (logprob,) * (len(ids) + 1)
-        return [Done(request, [Hypothesis(ids, numbers, numbers, cut=False)], None)]
+        return [Done(request, [Hypothesis(ids, numbers, numbers, cut=False)], self.ctc.get(size))]
 
 
 def test_a_text_that_failed_is_made_again_at_the_next_temperature(model: SpeechLM, monkeypatch: pytest.MonkeyPatch):
@@ -251,6 +260,36 @@ def test_context_is_the_text_so_far_unless_it_was_guessed(
     assert [request.before for request in engine.requests] == expected
     model.transcribe(torch.rand(sum(pieces)), **{**options, "condition_on_previous_text": False})
     assert [request.before for request in engine.requests[3:]] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("vad", "texts", "expected"),
+    [
+        ("silero", ("the dog waits", "call the man"), ["the dog waits", "call the man"]),
+        ("silero", ("the cat", "call me"), ["the cat", "call me"]),
+        ("silero", ("nothing at all", "nobody"), ["my cat"]),
+        ("none", ("the dog waits", "call the man"), ["my cat"]),
+    ],
+)
+def test_a_piece_whose_text_lacks_words_is_decoded_in_two_if_that_is_better(
+    model: SpeechLM, monkeypatch: pytest.MonkeyPatch, vad: str, texts: tuple[str, str], expected: list[str]
+):
+    whole, ctc = Piece(500, loud_where(SENTENCES)), ctc_of(SENTENCES)
+    parts = halves(whole, ctc, LABELS, "my cat")
+    assert parts is not None
+    sizes = [len(piece.waveform) for piece in (whole, *parts)]
+    segmenter = SimpleNamespace(push=lambda x: [whole], finish=list, removed_samples=0)
+    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Segmenter", lambda *_: segmenter)
+    table = {(size, 0.0): (text, -0.1) for size, text in zip(sizes, ("my cat", *texts), strict=True)}
+    heard = (ctc, ctc_of("the dog waits"), ctc_of("call the man"))
+    engine = Scripted(table, model, dict(zip(sizes, heard, strict=True)))
+    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    monkeypatch.setattr(model, "ctc", SimpleNamespace(spec=CtcSpec(LABELS)))
+    [found] = model.transcribe([torch.rand(16_000)], temperature=0.0, vad=vad)
+    assert [segment.text for segment in found.segments] == expected
+    places = parts if len(expected) == 2 else [whole]
+    assert [(s.start, s.end) for s in found.segments] == [(x.start / 16_000, x.end / 16_000) for x in places]
+    assert len(engine.requests) == (1 if vad == "none" else 3)
 
 
 def test_rows_come_from_batches_of_any_size(model: SpeechLM, waves: list[Tensor]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.decoding.vad import BLOCK, WINDOW, Vad
@@ -17,7 +18,10 @@ _THRESHOLD, _LOW_THRESHOLD = 0.5, 0.35
 _MIN_SPEECH = SAMPLE_RATE * 4 // 25
 # A silence as long as PAUSE parts two pieces and is left out, but for PAD on each side; a shorter one stays.
 PAUSE = SAMPLE_RATE * 3 // 10
-PAD = SAMPLE_RATE * 3 // 100
+PAD = SAMPLE_RATE // 10
+# Where a silence is left out, so are the frames beside it of so much less power than the loudest, but for a margin: the
+# VAD needs its time to hear an end, and models are trained on audio that begins and ends with its sound.
+_FRAME, _MARGIN, _SILENT = SAMPLE_RATE // 100, SAMPLE_RATE // 50, 1e-5
 # What a piece that grows too long may be cut in; without a VAD, a pause has a hundredth of the power.
 _SHORT_PAUSE = 3  # windows
 _QUIET = 0.01
@@ -55,6 +59,7 @@ class Segmenter:
         self._begin: int | None = None  # of the open piece
         self._windows = list[tuple[int, float]]()  # those of the open piece that were looked at: start, probability
         self._speech = 0  # where the open piece's speech began
+        self._is_trimmed = False  # whether a silence before the open piece is left out
         self._silence: int | None = None  # where the silence at its end begins
         self._last_end = 0  # of the last piece
         self.removed_samples = 0  # in no piece, as far as it is known
@@ -97,6 +102,7 @@ class Segmenter:
         if probability >= _THRESHOLD:
             if self._begin is None:
                 self._begin, self._speech = 0 if start < PAUSE else start - PAD, start
+                self._is_trimmed = self._begin > 0
             self._silence = None
         elif probability < _LOW_THRESHOLD and self._silence is None:
             self._silence = start
@@ -108,11 +114,15 @@ class Segmenter:
         return self._cut(min(end, self._end)) if end + WINDOW - self._begin > self._max else []
 
     def _close(self, silence: int, end: int) -> list[Piece]:
-        """End the open piece at `end`; it is none if it holds no speech, or too little between two pauses."""
+        """End the open piece, at whose end is silence, at `end`; it is none if it holds too little speech."""
         begin, self._begin, self._windows = self._begin, None, []
         assert begin is not None
-        least = _MIN_SPEECH if self._vad else 0
-        return [self._piece(begin, end)] if silence > begin and silence - self._speech > least else []
+        if silence <= begin or silence - self._speech <= (_MIN_SPEECH if self._vad else 0):
+            return []
+        if self._is_trimmed or end < self._end:
+            first, last = sound(self._samples(begin, end))
+            begin, end = begin + first * self._is_trimmed, begin + last if end < self._end else end
+        return [self._piece(begin, end)]
 
     def _cut(self, end: int) -> list[Piece]:
         """End the open piece, which cannot grow beyond `end`, at the best place, where the next one begins."""
@@ -133,6 +143,7 @@ class Segmenter:
             last = max((gap for gap in gaps if len(audio) // 2 <= gap < len(audio)), default=None)
             place = self._begin + (_quietest(audio) if last is None else last)
         piece = self._piece(self._begin, place)
+        self._is_trimmed = False
         self._begin, self._windows = place, [(start, x) for start, x in self._windows if start >= place]
         return [piece]
 
@@ -152,6 +163,13 @@ def cut(blocks: Iterable[Tensor], segmenter: Segmenter) -> Iterator[Piece]:
     yield from segmenter.finish()
 
 
+def sound(waveform: Tensor) -> tuple[int, int]:
+    """Where a waveform (S,) begins and ends to be more than silence, with a margin."""
+    power = functional.avg_pool1d(waveform.square()[None], _FRAME, ceil_mode=True)[0]
+    loud = (power >= _SILENT * power.max()).nonzero()
+    return max(0, int(loud[0]) * _FRAME - _MARGIN), min(len(waveform), (int(loud[-1]) + 1) * _FRAME + _MARGIN)
+
+
 def _runs(windows: list[tuple[int, bool]]) -> list[tuple[int, int]]:
     """The runs of windows that are true: number of windows, middle sample."""
     runs = []
@@ -165,5 +183,5 @@ def _runs(windows: list[tuple[int, bool]]) -> list[tuple[int, int]]:
 def _quietest(audio: Tensor) -> int:
     """The middle of the quietest two windows of the second half."""
     half = len(audio) // 2
-    power = torch.nn.functional.avg_pool1d(audio[None, half:].square(), 2 * WINDOW, WINDOW // 4)
+    power = functional.avg_pool1d(audio[None, half:].square(), 2 * WINDOW, WINDOW // 4)
     return half + int(power.argmin()) * (WINDOW // 4) + WINDOW

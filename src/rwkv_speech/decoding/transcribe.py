@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, as_waveform, read_blocks
 from rwkv_speech.batch import BadSample, Batch, Sample
-from rwkv_speech.decoding import guards
+from rwkv_speech.decoding import coverage, guards
 from rwkv_speech.decoding.confidence import Calibration, evidence_of_words, probability
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.decoding.reader import Reader
 from rwkv_speech.decoding.results import Row, Segment, Transcript
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
@@ -86,6 +87,15 @@ class _Place:
     work: _Work
     piece: Piece
     attempt: int
+    halved: "_Halved | None" = None
+
+
+@dataclass(frozen=True)
+class _Halved:
+    """A piece whose text seems to lack words, so that it is decoded in two, too."""
+
+    whole: Done
+    parts: list[Done] = field(default_factory=list)
 
 
 class Transcriber:
@@ -93,7 +103,7 @@ class Transcriber:
 
     def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int) -> None:
         self._model, self._options = model, options
-        self._engine = Engine(model, options, slots)
+        self._engine, self._reader = Engine(model, options, slots), Reader(model)
         self._ahead = _AHEAD * slots
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
@@ -120,7 +130,7 @@ class Transcriber:
 
     def segmenter(self) -> Segmenter:
         """What cuts a recording into pieces."""
-        return Segmenter(self._max_seconds, self._options.vad)
+        return Segmenter(self._max_seconds, self._options.vad, self._word_gaps)
 
     def live(self, task: str) -> Callable[[Piece], list[Segment]]:
         """A function that takes the pieces of a recording, one after another, to their segments."""
@@ -133,7 +143,7 @@ class Transcriber:
                 for done in self._engine.poll():
                     self._take(done)
             segments, work.segments, work.heard = work.segments, [], {}
-            return segments
+            return sorted(segments, key=lambda segment: segment.start)
 
         return segments_of
 
@@ -161,14 +171,14 @@ class Transcriber:
         while work.waiting and not (one_by_one and work.in_flight):
             self._submit(work, work.waiting.popleft())
 
-    def _submit(self, work: _Work, piece: Piece, attempt: int = 0) -> None:
+    def _submit(self, work: _Work, piece: Piece, attempt: int = 0, halved: _Halved | None = None) -> None:
         recording, seconds = work.recording, len(piece.waveform) / SAMPLE_RATE
         sample = Sample(
             recording.name, piece.waveform, "", [], seconds, piece.start, recording.task, recording.language,
             recording.normalised,
         )  # fmt: skip
         request = Request(
-            key=_Place(work, piece, attempt),
+            key=_Place(work, piece, attempt, halved),
             sample=sample,
             limit=self._options.token_limit(seconds),
             temperature=self._options.temperatures[attempt],
@@ -178,24 +188,69 @@ class Transcriber:
         self._engine.submit(request)
 
     def _take(self, done: Done) -> None:
-        """A decoded piece becomes a segment, unless it is to be decoded again or holds no speech."""
-        work, piece, attempt = done.request.key.work, done.request.key.piece, done.request.key.attempt
-        work.in_flight -= 1
-        best, o = done.hypotheses[0], self._options
-        silence = guards.no_speech_prob(done.ctc)
+        """A decoded piece is kept, unless it is to be decoded again: at a higher temperature, or in two."""
+        place: _Place = done.request.key
+        place.work.in_flight -= 1
+        silence, o = guards.no_speech_prob(done.ctc), self._options
+        again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
+        if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
+            return self._submit(place.work, place.piece, place.attempt + 1, place.halved)
+        if place.halved is not None:
+            place.halved.parts.append(done)
+            if len(place.halved.parts) == 2:
+                self._choose(place.halved)
+        elif halves := self._halves(done):
+            halved = _Halved(done)
+            for half in halves:
+                self._submit(place.work, half, 0, halved)
+        else:
+            self._keep(done)
+        self._add(place.work, ())
+
+    def _keep(self, done: Done) -> None:
+        """The text of a piece becomes a segment, unless the piece holds no speech."""
+        work, piece, o = done.request.key.work, done.request.key.piece, self._options
+        text, silence = self._text(done), guards.no_speech_prob(done.ctc)
         if done.ctc is not None and self._model.ctc is not None:
             work.heard[piece.start] = self._model.ctc.spec.text(done.ctc)
-        is_silence = guards.is_silence(silence, o)
-        text = "" if is_silence else self._model.tokenizer.decode(best.ids)
-        again = attempt + 1 < len(o.temperatures)
-        if again and not is_silence and guards.needs_fallback(best, text, silence, o):
-            return self._submit(work, piece, attempt + 1)
         if text.strip():
             work.segments.append(self._segment(done, text, silence))
         if o.condition_on_previous_text:
             hot = done.request.temperature > _CONTEXT_TEMPERATURE
             work.context = "" if hot else self._recent(join_texts([work.context, text]))
-        self._add(work, ())
+
+    def _text(self, done: Done) -> str:
+        """The text of a piece, none of silence."""
+        if guards.is_silence(guards.no_speech_prob(done.ctc), self._options):
+            return ""
+        return self._model.tokenizer.decode(done.hypotheses[0].ids)
+
+    def _halves(self, done: Done) -> tuple[Piece, Piece] | None:
+        """A piece in two if its text is far from what the CTC head hears; but what is to be taken as it is, is."""
+        head = self._model.ctc
+        if head is None or done.ctc is None or self._options.vad == "none":
+            return None
+        return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done))
+
+    def _choose(self, halved: _Halved) -> None:
+        """Keep the whole or its parts, whichever texts are nearer to what the CTC head hears."""
+
+        def num_errors(*found: Done) -> int:
+            head = self._model.ctc
+            assert head is not None
+            return sum(coverage.num_errors(x.ctc, head.spec.labels, self._text(x)) for x in found if x.ctc is not None)
+
+        parts = sorted(halved.parts, key=lambda part: part.request.key.piece.start)
+        for done in parts if num_errors(*parts) < num_errors(halved.whole) else [halved.whole]:
+            self._keep(done)
+
+    def _word_gaps(self, waveform: Tensor) -> list[int]:
+        """Samples between two words of (S,), as far as the CTC head hears them."""
+        head, sample = self._model.ctc, Sample("", waveform, "", [], len(waveform) / SAMPLE_RATE, 0, "")
+        if head is None:
+            return []
+        [encoded] = self._reader.encode([sample])
+        return [] if encoded.ctc is None else coverage.word_gaps(encoded.ctc, head.spec.labels)
 
     def _recent(self, text: str) -> str:
         """The end of a text that is long, so that the context of a piece costs no more in the hundredth hour."""
