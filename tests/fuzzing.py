@@ -155,7 +155,7 @@ MUTATIONS: list[Mutation] = [
 
 
 def ffmpeg_seconds(content: bytes) -> float | None:
-    """The seconds that FFmpeg decodes by itself; None where it has a complaint."""
+    """The seconds that FFmpeg decodes by itself; None where it has a complaint, or finds nothing."""
     seconds, links = 0.0, content.count(b"OggS\0\x02")
     av.logging.set_level(av.logging.ERROR)
     try:
@@ -167,7 +167,7 @@ def ffmpeg_seconds(content: bytes) -> float | None:
         return None
     finally:
         av.logging.set_level(None)
-    return None if complaints or links > 1 else seconds
+    return None if complaints or links > 1 else seconds or None
 
 
 def findings(content: bytes, file: Path) -> Iterator[str]:
@@ -205,7 +205,9 @@ def equal(one: torch.Tensor | str, other: torch.Tensor | str) -> bool:
     """Both unreadable, or the same number of samples, which differ by rounding."""
     if isinstance(one, str) or isinstance(other, str):
         return str(one) == str(other)
-    return len(one) == len(other) and bool((one - other).abs().max() <= 1e-4 * (1 + one.abs().max()))
+    if len(one) != len(other) or not len(one):
+        return len(one) == len(other)
+    return bool((one - other).abs().max() <= 1e-4 * (1 + one.abs().max()))
 
 
 def line_findings(line: bytes, folder: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hard_files import sound, tones
 
 from rwkv_speech import audio
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio, num_audio_tokens, num_frames, read_blocks
@@ -55,6 +56,13 @@ def test_load_audio_resamples_from_the_true_rate(tmp_path: Path, rate: int):
     middle = slice(1_000, 15_000)  # the filter rings at the ends
     assert np.abs(loaded.numpy()[middle] - tone(16_000, 1.0)[middle]).max() < 5e-3
     assert audio_seconds(file) == pytest.approx(1.0)
+
+
+def test_load_audio_refuses_a_rate_that_no_recording_has():
+    wav = sound(tones(), "WAV")
+    fast = wav[:24] + (536_886_912).to_bytes(4, "little") + wav[28:]
+    with pytest.raises(AudioError, match="F: has 536,886,912 samples a second; expected at most 10,000,000"):
+        load_audio(fast, name="F")
 
 
 def test_load_audio_averages_any_number_of_channels(tmp_path: Path):

@@ -100,10 +100,10 @@ def measure(file: BinaryIO, label: str) -> float:
                 return float(sound.frames / sound.samplerate)
             if sound.format == "FLAC":
                 with _ffmpeg(file, label) as (container, stream):
-                    units = sum(packet.duration or 0 for packet in container.demux(stream))
-                    # Of a damaged file not every frame that has a header can be decoded.
-                    if units == stream.duration:
-                        return float(units * stream.time_base)
+                    units = [packet.duration or 0 for packet in container.demux(stream) if packet.size]
+                    # Of a damaged file there may be more or less than the frames' headers say.
+                    if all(units) and sum(units) == stream.duration:
+                        return float(sum(units) * stream.time_base)
     blocks = _read_any(file, label, 0.0, None)
     try:
         while True:
