@@ -4,9 +4,10 @@ import random
 from collections.abc import Callable
 
 import pytest
+from rapidfuzz.distance import Levenshtein
 from sounds import samples, sounds
 
-from rwkv_speech.decoding.draft import Rest
+from rwkv_speech.decoding.draft import Draft, distances, fit
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -100,14 +101,42 @@ def test_weights_without_a_head_have_no_draft(model: SpeechLM):
         (" the wether is good", " the weather", " is good"),  # a word spelt otherwise
         (" the dog is good", " the cat", " is good"),  # another word
         (" the very weather is good", " the weather", " is good"),  # put in
+        (" the wethe ris good", " the weather", " ris good"),
+        (" visit the neighbo on", " visit the neighbor", " on"),  # at the end of a word rather than behind its blank
         (" the weather", " the weather is good", ""),
         ("ü 天気", "ü", " 天気"),
         ("天気", "夫", "気"),  # whole characters
     ],
 )
-def test_the_rest_of_a_draft_begins_where_the_text_fits_it_best(model: SpeechLM, draft: str, text: str, rest: str):
+def test_a_draft_goes_on_where_the_text_fits_it_best(model: SpeechLM, draft: str, text: str, rest: str):
     tokenizer = model.tokenizer
-    assert tokenizer.decode(Rest(draft, tokenizer).after(text.encode())) == rest
-    growing = Rest(draft, tokenizer)
-    steps = [growing.after(text.encode()[:n]) for n in range(len(text.encode()) + 1)]
-    assert tokenizer.decode(steps[-1]) == rest
+    assert draft.encode()[fit(text.encode(), draft.encode()) :].decode() == rest
+    going = Draft(draft, tokenizer)
+    going.go_on(tokenizer.encode(text), [])
+    assert tokenizer.decode(going.tokens) == rest
+
+
+def test_a_draft_comes_back_after_a_word_too_many(model: SpeechLM):
+    tokenizer, draft = model.tokenizer, Draft(" the good is weather", model.tokenizer)
+    for text in (" the very", " the very good"):
+        draft.go_on(tokenizer.encode(text), [])
+    assert tokenizer.decode(draft.tokens) == " is weather"
+
+
+def test_words_that_the_model_would_spell_otherwise_are_mended(model: SpeechLM):
+    tokenizer = model.tokenizer
+    [the, weather, _, good] = tokenizer.encode(" the weather is good")
+    draft = Draft(" the wether is goot", tokenizer)
+    likely = [the if token == the else 1 for token in draft.tokens]
+    likely[1] = weather  # in the place of " "
+    likely[-5] = good
+    draft.go_on([the], likely)
+    assert tokenizer.decode(draft.tokens) == " weather is good"
+
+
+def test_distances_are_levenshteins():
+    draw = random.Random(1)
+    for _ in range(50):
+        text, draft = (bytes(draw.choices(b"abc ", k=draw.randrange(9))) for _ in range(2))
+        expected = [Levenshtein.distance(text, draft[:n]) for n in range(len(draft) + 1)]
+        assert distances(text, draft).tolist() == expected
