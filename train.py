@@ -45,7 +45,6 @@ def train(config: TrainConfig) -> None:
     import pytorch_lightning as pl
 
     from rwkv_speech.data.dataset import SpeechDataset
-    from rwkv_speech.data.source import Source
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
     from rwkv_speech.models.parts import Parts
@@ -68,7 +67,7 @@ def train(config: TrainConfig) -> None:
             return print(plan_run(config, model, cast(SpeechDataset, data)))  # a stream cannot be planned
         fit(model, config, data, valid, cache)
         if config.ctc:
-            fit_ctc(model, config, cast(Source, sources[0]))
+            fit_ctc(model, config, cast(SpeechDataset, data), cache)
         say(results(Path(config.proj_dir)))
 
 

@@ -154,7 +154,8 @@ def test_ctc_loss_is_the_sum_over_all_paths():
         for rows, length, target in zip(log_probs, lengths, targets, strict=True)
     ]  # fmt: skip
     torch.testing.assert_close(ctc.ctc_losses(log_probs, lengths, targets), torch.tensor(expected).float())
-    assert ctc.ctc_losses(log_probs, lengths, [[1] * 4, [1]])[0] == 0  # needs 7 frames
+    needed = [ctc.frames_needed(target) for target in ([1, 1, 2, 2, 1], [1, 2], [])]
+    assert needed == [7, 2, 0] and ctc.ctc_losses(log_probs, lengths, [[1, 1, 2, 2, 1], [1]])[0] == 0
 
 
 def test_flags_that_a_head_cannot_be_trained_with():

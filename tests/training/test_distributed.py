@@ -89,16 +89,18 @@ def test_ranks_count_broken_recordings_together_and_say_each_line_once(corpus: P
 
 
 def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
-    train(corpus, tmp_path / "whole", valid_data=corpus / "valid.jsonl")
+    flags = {"valid_data": corpus / "valid.jsonl", "ctc": 1, "ctc_epochs": 1}
+    train(corpus, tmp_path / "whole", **flags)
     run = tmp_path / "killed"
-    process = train(corpus, run, wait=False, valid_data=corpus / "valid.jsonl")
+    process = train(corpus, run, wait=False, **flags)
     while not list((run / "resume").glob("step-*")):
         assert process.poll() is None
     os.killpg(process.pid, 9)
     process.communicate()
     point = newest_point(run / "resume")
     assert point is not None and point.info["world_size"] == 2
-    train(corpus, run, valid_data=corpus / "valid.jsonl")
+    train(corpus, run, **flags)
+    assert load_trained(run / "last.safetensors").ctc is not None
     for name in ("last.safetensors", "best.safetensors"):
         assert sha256_file(run / name) == sha256_file(tmp_path / "whole" / name)
     assert column(run, "loss") == column(tmp_path / "whole", "loss")

@@ -2,6 +2,7 @@
 
 # S samples
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,6 +82,17 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
         return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit, task=self._task)
+
+    def with_cache(self, cache: FeatureCache) -> "SpeechDataset":
+        """The same utterances with the frames of a cache, which is to be filled first."""
+        changed = copy.copy(self)
+        changed._cache = cache
+        return changed
+
+    @property
+    def changes_audio(self) -> bool:
+        """Whether an utterance may sound otherwise in each epoch."""
+        return bool(self._augment and self._augment.settings.flags_on)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -2,7 +2,6 @@
 
 # B batch · F frames · D encoder width · K labels · S samples
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -10,7 +9,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,6 @@ from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.feature_fill import fill
 from rwkv_speech.data.loader import StepLoader
-from rwkv_speech.data.source import Source
 from rwkv_speech.devices import accelerator
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import BEST, LAST, add_ctc
@@ -39,7 +38,6 @@ from rwkv_speech.models.ctc import BLANK, CtcHead, CtcSpec
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.training.ctc_speech import Speech, with_times
-from rwkv_speech.training.data import make_augmenter, make_datasets
 from rwkv_speech.training.optim import lr_factor
 from rwkv_speech.training.points import ResumePoint, begin_point, finish_point, newest_point
 from rwkv_speech.training.progress import say
@@ -58,17 +56,20 @@ _SECONDS_BETWEEN_LINES = 60.0
 _CHECKPOINT = re.compile(rf"{BEST}|{LAST}|(best-)?epoch-\d+\.safetensors")
 
 
-def fit_ctc(model: SpeechLM, config: TrainConfig, source: Source) -> None:
+def fit_ctc(model: SpeechLM, config: TrainConfig, data: SpeechDataset, cache: FeatureCache | None) -> None:
     """Train a CTC head, from where that stopped, and add it to the run's checkpoints, which else stay as they are.
 
-    A head that the same settings and data gave before is only added where it is missing.
+    `data` and its `cache` are those of the run. A head that the same settings and data gave before is only added where
+    it is missing. Raises UserError for data without speech recognition.
     """
-    folder = Path(config.proj_dir)
-    config = _with_frames_kept(config, model.encoder, source)
-    data, _, cache = make_datasets(config, model, source, None)
-    speech = Speech(source, config)
-    module = CtcModule(model.encoder, config, cast(SpeechDataset, data), speech, cache)
-    point = module.find_point(shared_settings(config, model, data, None))
+    folder, frames = Path(config.proj_dir), Path(config.proj_dir) / FOLDER / _FRAMES
+    speech = Speech(data.source, config)
+    settings = shared_settings(config, model, data, None)
+    if cache is None and _is_small(data, model.encoder):
+        cache = FeatureCache(frames, settings["encoder"], "float32")
+        data = data.with_cache(cache)
+    module = CtcModule(model.encoder, config, data, speech, cache)
+    point = module.find_point(settings)
     if point is None or point.info["epoch"] < module.epochs:
         _fit(module, config)
     if getattr(rank_zero_only, "rank", 0):
@@ -78,8 +79,14 @@ def fit_ctc(model: SpeechLM, config: TrainConfig, source: Source) -> None:
     paths = sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
     for path in paths:
         add_ctc(path, head)
-    shutil.rmtree(folder / FOLDER / _FRAMES, ignore_errors=True)
+    shutil.rmtree(frames, ignore_errors=True)
     say(f"CTC head: {len(head.spec.labels)} characters, in {len(paths)} checkpoints of {folder}")
+
+
+def _is_small(data: SpeechDataset, encoder: SpeechEncoder) -> bool:
+    """Whether the frames of all utterances are worth keeping for the time of the stage."""
+    size = float(data.durations().sum(dtype=np.float64)) * FRAME_RATE * encoder.width * 4
+    return not data.changes_audio and size <= _SMALL  # NaN, where a duration is not known, is not
 
 
 def _fit(module: "CtcModule", config: TrainConfig) -> None:
@@ -111,15 +118,6 @@ def _fit(module: "CtcModule", config: TrainConfig) -> None:
         raise KeyboardInterrupt from error
 
 
-def _with_frames_kept(config: TrainConfig, encoder: SpeechEncoder, source: Source) -> TrainConfig:
-    """With a feature cache for the time of the stage where there is none and the set is small."""
-    size = float(source.durations().sum(dtype=np.float64)) * FRAME_RATE * encoder.width * 4
-    if config.feature_cache or make_augmenter(config) or not size <= _SMALL:  # NaN: it is not known
-        return config
-    folder = Path(config.proj_dir) / FOLDER / _FRAMES
-    return dataclasses.replace(config, feature_cache=str(folder), feature_dtype="float32")
-
-
 class CtcModule(pl.LightningModule):
     """Loss and optimizer of a CTC head on the frames of a frozen encoder."""
 
@@ -144,10 +142,10 @@ class CtcModule(pl.LightningModule):
         self._settings: dict[str, Any] = {}
         self._said, self._losses, self._left_out = time.perf_counter(), list[Tensor](), set[int]()
 
-    def find_point(self, settings: dict[str, Any]) -> ResumePoint | None:
+    def find_point(self, settings: Mapping[str, Any]) -> ResumePoint | None:
         """Where this stage stopped, if it was begun with the same settings; its state is taken over."""
         cut = {name: getattr(self.config, name) for name in ("micro_bsz", "batch_seconds", "accumulate", "device")}
-        self._settings = settings | cut | {"lr_ctc": self.config.lr_ctc, "ctc_epochs": self.epochs}
+        self._settings = {**settings, **cut, "lr_ctc": self.config.lr_ctc, "ctc_epochs": self.epochs}
         point = newest_point(Path(self.config.proj_dir) / FOLDER)
         if point and point.info["settings"] != self._settings:
             say("the CTC head here was trained with other settings: it is trained again")
@@ -225,11 +223,10 @@ class CtcModule(pl.LightningModule):
         if not spoken:
             return torch.zeros(0)
         targets = [self.head.spec.encode(batch.texts[row]) for row in spoken]
-        losses = ctc_losses(self.head(frames[spoken].to(self.device), lengths[spoken]), lengths[spoken], targets)
-        for row, target, loss in zip(spoken, targets, losses.tolist(), strict=True):
-            if target and not loss:  # longer than its audio can say
+        for row, target in zip(spoken, targets, strict=True):
+            if frames_needed(target) > lengths[row]:
                 self._left_out.add(batch.indices[row])
-        return losses
+        return ctc_losses(self.head(frames[spoken].to(self.device), lengths[spoken]), lengths[spoken], targets)
 
     def _encode(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
         return self._encoder.forward(waveforms.to(self.device), num_samples, normalised)
@@ -252,6 +249,11 @@ class CtcModule(pl.LightningModule):
             state = {"head": self.head.state_dict(), "optimizer": self.trainer.optimizers[0].state_dict()}
             torch.save({**state, "schedule": schedule.state_dict()}, pending / _STATE)
             finish_point(pending, {"settings": self._settings, "epoch": epoch}, keep=1)
+
+
+def frames_needed(targets: Sequence[int]) -> int:
+    """The fewest frames in which these labels can be heard: one each, and a blank between two that are alike."""
+    return len(targets) + sum(a == b for a, b in pairwise(targets))
 
 
 def ctc_losses(log_probs: Tensor, frame_lengths: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
