@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -319,3 +320,26 @@ def test_confidence_is_added_and_all_else_stays_until_there_is_another_head(tmp_
     assert_same_bits(found.state_dict(), wanted.state_dict())
     add_ctc(path, CtcHead(WIDTH, CtcSpec("x", hidden=4)))
     assert load_trained(path).confidence is None  # it was made with the other head
+
+
+def test_a_head_that_is_there_already_leaves_the_file_alone(tmp_path: Path):
+    path, head = save(tmp_path / "last.safetensors"), CtcHead(WIDTH, CtcSpec("ab", hidden=4))
+    add_ctc(path, head)
+    add_confidence(path, {"bias": 1.0})
+    add_ctc(path, head)
+    assert load_trained(path).confidence == {"bias": 1.0}
+    add_ctc(path, CtcHead(WIDTH, CtcSpec("ab", hidden=4)))
+    assert load_trained(path).confidence is None
+
+
+def test_a_damaged_ctc_head_is_an_error(tmp_path: Path):
+    path = save(tmp_path / "last.safetensors")
+    add_ctc(path, CtcHead(WIDTH, CtcSpec("ab", hidden=4)))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for name in ("ctc.out.bias", "ctc.conv1.weight"):
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, tmp_path / "damaged.safetensors", metadata)
+        with pytest.raises(UserError, match="its CTC head is damaged .* 2 characters; train it again with --ctc 1"):
+            load_trained(tmp_path / "damaged.safetensors").ctc_head()

@@ -47,17 +47,10 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
 def _common(heads: Sequence[CtcHead | None], output: Path) -> CtcHead | None:
     """The one CTC head that all have; the mean of heads trained apart would hear nothing."""
     first = heads[0]
-    if all(_same(head, first) for head in heads):
+    if all(head is first or (head is not None and head.is_like(first)) for head in heads):
         return first
     logger.warning("%s: the checkpoints' CTC heads differ: it has none", output)
     return None
-
-
-def _same(head: CtcHead | None, other: CtcHead | None) -> bool:
-    if head is None or other is None:
-        return head is other
-    others = other.state_dict()
-    return head.spec == other.spec and all(torch.equal(x, others[name]) for name, x in head.state_dict().items())
 
 
 def _check_paths(paths: Sequence[Path], output: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rwkv_speech import tasks
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models.base import read_tensors
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
@@ -57,12 +57,18 @@ class Trained:
         return named_tensors(self.adapter, self.initial_states)
 
     def ctc_head(self) -> CtcHead | None:
-        """The CTC head, frozen, if there is one."""
+        """The CTC head, frozen, if there is one; raises UserError for one whose tensors are not those of its record."""
         if self.ctc is None:
             return None
         spec, tensors = self.ctc
-        head = CtcHead(tensors["conv1.weight"].shape[1], spec)
-        head.load_state_dict(tensors)
+        try:
+            head = CtcHead(tensors["conv1.weight"].shape[1], spec)
+            head.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}: its CTC head is damaged ({first_line(error)}), expected the tensors of one for "
+                f"{len(spec.labels)} characters; train it again with --ctc 1"
+            ) from error
         return head.requires_grad_(False).eval()
 
 
@@ -150,6 +156,8 @@ def add_ctc(path: Path, head: CtcHead) -> None:
     """Give an own checkpoint this CTC head, atomically; all else stays, but for the confidence, which another made."""
     trained = load_trained(path)
     assert trained.parts is not None
+    if trained.ctc and head.is_like(trained.ctc_head()):
+        return
     write_checkpoint(path, trained.named_tensors(), trained.parts, trained.trained_on, trained.metrics, head)
 
 

@@ -78,6 +78,13 @@ class CtcHead(nn.Module):
                 x = F.gelu(conv(x.transpose(1, 2)).transpose(1, 2))
             return self.out(x).log_softmax(-1)
 
+    def is_like(self, other: "CtcHead | None") -> bool:
+        """Whether the other head has the same record and weights, to the bit."""
+        if other is None or self.spec != other.spec:
+            return False
+        weights = other.state_dict()
+        return all(torch.equal(x.cpu(), weights[name].cpu()) for name, x in self.state_dict().items())
+
     def texts(self, frames: Tensor, frame_lengths: Tensor) -> list[str]:
         """What the encoder alone hears in frames (B, F, D)."""
         log_probs = self(frames, frame_lengths).cpu()
