@@ -45,6 +45,7 @@ grad_cp=${grad_cp-1}
 lr_adapter=${lr_adapter-1e-4}
 lr_state=${lr_state-1e-2}
 warmup_steps=${warmup_steps-100}
+ctc=${ctc-0}
 workers=${workers-2}
 
 train_data=${train_data-librispeech:train-960}
@@ -69,4 +70,4 @@ exec "$python" "$root/train.py" --load_model "$load_model" --encoder "$encoder" 
     --n_layer "$n_layer" --n_embd "$n_embd" --micro_bsz "$micro_bsz" --epoch_steps "$epoch_steps" \
     --epoch_count "$epoch_count" --epoch_save "$epoch_save" --ctx_len "$ctx_len" --device "$device" --wkv6 "$wkv6" \
     --grad_cp "$grad_cp" --lr_adapter "$lr_adapter" --lr_state "$lr_state" --warmup_steps "$warmup_steps" \
-    --workers "$workers" --train_data "$train_data" --valid_data "$valid_data" "$@"
+    --ctc "$ctc" --workers "$workers" --train_data "$train_data" --valid_data "$valid_data" "$@"

@@ -3,7 +3,7 @@
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart}"
+export load_model=tiny ctc="${ctc-1}" proj_dir="${proj_dir-$root/output/quickstart}"
 data=$proj_dir/data
 export train_data="$data/train.jsonl" valid_data="$data/valid.jsonl" eval_data="$data/test.jsonl"
 
@@ -14,7 +14,7 @@ echo "== 1 of 4: synthesising the corpus into $data"
 "$python" -m rwkv_speech.synthetic.make_corpus --out "$data" \
     --train "${train_utterances-1200}" --test "${test_utterances-240}"
 
-echo "== 2 of 4: training the adapter and the initial state of the tiny model"
+echo "== 2 of 4: training the adapter, the initial state and the CTC head of the tiny model"
 OP=train sh "$root/demo/demo-state-tuning.sh"
 
 echo "== 3 of 4: scoring unseen speakers: first without training, then with it"

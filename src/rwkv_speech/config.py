@@ -214,7 +214,11 @@ class _OptimizerFlags:
         resume=True,
     )
     ctc_epochs: int | None = flag(
-        None, "epochs of the CTC head; empty: as many as make 750 steps", at_least=1, needs="ctc", resume=True
+        None,
+        "epochs of the CTC head; empty: as many as make 750 steps, 20 at most",
+        at_least=1,
+        needs="ctc",
+        resume=True,
     )
     lr_ctc: float = flag(4e-3, "learning rate of the CTC head", above=0, needs="ctc", resume=True)
 

@@ -144,6 +144,7 @@ def test_quickstart(tmp_path: Path):
     done = shell("quickstart.sh", cwd=tmp_path, program="bash", micro_bsz=4, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("WER") >= 3 and "4 of 4" in done.stdout
+    assert load_trained(tmp_path / "run" / "best.safetensors").ctc is not None
 
 
 @pytest.mark.soak

@@ -46,7 +46,7 @@ from rwkv_speech.training.run import quieten
 
 FOLDER = "ctc"  # in that of the run: points to resume from, and the frames of a small set
 _STATE, _FRAMES = "state.pt", "frames"
-_STEPS = 750  # that suffice for little data; much data is gone through once
+_STEPS, _MOST_EPOCHS = 750, 20  # that suffice for little data; much data is gone through once
 _WARMUP, _GRAD_CLIP, _WEIGHT_DECAY = 50, 5.0, 0.01
 # Frames of so many bytes are made once and kept on the disk for all epochs.
 _SMALL = 1 << 30
@@ -136,7 +136,9 @@ class CtcModule(pl.LightningModule):
         self.head = CtcHead(encoder.width, CtcSpec(speech.characters()))
         world_size = config.num_nodes * accelerator(config)[1]
         cut = Cut(config.micro_bsz, config.batch_seconds, world_size=world_size, accumulate=config.accumulate)
-        self.epochs = config.ctc_epochs or math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
+        self.epochs = config.ctc_epochs or min(
+            _MOST_EPOCHS, math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
+        )
         self.start = 0  # the epoch to begin with
         self._resumed: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
