@@ -215,7 +215,7 @@ class _OptimizerFlags:
     )
     ctc_epochs: int | None = flag(
         None,
-        "epochs of the CTC head; empty: as many as make 750 steps, 20 at most",
+        "epochs of the CTC head; empty: those that make 750 steps, 20 at most",
         at_least=1,
         needs="ctc",
         resume=True,
