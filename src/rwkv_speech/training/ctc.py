@@ -136,9 +136,8 @@ class CtcModule(pl.LightningModule):
         self.head = CtcHead(encoder.width, CtcSpec(speech.characters()))
         world_size = config.num_nodes * accelerator(config)[1]
         cut = Cut(config.micro_bsz, config.batch_seconds, world_size=world_size, accumulate=config.accumulate)
-        self.epochs = config.ctc_epochs or min(
-            _MOST_EPOCHS, math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
-        )
+        enough = math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
+        self.epochs = config.ctc_epochs or min(_MOST_EPOCHS, enough)
         self.start = 0  # the epoch to begin with
         self._resumed: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
