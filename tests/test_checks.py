@@ -1,14 +1,16 @@
 """What the checks let pass; tests/journeys/test_mistakes.py holds what they refuse."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from rwkv_speech.checks import before_training, check_devices, named_inputs
-from rwkv_speech.config import ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.checks import before_evaluation, before_prediction, before_training, check_devices, named_inputs
+from rwkv_speech.config import EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.errors import UserError
 
 
@@ -72,3 +74,13 @@ def test_compile_is_refused_where_torchs_compiler_would_fail(monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", elsewhere)
     with pytest.raises(UserError, match=r"--compile: found /my clone/torch/.*a folder with a blank"):
         before_training(TrainConfig(device="cpu", train_data=str(manifest), compile=1))
+
+
+@pytest.mark.parametrize(("check", "config"), [(before_evaluation, EvalConfig), (before_prediction, PredictConfig)])
+def test_a_wrong_list_of_keywords_is_named_before_weights_are_looked_for(
+    check: Callable[[Any], None], config: type[EvalConfig | PredictConfig], tmp_path: Path
+):
+    (tmp_path / "names.txt").write_text("Ann\nBob\tmuch\n")
+    given = config(proj_dir=str(tmp_path / "nothing"), keywords=str(tmp_path / "names.txt"), device="cpu")
+    with pytest.raises(UserError, match=r"names\.txt, line 2: found 'much' behind the tab"):
+        check(given)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkv_speech import tiny
 from rwkv_speech.config import ACCEPTED_FORMS, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.data.inputs import Input
+from rwkv_speech.data.phrases import read_phrases
 from rwkv_speech.data.source import split_weight
 from rwkv_speech.data.sources import KINDS
 from rwkv_speech.devices import accelerator
@@ -51,6 +52,7 @@ def before_training(config: TrainConfig) -> None:
 def before_evaluation(config: EvalConfig) -> None:
     """Raises UserError for a device, files or folders that evaluation would miss later, and flags without effect."""
     check_devices(config)
+    read_phrases(config)
     if not config.untrained:
         _check_checkpoint(config, config.checkpoint)
     _check_model_files(config)
@@ -62,6 +64,7 @@ def before_evaluation(config: EvalConfig) -> None:
 def before_prediction(config: PredictConfig) -> None:
     """Raises UserError for a device or files that prediction would miss later, and flags without effect."""
     check_devices(config)
+    read_phrases(config)
     _check_checkpoint(config, config.checkpoint)
     _check_model_files(config)
     if not (named_inputs(config) or config.stream):

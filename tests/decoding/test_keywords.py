@@ -1,10 +1,9 @@
-"""Keywords: what a text earns in sum equals a search by regular expressions; files and their mistakes."""
+"""Keywords: what a text earns in sum equals a search by regular expressions."""
 
 import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from sounds import samples, sounds
 
 from rwkv_speech.batch import Sample
 from rwkv_speech.data.loader import collate
+from rwkv_speech.data.phrases import read_phrases
 from rwkv_speech.decoding.engine import Engine, Request
-from rwkv_speech.decoding.keywords import Keywords, read_keywords
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.transcribe import SpeechLM
-from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -162,7 +161,7 @@ def test_greedy_takes_the_best_of_log_probability_and_keywords_in_every_slot(res
     model = restrict({0: -3.0, 33: 0.5} | dict.fromkeys(range(98, 124), 0.0))
     lines = ["bcd\t2", "x\t3", "the\t1", "qrs t\t2.5"]
     chosen, requests = Options.given(0.0, keywords=lines), samples(sounds([3_000, 6_000, 1_450, 5_555, 2_000, 9_000]))
-    keywords = Keywords(read_keywords(chosen), model.tokenizer, VOCAB)
+    keywords = Keywords(read_phrases(chosen), model.tokenizer, VOCAB)
     plain = {done.request.key: done.hypotheses[0].ids for done in Engine(model, GREEDY, 2).run(jobs(requests))}
     differ = 0
     for done in Engine(model, chosen, 4).run(jobs(requests)):
@@ -178,51 +177,3 @@ def test_greedy_takes_the_best_of_log_probability_and_keywords_in_every_slot(res
 
 def jobs(chosen: list[Sample]) -> list[Request]:
     return [Request(i, sample, 12) for i, sample in enumerate(chosen)]
-
-
-def options(keywords: object, **others: float) -> Options:
-    return Options.given(keywords=keywords, **others)  # type: ignore[arg-type]
-
-
-def test_read_keywords_of_a_file_and_of_a_list(tmp_path: Path):
-    file = tmp_path / "names of people.txt"
-    file.write_bytes("\ufeffGrünwald\r\n\r\nnew   york\t3.5\r\nGrünwald\r\nC#\n".encode())
-    found = {"Grünwald": 1.5, "new york": 3.5, "C#": 1.5}
-    assert read_keywords(options(str(file), keyword_weight=1.5)) == found
-    assert read_keywords(options(["Grünwald", "new york\t3.5", "C#"], keyword_weight=1.5)) == found
-    assert read_keywords(Options.given()) == {}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"fine\n" + 201 * b"a", "line 2: found 201 characters, expected a phrase of at most 200"),
-        (b"fine\n...\n", "line 2: found '...', expected a phrase of letters or digits"),
-        (b"\t3\n", "line 1: found .*, expected a phrase"),
-        (b"a\tmuch\n", "line 1: found 'much' behind the tab, expected a weight above 0 and at most 20"),
-        (b"a\t-1\n", "line 1: found '-1' behind the tab"),
-        (b"a\tnan\n", "line 1: found 'nan' behind the tab"),
-        (b"a\t1\t2\n", "line 1: found '1.t2' behind the tab"),
-        (b"a\t2\nb\na\t3\n", "line 3: found a second weight of 'a', expected one; delete the other line"),
-        (b"a\n\xff\n", "line 2: found bytes that are not UTF-8; save the file as UTF-8"),
-        (b"\n \n", "found no phrase, expected one a line"),
-        (b"", "found no phrase, expected one a line"),
-    ],
-)
-def test_read_keywords_names_file_and_line(tmp_path: Path, content: bytes, message: str):
-    file = tmp_path / "list.txt"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read_keywords(options(str(file)))
-    assert str(file) in str(error.value)
-
-
-def test_read_keywords_without_a_file_or_of_no_text(tmp_path: Path):
-    with pytest.raises(UserError, match="--keywords: .*nothing.txt: No such file"):
-        read_keywords(options(tmp_path / "nothing.txt"))
-    with pytest.raises(UserError, match="--keywords: .*Is a directory"):
-        read_keywords(options(tmp_path))
-    with pytest.raises(UserError, match="--keywords: found .*3.*, expected a file, or in Python a list"):
-        read_keywords(options(["a", 3]))
-    with pytest.raises(UserError, match="keywords: found no phrase"):
-        read_keywords(options([" "]))

@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rwkv_speech.decoding.strategy import Hypothesis
-from rwkv_speech.decoding.timestamps import Heard
+from rwkv_speech.decoding.timestamps import Heard, Judge
 from rwkv_speech.models.ctc import BLANK
+from rwkv_speech.models.speech_lm import SpeechLM
 
 # Beyond these a word is wrong anyhow; without a bound a few words would decide what is fitted.
 _LEAST_LOGPROB, _MOST_ENTROPY = -10.0, 10.0
@@ -71,6 +73,17 @@ def tokens_of_words(words: Sequence[str], tokens: Sequence[bytes]) -> list[list[
     lasts = np.searchsorted(ends, bounds[1:], "left")
     # Bytes that are no text are shown as three: what then lies beyond the last token belongs to it.
     return [list(range(min(a, len(tokens) - 1), min(b, len(tokens)))) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def judge(model: SpeechLM, text: Hypothesis, ctc: Tensor) -> Judge:
+    """Says how sure each word of a text is, from the (F, K) of its frames, by the calibration that the model has."""
+    calibration = None if model.confidence is None else Calibration(**model.confidence)
+    tokens = [model.tokenizer.decode_bytes([token]) for token in text.ids]
+
+    def probabilities(found: Sequence[Heard]) -> list[float]:
+        return [probability(x, calibration) for x in evidence_of_words(found, text, tokens, ctc.numpy())]
+
+    return probabilities
 
 
 def evidence_of_words(

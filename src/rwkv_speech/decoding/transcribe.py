@@ -8,9 +8,8 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 import io
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ from torch import Tensor
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, as_waveform, read_blocks
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding import coverage, guards
-from rwkv_speech.decoding.confidence import Calibration, evidence_of_words, probability
+from rwkv_speech.decoding.confidence import judge
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader
 from rwkv_speech.decoding.results import Row, Segment, Transcript
-from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
-from rwkv_speech.decoding.timestamps import Heard, WordTimes
+from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
@@ -109,7 +107,6 @@ class Transcriber:
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
         self._max_seconds = options.max_segment or longest
         self._times = _word_times(model) if options.word_timestamps else None
-        self._calibration = None if model.confidence is None else Calibration(**model.confidence)
 
     @torch.no_grad()
     def run(self, recordings: Iterable[Recording]) -> Iterator[tuple[Recording, Transcript | BadSample]]:
@@ -262,7 +259,7 @@ class Transcriber:
         start, end = piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE
         words = None
         if self._times and done.ctc is not None:
-            words = self._times.words(text, done.ctc, start, end, partial(self._sure, best, done.ctc))
+            words = self._times.words(text, done.ctc, start, end, judge(self._model, best, done.ctc))
         return Segment(
             id=0,
             start=start,
@@ -276,11 +273,6 @@ class Transcriber:
             cut=best.cut,
             words=words,
         )
-
-    def _sure(self, text: Hypothesis, ctc: Tensor, found: Sequence[Heard]) -> list[float]:
-        """The probability that each word of a text is right."""
-        tokens = [self._model.tokenizer.decode_bytes([token]) for token in text.ids]
-        return [probability(x, self._calibration) for x in evidence_of_words(found, text, tokens, ctc.numpy())]
 
     def _result(self, work: _Work) -> Transcript | BadSample:
         if work.error:
