@@ -41,7 +41,7 @@ from rwkv_speech.tokenizer import WorldTokenizer
 PREFILL = 195  # a 16 s utterance at 10 audio tokens a second, and its prompt
 TOKENS = 4  # steps of one measurement
 BATCH = 4
-# Of the logits against pip's, whose activations are rounded to bfloat16 in all 24 layers; random weights forgive nothing.
+# Of the logits against pip's, whose activations are rounded to bfloat16 in all 24 layers of random weights.
 MOST_ERROR = {"bf16": 0.1, "int8": 0.2}
 GOALS = {"prefill bf16": 1.2, "decode bf16": 2.0, "decode int8": 3.0}
 UTTERANCE_SECONDS, UTTERANCE_TOKENS = 7.4, 27
