@@ -127,14 +127,6 @@ def test_what_a_reading_adds_to_a_committed_word_comes_with_the_next(script: tup
     assert isinstance(end, Committed) and end.text == "." and end.segment and end.segment.text == "well, yes."
 
 
-def test_silence_has_no_words(script: tuple[WordListener, Script], monkeypatch: pytest.MonkeyPatch):
-    listener, readings = script
-    monkeypatch.setattr(word_stream.guards, "is_silence", lambda *_: True)
-    readings.texts = ["noise"] * (2 + 2)
-    assert [told(listener.hear(piece(0.0, 9.0))) for _ in range(2 + 1)] == [["?"]] * (2 + 1)
-    assert listener.close(piece(0.0, 9.0)) == []
-
-
 @pytest.fixture(scope="module")
 def speech() -> Tensor:
     synthesizer = Synthesizer()
@@ -202,3 +194,11 @@ def test_what_words_cannot_be_decoded_with_is_named(with_head: SpeechLM):
     with pytest.raises(UserError, match="have no CTC head, .* train one with --ctc 1, or take commit=segment"):
         with_head.stream("word")
     with_head.ctc = head
+
+
+def test_silence_has_no_words(with_head: SpeechLM, speech: Tensor, monkeypatch: pytest.MonkeyPatch):
+    assert any(isinstance(event, Committed) for event in heard(with_head, [speech]))
+    for commit in ("word", "segment"):
+        stream = with_head.stream(commit, pace=0.25, max_new_tokens=9, vad="none", temperature=0.0)
+        monkeypatch.setattr(forks.guards, "no_speech_prob", lambda ctc: 0.9)
+        assert {event.text for event in [*stream.push(speech), *stream.finish()]} == {""}

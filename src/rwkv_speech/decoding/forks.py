@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME
 from rwkv_speech.batch import Sample
+from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.draft import Verifier
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.long_audio import Piece
@@ -73,6 +74,7 @@ class OpenPiece:
     keywords; then the copy is dropped.
     """
 
+    @torch.no_grad()
     def __init__(self, model: SpeechLM, task: str, options: Options, strategy: Strategy) -> None:
         self._model, self._options, self._task, self._strategy = model, options, task, strategy
         self._reader = Reader(model, rows=1)
@@ -89,7 +91,10 @@ class OpenPiece:
 
     @torch.no_grad()
     def read(self, piece: Piece, committed: str = "", draft: str = "") -> Reading:
-        """The text of all of the piece that there is, which begins with what is `committed`; a `draft` saves time."""
+        """The text of all of the piece that there is, which begins with what is `committed`; a `draft` saves time.
+
+        Nothing follows in what is silence by the CTC head.
+        """
         first = max(0, self._num_settled - self._tokens(LOOK_BACK_SECONDS))
         window = piece.waveform[first * self._stack * SAMPLES_PER_FRAME :]
         [encoded] = self._reader.encode([Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task)])
@@ -102,7 +107,8 @@ class OpenPiece:
             _, self._state = self._model.lm.hidden(audio[None, :num_new], self._state)
             self._num_settled += num_new
             self._ctc += [] if ctc is None else [ctc[: num_new * self._stack]]
-        if not self._num_settled + len(audio):
+        is_silence = guards.is_silence(guards.no_speech_prob(whole), self._options)
+        if is_silence or not self._num_settled + len(audio):
             return Reading(committed, Hypothesis((), (), (), cut=False), whole)
         limit = self._options.token_limit(len(piece.waveform) / SAMPLE_RATE)
         found = self._decode(audio[num_new:], committed, draft, limit)

@@ -37,7 +37,7 @@ class WordListener:
             )
         if not hold >= 0:
             raise UserError(f"hold: found {hold}, expected seconds from 0 on")
-        self._options, self._tokenizer, self._times = options, model.tokenizer, WordTimes(model.ctc, model.encoder)
+        self._tokenizer, self._times = model.tokenizer, WordTimes(model.ctc, model.encoder)
         self._forks, self._last = Forks(model, task, options), LastCharacter()
         self._words = Agreement(hold)  # of the open piece
         self._num_segments = 0
@@ -80,8 +80,6 @@ class WordListener:
         """What a piece says: the committed words, as they were, and those that follow; together they are the text."""
         known = self._words.committed
         reading = read(piece, _text(known))
-        if guards.is_silence(guards.no_speech_prob(reading.ctc), self._options):
-            return _text(known), known, reading
         text = reading.text.rstrip()
         assert reading.ctc is not None
         found = self._times.words(text, reading.ctc, piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE)
