@@ -16,6 +16,9 @@ echo "== 1 of 4: synthesising the corpus into $data"
 
 echo "== 2 of 4: training the adapter, the initial state and the CTC head of the tiny model"
 OP=train sh "$root/demo/demo-state-tuning.sh"
+if [ "${train_utterances-1200}" -ge 1000 ]; then # after less nearly all words are wrong
+    "$python" -m rwkv_speech calibrate "$proj_dir" --data "$valid_data"
+fi
 
 echo "== 3 of 4: scoring unseen speakers: first without training, then with it"
 OP=eval sh "$root/demo/demo-state-tuning.sh" --untrained 1 --max_new_tokens 20

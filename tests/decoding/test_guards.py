@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_speech.decoding.guards import compression_ratio, is_silence, needs_fallback, no_speech_prob
+from rwkv_speech.decoding.guards import compression_ratio, is_silence, is_unheard, needs_fallback, no_speech_prob
 from rwkv_speech.decoding.options import Options
+from rwkv_speech.models.ctc import CtcSpec
 
 SENTENCE = "the black dog waits under the green apple"
 LOOP = "ha " * 60
@@ -109,3 +110,23 @@ def test_no_speech_prob_falls_with_every_frame_that_holds_more():
         frames = torch.randint(0, 130, (30,), generator=draw)
         louder[frames, 0] -= 1
         assert no_speech_prob(louder.log_softmax(1)) <= no_speech_prob(ctc)
+
+
+@pytest.mark.parametrize(
+    ("heard", "text", "unheard"),
+    [
+        ("", "abab", True),
+        ("a", "abababa", True),
+        ("ab", "abababab", False),  # a quarter
+        ("abab", "abab", False),
+        ("b", "a?!? 9", False),  # characters without a label are no witnesses
+        ("", "", False),
+        ("", "???", False),
+    ],
+)
+def test_is_unheard_of_texts_of_which_the_head_hears_hardly_a_character(heard: str, text: str, unheard: bool):
+    spec = CtcSpec("ab ")
+    frames = [0, *(label for x in heard for label in (spec.labels.index(x) + 1, 0))]
+    ctc = torch.eye(4)[frames].clamp(1e-6).log()
+    assert is_unheard(text, ctc, spec, Options.given()) is unheard
+    assert not is_unheard(text, ctc, spec, Options.given(no_speech_threshold=1.0))

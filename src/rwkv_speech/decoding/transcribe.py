@@ -93,8 +93,7 @@ class _Halved:
     """A piece whose text seems to lack words, so that it is decoded in two, too."""
 
     whole: Done
-    part_of: "_Halved | None"
-    parts: list[list[Done]] = field(default_factory=list)  # what is to be kept of each
+    parts: list[Done] = field(default_factory=list)
 
 
 class Transcriber:
@@ -193,13 +192,16 @@ class Transcriber:
         again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
         if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
             return self._submit(place.work, place.piece, place.attempt + 1, place.halved)
-        if halves := self._halves(done):
-            halved = _Halved(done, place.halved)
+        if place.halved is not None:
+            place.halved.parts.append(done)
+            if len(place.halved.parts) == 2:
+                self._choose(place.halved)
+        elif halves := self._halves(done):
+            halved = _Halved(done)
             for half in halves:
                 self._submit(place.work, half, 0, halved)
         else:
-            for kept in self._chosen([done], place.halved):
-                self._keep(kept)
+            self._keep(done)
         self._add(place.work, ())
 
     def _keep(self, done: Done) -> None:
@@ -215,10 +217,12 @@ class Transcriber:
             work.context = "" if hot else self._recent(join_texts([work.context, text]))
 
     def _text(self, done: Done) -> str:
-        """The text of a piece, none of silence."""
-        if guards.is_silence(guards.no_speech_prob(done.ctc), self._options):
-            return ""
-        return self._model.tokenizer.decode(done.hypotheses[0].ids)
+        """The text of a piece, none of silence, and none that is made up."""
+        text, head, o = self._model.tokenizer.decode(done.hypotheses[0].ids), self._model.ctc, self._options
+        if head is None or done.ctc is None:
+            return text
+        is_silence = guards.is_silence(guards.no_speech_prob(done.ctc), o)
+        return "" if is_silence or guards.is_unheard(text, done.ctc, head.spec, o) else text
 
     def _halves(self, done: Done) -> tuple[Piece, Piece] | None:
         """A piece in two if its text is far from what the CTC head hears; but what is to be taken as it is, is."""
@@ -227,20 +231,17 @@ class Transcriber:
             return None
         return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done))
 
-    def _chosen(self, found: list[Done], halved: _Halved | None) -> list[Done]:
-        """What is kept once both parts are known: they or the whole, whichever texts are nearer to what is heard."""
-        head = self._model.ctc
-        while halved is not None and head is not None:
-            halved.parts.append(found)
-            if len(halved.parts) < 2:
-                return []
-            parts = sorted(itertools.chain(*halved.parts), key=lambda part: part.request.key.piece.start)
-            whole, errors = [halved.whole], list[int]()
-            for texts in (parts, whole):
-                heard = [(x.ctc, head.spec.labels, self._text(x)) for x in texts if x.ctc is not None]
-                errors.append(sum(itertools.starmap(coverage.num_errors, heard)))
-            found, halved = parts if errors[0] < errors[1] else whole, halved.part_of
-        return found
+    def _choose(self, halved: _Halved) -> None:
+        """Keep the whole or its parts, whichever texts are nearer to what the CTC head hears."""
+
+        def num_errors(*found: Done) -> int:
+            head = self._model.ctc
+            assert head is not None
+            return sum(coverage.num_errors(x.ctc, head.spec.labels, self._text(x)) for x in found if x.ctc is not None)
+
+        parts = sorted(halved.parts, key=lambda part: part.request.key.piece.start)
+        for done in parts if num_errors(*parts) < num_errors(halved.whole) else [halved.whole]:
+            self._keep(done)
 
     def _word_gaps(self, waveform: Tensor) -> list[int]:
         """Samples between two words of (S,), as far as the CTC head hears them."""
