@@ -13,6 +13,7 @@ from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM
+from rwkv_speech.models.rwkv6 import RWKV6
 
 LENGTHS = [3_000, 6_000, 1_450, 5_555, 2_000, 9_000, 2_500, 4_000]
 NOTHING = [0, 399, 600]  # no frame, no frame, fewer frames than an audio token has
@@ -82,7 +83,12 @@ def test_greedy_texts_equal_reading_everything_again(ending: SpeechLM):
     assert any(text.cut for text in expected.values())
 
 
-def test_every_order_and_number_in_flight_gives_the_same_bits(ending: SpeechLM):
+@pytest.mark.parametrize("native", [True, False])
+def test_every_order_and_number_in_flight_gives_the_same_bits(
+    ending: SpeechLM, native: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not native:  # all slots make each step
+        monkeypatch.setattr(RWKV6, "_stepper", lambda lm: None)
     chosen = samples(sounds(LENGTHS))
     alone = {
         key: done.hypotheses
