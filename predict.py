@@ -73,8 +73,8 @@ def predict_stream(config: PredictConfig) -> int:
     from rwkv_speech.decoding.options import Options
     from rwkv_speech.decoding.transcribe import stream
 
-    # What may change is shown on a terminal alone.
-    pace = 0.5 if sys.stdout.isatty() and config.commit == "segment" else None
+    # What may still change is shown on a terminal alone.
+    pace = config.pace or (0.5 if sys.stdout.isatty() and config.commit == "segment" else None)
     options = Options.of(config)
     opened = stream(load(config), options, config.commit, pace, config.stream_rate, config.micro_bsz, config.task)
     transcribe_live(opened, sys.stdin.buffer, sys.stdout)

@@ -41,6 +41,8 @@ from rwkv_speech.tokenizer import WorldTokenizer
 PREFILL = 195  # a 16 s utterance at 10 audio tokens a second, and its prompt
 TOKENS = 4  # steps of one measurement
 BATCH = 4
+# Of the logits against pip's, whose activations are rounded to bfloat16 in all 24 layers of random weights.
+MOST_ERROR = {"bf16": 0.1, "int8": 0.2}
 GOALS = {"prefill bf16": 1.2, "decode bf16": 2.0, "decode int8": 3.0}
 UTTERANCE_SECONDS, UTTERANCE_TOKENS = 7.4, 27
 Row = dict[str, Any]
@@ -111,7 +113,7 @@ def compare_cpu(path: Path, dtype: torch.dtype, theirs: Theirs, rounds: int, rat
     ours, name = Ours(path, dtype), "int8" if dtype == torch.int8 else "bf16"
     ids = torch.randint(1, ours.model.sizes.vocab, (PREFILL,), generator=torch.Generator().manual_seed(1)).tolist()
     errors = [relative_rms(ours.prefill(ids), theirs.prefill(ids)), relative_rms(ours.decode(), theirs.decode())]
-    if max(errors) > 0.1:
+    if max(errors) > MOST_ERROR[name]:
         raise ValueError(f"{name}: logits differ from pip rwkv's by {errors}")
     calls: dict[str, Callable[[], Any]] = {
         "prefill": lambda: ours.prefill(ids),

@@ -29,16 +29,18 @@ PAUSES = (0.2, 1.5)  # seconds
 PART = SAMPLE_RATE // 50
 COMMITS = ("segment", "word")
 
+Row = tuple[str, Tensor, str]  # name, waveform (S,) and text
 
-def sentences(manifest: Path, most: int | None) -> Iterator[tuple[str, Tensor, str]]:
-    """Name, waveform (S,) and text of each."""
+
+def sentences(manifest: Path, most: int | None) -> Iterator[Row]:
+    """The lines of a manifest."""
     for line in manifest.read_text().splitlines()[:most]:
         row = json.loads(line)
         audio = load_audio(manifest.parent / row["audio_filepath"], row.get("offset", 0.0), row.get("duration"))
         yield row["audio_filepath"], audio, row["text"]
 
 
-def joined(rows: list[tuple[str, Tensor, str]], size: int, rng: random.Random) -> list[tuple[str, Tensor, str]]:
+def joined(rows: list[Row], size: int, rng: random.Random) -> list[Row]:
     """So many rows after each other, a pause behind each."""
     found = []
     for start in range(0, len(rows), size):
@@ -50,7 +52,7 @@ def joined(rows: list[tuple[str, Tensor, str]], size: int, rng: random.Random) -
     return found
 
 
-def heard(model: SpeechLM, commit: str, rows: list[tuple[str, Tensor, str]]) -> list[Instance]:
+def heard(model: SpeechLM, commit: str, rows: list[Row]) -> list[Instance]:
     """What streams of the rows say, and when."""
     return [
         listen(model.stream(commit), audio, PART, index, name, text) for index, (name, audio, text) in enumerate(rows)
@@ -78,13 +80,48 @@ def minutes(model: SpeechLM, commit: str, minute: Tensor, count: int) -> dict[st
     }
 
 
+def sentences_table(model: SpeechLM, rows: list[Row], seed: int, log: Path | None) -> list[dict[str, Any]]:
+    """Words against segments, of sentences by themselves and joined."""
+    print("audio   commit    WER, %   LAAL, ms   with computing")
+    table = []
+    for name, audios in (("single", rows), ("fives", joined(rows, 5, random.Random(seed)))):
+        for commit in COMMITS:
+            found = heard(model, commit, audios)
+            if log:
+                write_instances(log / f"{name}-{commit}.log", found)
+            wer = score([text for *_, text in audios], [x.prediction for x in found]).wer
+            latency = [round(mean_laal(found, computation_aware=aware)) for aware in (False, True)]
+            table.append(
+                {
+                    "audio": name,
+                    "commit": commit,
+                    "wer": round(100 * wer, 2),
+                    "laal_ms": latency[0],
+                    "laal_ca_ms": latency[1],
+                }
+            )
+            print("{:7} {:8} {:7} {:10} {:16}".format(*table[-1].values()), flush=True)
+    return table
+
+
+def minutes_table(model: SpeechLM, rows: list[Row], count: int) -> list[dict[str, Any]]:
+    """The minutes of long streams."""
+    minute = torch.cat([audio for _, audio, _ in joined(rows, 5, random.Random(0))])[: 60 * SAMPLE_RATE]
+    print("commit   first, s   last, s   last / first   five / five   x real time   grown, MB")
+    table = []
+    for commit in COMMITS:
+        table.append(minutes(model, commit, minute, count))
+        print("{:8} {:8} {:9} {:14} {:13} {:13} {:11}".format(*table[-1].values()), flush=True)
+    return table
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints the tables and writes them, with their circumstances, into `benchmarks/results/`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoint", required=True, help="a run or a checkpoint, with a CTC head")
     parser.add_argument("--data", type=Path, required=True, help="manifest of the sentences")
     parser.add_argument("--sentences", type=int, help="so many of them (default: all)")
-    parser.add_argument("--minutes", type=int, default=60, help="of the long stream (default: %(default)s)")
+    parser.add_argument("--minutes", type=int, default=60, help="of the long streams, 0: none (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pauses (default: %(default)s)")
     parser.add_argument("--log", type=Path, help="folder for the logs of the words' times, as OmniSTEval reads them")
@@ -92,35 +129,16 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     torch.set_num_threads(flags.threads)
     model = SpeechLM.from_pretrained(flags.checkpoint)
-    single = list(sentences(flags.data, flags.sentences))
-    fives = joined(single, 5, random.Random(flags.seed))
-    rows = []
-    print("audio   commit    WER, %   LAAL, ms   with computing")
-    for name, audios in (("single", single), ("fives", fives)):
-        for commit in COMMITS:
-            found = heard(model, commit, audios)
-            if flags.log:
-                write_instances(flags.log / f"{name}-{commit}.log", found)
-            wer = score([text for *_, text in audios], [x.prediction for x in found]).wer
-            rows.append(
-                {
-                    "audio": name,
-                    "commit": commit,
-                    "wer": round(100 * wer, 2),
-                    "laal_ms": round(mean_laal(found)),
-                    "laal_ca_ms": round(mean_laal(found, computation_aware=True)),
-                }
-            )
-            print("{:7} {:8} {:7} {:10} {:16}".format(*rows[-1].values()), flush=True)
-    minute = torch.cat([audio for _, audio, _ in fives])[: 60 * SAMPLE_RATE]
-    costs = []
-    print("commit   first, s   last, s   last / first   five / five   x real time   grown, MB")
-    for commit in COMMITS:
-        costs.append(minutes(model, commit, minute, flags.minutes))
-        print("{:8} {:8} {:9} {:14} {:13} {:13} {:11}".format(*costs[-1].values()), flush=True)
-    given = [f"--{name}={getattr(flags, name)}" for name in ("checkpoint", "data", "minutes", "threads", "seed")]
+    rows = list(sentences(flags.data, None))
+    used = rows[: flags.sentences]
+    tables = {
+        "sentences": sentences_table(model, used, flags.seed, flags.log) if used else [],
+        "minutes": minutes_table(model, rows, flags.minutes) if flags.minutes else [],
+    }
+    names = ("checkpoint", "data", "sentences", "minutes", "threads", "seed")
+    given = [f"--{name}={value}" for name in names if (value := getattr(flags, name)) is not None]
     command = ["python", "-m", "benchmarks.stream", *given]
-    print(write_result("stream-cpu", flags.output, command, cpu_name(), rows=rows, minutes=costs))
+    print(write_result("stream-cpu", flags.output, command, cpu_name(), **tables))
 
 
 if __name__ == "__main__":

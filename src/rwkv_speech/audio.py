@@ -40,7 +40,8 @@ MIN_SAMPLES = receptive_field(CONV_KERNELS, CONV_STRIDES)  # 400
 
 # torchaudio builds a dense filter of rate x rate / gcd^2 taps: 0.1 M for 44.1 kHz, 256 M for 15,999 Hz.
 _MAX_RESAMPLE_TAPS = 20_000_000
-_MAX_RATE = 10_000_000
+# Beyond these a header lies: of a few Hz, some bytes would be hours.
+_MIN_RATE, _MAX_RATE = 1_000, 10_000_000
 # The mean of unrelated channels has the power of all of them by C^2; far below that, they cancel each other out.
 _CANCELLED = 0.1
 
@@ -217,8 +218,10 @@ class Resampler:
 
     def __init__(self, rate: int, label: str) -> None:
         self._rate, self._label = rate, label
-        if rate > _MAX_RATE:
-            raise AudioError(f"{label}: has {rate:,} samples a second; expected at most {_MAX_RATE:,}: mend its header")
+        if not _MIN_RATE <= rate <= _MAX_RATE:
+            raise AudioError(
+                f"{label}: has {rate:,} samples a second; expected {_MIN_RATE:,} to {_MAX_RATE:,}: mend its header"
+            )
         common = math.gcd(rate, SAMPLE_RATE)
         # So many samples become so many.
         self._step, self._made = rate // common, SAMPLE_RATE // common

@@ -422,6 +422,14 @@ class _StreamFlags:
         COMMITS,
         needs="stream",
     )
+    pace: float | None = flag(
+        None,
+        "seconds from one reading of what is being said to the next; empty: 0.25 for words, 0.5 on a terminal, else "
+        "none",
+        above=0,
+        at_most=60,
+        needs="stream",
+    )
 
 
 @dataclass(frozen=True)

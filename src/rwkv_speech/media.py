@@ -10,6 +10,7 @@ S samples · C channels
 import io
 import itertools
 import logging
+import math
 import os
 import stat
 import sys
@@ -100,9 +101,13 @@ def measure(file: BinaryIO, label: str) -> float:
                 return float(sound.frames / sound.samplerate)
             if sound.format == "FLAC":
                 with _ffmpeg(file, label) as (container, stream):
-                    units = [packet.duration or 0 for packet in container.demux(stream) if packet.size]
-                    # Of a damaged file there may be more or less than the frames' headers say.
-                    if all(units) and sum(units) == stream.duration:
+                    packets = [(p.duration or 0, p.size) for p in container.demux(stream) if p.size]
+                    units = [duration for duration, _ in packets]
+                    # Of a damaged file there may be more or less than the frames' headers say: some packets are longer
+                    # than the longest frame (bytes 7 to 9 of STREAMINFO; 0: not known).
+                    longest = int.from_bytes((stream.codec_context.extradata or b"")[7:10], "big") or math.inf
+                    is_sound = all(units) and max((size for _, size in packets), default=0) <= longest
+                    if is_sound and sum(units) == stream.duration:
                         return float(sum(units) * stream.time_base)
     blocks = _read_any(file, label, 0.0, None)
     try:
@@ -330,21 +335,26 @@ class _Chain:
                 with _ffmpeg(link, self._label) as (container, stream):
                     self._format = container.format.name
                     self._claimed += float((stream.duration or 0) * stream.time_base)
-                    yield from self._frames(container.demux(stream))
+                    yield from self._frames(container, stream)
             except _Undecodable:
                 if not self._sound:
                     raise
                 self._damaged += 1
 
-    def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
+    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
         import av
 
+        packets = container.demux(stream)
         while True:
             try:
                 packet = next(packets, None)
                 frames = packet.decode() if packet else []
             except av.FFmpegError:
                 self._damaged += 1
+                continue
+            except IndexError:
+                # PyAV does not know a stream that begins later.
+                packets = container.demux(stream)
                 continue
             if packet is None:
                 return

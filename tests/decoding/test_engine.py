@@ -190,3 +190,13 @@ def test_greedy_and_sampled_requests_share_the_slots_of_a_beam_search(ending: Sp
         alone = decode(Engine(ending, Options.given(0.0, beam=3, best_of=2), slots=2), [request])
         assert found[request.key].hypotheses == alone[request.key].hypotheses
         assert len(found[request.key].hypotheses) == (2 if request.temperature else 3)
+
+
+@pytest.mark.parametrize("options", [GREEDY, Options.given(0.0, beam=2)])
+def test_decoding_works_under_the_autocast_of_training(ending: SpeechLM, options: Options):
+    chosen = samples(sounds(LENGTHS))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decode(Engine(ending, options, slots=3), requests(chosen))
+    exact = decode(Engine(ending, options, slots=3), requests(chosen))
+    close = [text.hypotheses[0].logprobs[:1] for text in (found[11], exact[11])]
+    assert found.keys() == exact.keys() and close[0] == pytest.approx(close[1], abs=0.3)

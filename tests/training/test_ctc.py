@@ -125,7 +125,7 @@ def test_a_head_that_is_there_is_not_trained_again(
     monkeypatch.setattr(ctc, "_fit", None)
     expected = head_of(run)
     shutil.copy(run / "last.safetensors", run / "epoch-7.safetensors")
-    assert train(corpus, run, ctc=1, ctc_epochs=50) == 0
+    assert train(corpus, run, ctc=1, ctc_epochs=50, micro_bsz=2) == 0
     assert "in 3 checkpoints" in capsys.readouterr().out
     assert all(torch.equal(x, head_of(run)[name]) for name, x in expected.items())
 

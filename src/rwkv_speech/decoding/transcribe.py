@@ -93,7 +93,8 @@ class _Halved:
     """A piece whose text seems to lack words, so that it is decoded in two, too."""
 
     whole: Done
-    parts: list[Done] = field(default_factory=list)
+    part_of: "_Halved | None"
+    parts: list[list[Done]] = field(default_factory=list)  # what is to be kept of each
 
 
 class Transcriber:
@@ -192,16 +193,13 @@ class Transcriber:
         again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
         if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
             return self._submit(place.work, place.piece, place.attempt + 1, place.halved)
-        if place.halved is not None:
-            place.halved.parts.append(done)
-            if len(place.halved.parts) == 2:
-                self._choose(place.halved)
-        elif halves := self._halves(done):
-            halved = _Halved(done)
+        if halves := self._halves(done):
+            halved = _Halved(done, place.halved)
             for half in halves:
                 self._submit(place.work, half, 0, halved)
         else:
-            self._keep(done)
+            for kept in self._chosen([done], place.halved):
+                self._keep(kept)
         self._add(place.work, ())
 
     def _keep(self, done: Done) -> None:
@@ -231,17 +229,20 @@ class Transcriber:
             return None
         return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done))
 
-    def _choose(self, halved: _Halved) -> None:
-        """Keep the whole or its parts, whichever texts are nearer to what the CTC head hears."""
-
-        def num_errors(*found: Done) -> int:
-            head = self._model.ctc
-            assert head is not None
-            return sum(coverage.num_errors(x.ctc, head.spec.labels, self._text(x)) for x in found if x.ctc is not None)
-
-        parts = sorted(halved.parts, key=lambda part: part.request.key.piece.start)
-        for done in parts if num_errors(*parts) < num_errors(halved.whole) else [halved.whole]:
-            self._keep(done)
+    def _chosen(self, found: list[Done], halved: _Halved | None) -> list[Done]:
+        """What is kept once both parts are known: they or the whole, whichever texts are nearer to what is heard."""
+        head = self._model.ctc
+        while halved is not None and head is not None:
+            halved.parts.append(found)
+            if len(halved.parts) < 2:
+                return []
+            parts = sorted(itertools.chain(*halved.parts), key=lambda part: part.request.key.piece.start)
+            whole, errors = [halved.whole], list[int]()
+            for texts in (parts, whole):
+                heard = [(x.ctc, head.spec.labels, self._text(x)) for x in texts if x.ctc is not None]
+                errors.append(sum(itertools.starmap(coverage.num_errors, heard)))
+            found, halved = parts if errors[0] < errors[1] else whole, halved.part_of
+        return found
 
     def _word_gaps(self, waveform: Tensor) -> list[int]:
         """Samples between two words of (S,), as far as the CTC head hears them."""

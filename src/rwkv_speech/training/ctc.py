@@ -39,7 +39,7 @@ from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.training.ctc_speech import Speech, with_times
 from rwkv_speech.training.optim import lr_factor
-from rwkv_speech.training.points import ResumePoint, begin_point, finish_point, newest_point
+from rwkv_speech.training.points import begin_point, finish_point, newest_point
 from rwkv_speech.training.progress import say
 from rwkv_speech.training.resume import shared_settings
 from rwkv_speech.training.run import quieten
@@ -69,8 +69,7 @@ def fit_ctc(model: SpeechLM, config: TrainConfig, data: SpeechDataset, cache: Fe
         cache = FeatureCache(frames, settings["encoder"], "float32")
         data = data.with_cache(cache)
     module = CtcModule(model.encoder, config, data, speech, cache)
-    point = module.find_point(settings)
-    if point is None or point.info["epoch"] < module.epochs:
+    if not module.is_trained(settings):
         _fit(module, config)
     if getattr(rank_zero_only, "rank", 0):
         return
@@ -140,21 +139,28 @@ class CtcModule(pl.LightningModule):
         self.epochs = config.ctc_epochs or min(_MOST_EPOCHS, enough)
         self.start = 0  # the epoch to begin with
         self._resumed: dict[str, Any] = {}
-        self._settings: dict[str, Any] = {}
+        self._info: dict[str, Any] = {}  # of the points
         self._said, self._losses, self._left_out = time.perf_counter(), list[Tensor](), set[int]()
 
-    def find_point(self, settings: Mapping[str, Any]) -> ResumePoint | None:
-        """Where this stage stopped, if it was begun with the same settings; its state is taken over."""
-        cut = {name: getattr(self.config, name) for name in ("micro_bsz", "batch_seconds", "accumulate", "device")}
-        self._settings = {**settings, **cut, "lr_ctc": self.config.lr_ctc, "ctc_epochs": self.epochs}
-        point = newest_point(Path(self.config.proj_dir) / FOLDER)
-        if point and point.info["settings"] != self._settings:
+    def is_trained(self, settings: Mapping[str, Any]) -> bool:
+        """Take over what was trained before with the same settings; whether that was all.
+
+        What was interrupted is resumed with batches that are cut alike; else it begins again.
+        """
+        c = self.config
+        cut = {name: getattr(c, name) for name in ("micro_bsz", "batch_seconds", "accumulate", "device", "num_nodes")}
+        own = {"lr_ctc": c.lr_ctc, "ctc_epochs": c.ctc_epochs}
+        self._info = {"settings": {**settings, **own}, "cut": cut, "epochs": self.epochs}
+        point = newest_point(Path(c.proj_dir) / FOLDER)
+        if point is None:
+            return False
+        done = point.info["epoch"] == point.info["epochs"]
+        if point.info["settings"] != self._info["settings"] or not (done or point.info["cut"] == cut):
             say("the CTC head here was trained with other settings: it is trained again")
-            point = None
-        if point:
-            self._resumed, self.start = torch.load(point.path / _STATE), point.info["epoch"]
-            self.head.load_state_dict(self._resumed["head"])
-        return point
+            return False
+        self._resumed, self.start = torch.load(point.path / _STATE, map_location="cpu"), point.info["epoch"]
+        self.head.load_state_dict(self._resumed["head"])
+        return done
 
     @property
     def _encoder(self) -> SpeechEncoder:
@@ -249,7 +255,7 @@ class CtcModule(pl.LightningModule):
             schedule: Any = self.lr_schedulers()
             state = {"head": self.head.state_dict(), "optimizer": self.trainer.optimizers[0].state_dict()}
             torch.save({**state, "schedule": schedule.state_dict()}, pending / _STATE)
-            finish_point(pending, {"settings": self._settings, "epoch": epoch}, keep=1)
+            finish_point(pending, {**self._info, "epoch": epoch}, keep=1)
 
 
 def frames_needed(targets: Sequence[int]) -> int:
