@@ -22,6 +22,8 @@ PAD = SAMPLE_RATE // 10
 # Where a silence is left out, so are the frames beside it of so much less power than the loudest, but for a margin: the
 # VAD needs its time to hear an end, and models are trained on audio that begins and ends with its sound.
 _FRAME, _MARGIN, _SILENT = SAMPLE_RATE // 100, SAMPLE_RATE // 50, 1e-5
+# Pieces that end in silence are so many samples long, or a multiple: on a CPU, each new length costs memory for good.
+_STEP = SAMPLE_RATE * 8 // 100
 # What a piece that grows too long may be cut in; without a VAD, a pause has a hundredth of the power.
 _SHORT_PAUSE = 3  # windows
 _QUIET = 0.01
@@ -121,7 +123,9 @@ class Segmenter:
             return []
         if self._is_trimmed or end < self._end:
             first, last = sound(self._samples(begin, end))
-            begin, end = begin + first * self._is_trimmed, begin + last if end < self._end else end
+            begin, whole = begin + first * self._is_trimmed, begin + last
+            if end < self._end:
+                end = begin + -(-(whole - begin) // _STEP) * _STEP
         return [self._piece(begin, end)]
 
     def _cut(self, end: int) -> list[Piece]:
