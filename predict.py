@@ -25,7 +25,7 @@ def predict(config: PredictConfig) -> int:
     from rwkv_speech.decoding.options import Options
     from rwkv_speech.decoding.results import Transcript, shifted
     from rwkv_speech.decoding.screen import Screen
-    from rwkv_speech.decoding.transcribe import Recording, Transcriber
+    from rwkv_speech.decoding.transcriber import Recording, Transcriber
     from rwkv_speech.decoding.writers import Layout, exist, write_transcript
     from rwkv_speech.models.checkpoint import one_task
 

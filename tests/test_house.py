@@ -160,6 +160,7 @@ TESTED_IN = {
     "flags": "test_config.py",
     "data.feature_fill": "data/test_feature_cache.py",
     "data.folder": "data/test_sources.py",
+    "decoding.transcriber": "decoding/test_transcribe.py",
     "ops.build": "ops/test_native.py",
     "ops.wkv6_chunked": "ops/test_wkv6.py",
     "ops.wkv6_ref": "ops/test_wkv6.py",

@@ -24,6 +24,7 @@ from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM, transcribe, transcribe_batch, transcribe_batches
+from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.ctc import CtcSpec
 from rwkv_speech.models.parts import TrainedOn
@@ -229,7 +230,7 @@ def test_a_text_that_failed_is_made_again_at_the_next_temperature(model: SpeechL
         (8_000, 0.0): ("at once", -0.2),
     }
     engine = Scripted(table, model)
-    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    monkeypatch.setattr("rwkv_speech.decoding.transcriber.Engine", engine)
     options = {"temperature": (0, 0.5, 1.0), "vad": "none"}
     long, short = model.transcribe([torch.rand(16_000), torch.rand(8_000)], **options)
     assert (long.text, long.segments[0].temperature) == ("at last", 1.0)
@@ -246,14 +247,14 @@ def test_context_is_the_text_so_far_unless_it_was_guessed(
 ):
     pieces = (24_000, 20_000, 19_000)
     monkeypatch.setattr(
-        "rwkv_speech.decoding.transcribe.Segmenter",
+        "rwkv_speech.decoding.transcriber.Segmenter",
         lambda *_: SimpleNamespace(
             push=lambda x: map(Piece, (0, 1, 2), x.split(pieces)), finish=list, removed_samples=0
         ),
     )
     table = {(size, temperature): (text, -0.1) for size, text in zip(pieces, ("one", "two", "three"), strict=True)}
     engine = Scripted(table, model)
-    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    monkeypatch.setattr("rwkv_speech.decoding.transcriber.Engine", engine)
     options = {"temperature": temperature, "condition_on_previous_text": True, "initial_prompt": "Said"}
     [found] = model.transcribe(torch.rand(sum(pieces)), **options)
     assert found.text == "one two three"
@@ -279,17 +280,29 @@ def test_a_piece_whose_text_lacks_words_is_decoded_in_two_if_that_is_better(
     assert parts is not None
     sizes = [len(piece.waveform) for piece in (whole, *parts)]
     segmenter = SimpleNamespace(push=lambda x: [whole], finish=list, removed_samples=0)
-    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Segmenter", lambda *_: segmenter)
+    monkeypatch.setattr("rwkv_speech.decoding.transcriber.Segmenter", lambda *_: segmenter)
     table = {(size, 0.0): (text, -0.1) for size, text in zip(sizes, ("my cat", *texts), strict=True)}
     heard = (ctc, ctc_of("the dog waits"), ctc_of("call the man"))
     engine = Scripted(table, model, dict(zip(sizes, heard, strict=True)))
-    monkeypatch.setattr("rwkv_speech.decoding.transcribe.Engine", engine)
+    monkeypatch.setattr("rwkv_speech.decoding.transcriber.Engine", engine)
     monkeypatch.setattr(model, "ctc", SimpleNamespace(spec=CtcSpec(LABELS)))
     [found] = model.transcribe([torch.rand(16_000)], temperature=0.0, vad=vad)
     assert [segment.text for segment in found.segments] == expected
     places = parts if len(expected) == 2 else [whole]
     assert [(s.start, s.end) for s in found.segments] == [(x.start / 16_000, x.end / 16_000) for x in places]
     assert len(engine.requests) == (1 if vad == "none" else 3)
+
+
+def test_the_ctc_head_judges_no_text_that_is_not_what_is_heard(model: SpeechLM, monkeypatch: pytest.MonkeyPatch):
+    size = 16_000
+    silence = torch.tensor([1.0, 1e-9]).log().expand(50, 2)
+    engine = Scripted({(size, 0.0): ("a dog barks", -0.1)}, model, {size: silence})
+    monkeypatch.setattr("rwkv_speech.decoding.transcriber.Engine", engine)
+    monkeypatch.setattr(model, "ctc", SimpleNamespace(spec=CtcSpec("a")))
+    options = Options.given(0.0, vad="none")
+    sounds = [Recording(task, task, lambda: [torch.rand(size)], task) for task in ("asr", "sound")]
+    found = {recording.key: result for recording, result in Transcriber(model, options, 2).run(sounds)}
+    assert {task: result.text for task, result in found.items()} == {"asr": "", "sound": "a dog barks"}  # type: ignore[union-attr]
 
 
 def test_rows_come_from_batches_of_any_size(model: SpeechLM, waves: list[Tensor]):

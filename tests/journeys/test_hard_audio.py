@@ -13,7 +13,7 @@ from hard_files import HERTZ, hard_files, heard, sound, tones
 from rwkv_speech.batch import BadSample
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
-from rwkv_speech.decoding import transcribe
+from rwkv_speech.decoding import transcribe, transcriber
 from rwkv_speech.decoding.engine import Done
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.strategy import Hypothesis
@@ -89,9 +89,10 @@ def test_prediction_gives_all_of_the_audio_and_names_what_is_broken(folder: Path
             done, self.waiting = self.waiting, []
             return [Done(x, [Hypothesis(heard(x.sample.waveform.numpy()), (0.0,), (0.0,), False)], None) for x in done]
 
-    monkeypatch.setattr(transcribe, "Engine", Listener)
+    monkeypatch.setattr(transcriber, "Engine", Listener)
+    monkeypatch.setattr(transcriber, "Reader", lambda model: None)
     tokenizer = SimpleNamespace(decode=lambda ids: str(list(ids)))
-    model = SimpleNamespace(initial_states={"asr": None}, trained_on=None, tokenizer=tokenizer)
+    model = SimpleNamespace(initial_states={"asr": None}, trained_on=None, tokenizer=tokenizer, ctc=None)
     options = Options.given(0.0, vad="none")
     files = [folder / name for name in [*NAMES, RAW]]
     for audio in (files, [path.read_bytes() for path in files]):
