@@ -20,7 +20,6 @@ from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.word_stream import WordListener
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
-from rwkv_speech.synthetic.espeak import Synthesizer, Voice
 
 RATE = 16_000
 
@@ -129,8 +128,13 @@ def test_what_a_reading_adds_to_a_committed_word_comes_with_the_next(script: tup
 
 @pytest.fixture(scope="module")
 def speech() -> Tensor:
-    synthesizer = Synthesizer()
-    said = [synthesizer.say(text, Voice("en-us")).waveform() for text in ("the dog waits", "seven four three")]
+    """Two bursts of noise of changing colour and loudness; to random weights speech is no more than that."""
+    draw = torch.Generator().manual_seed(2)
+    said = []
+    for seconds in (1.2, 1.6):
+        noise = torch.randn(round(RATE * seconds), generator=draw)
+        colour = torch.linspace(-0.9, 0.9, len(noise)) * noise.roll(1)
+        said.append(0.1 * (noise + colour) * (torch.arange(len(noise)) / 1500).sin())
     return torch.cat([x for waveform in said for x in (waveform, torch.zeros(9_000))])
 
 
