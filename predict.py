@@ -27,7 +27,8 @@ def predict(config: PredictConfig) -> int:
     from rwkv_speech.decoding.screen import Screen
     from rwkv_speech.decoding.transcriber import Recording, Transcriber
     from rwkv_speech.decoding.writers import Layout, exist, write_transcript
-    from rwkv_speech.models.checkpoint import one_task
+    from rwkv_speech.errors import UserError
+    from rwkv_speech.tasks import Naming
 
     before_prediction(config)
     if config.stream:
@@ -40,11 +41,13 @@ def predict(config: PredictConfig) -> int:
     if not inputs:
         return report(faults)
     model = load(config)
-    states = dict(model.initial_states.items())
-    task = one_task("the weights", states, config.task)
-    for found in [found for found in inputs if found.task and found.task not in states]:
-        faults.append(f"{found.label}: found no state named {found.task!r}, expected one of {', '.join(states)}")
-        inputs.remove(found)
+    naming, states = Naming.among(list(model.initial_states), config.task), list[str]()
+    for found in list(inputs):
+        try:
+            states.append(naming.state(found.task, found.lang))
+        except UserError as error:
+            faults.append(f"{found.label}: {error}")
+            inputs.remove(found)
     report(faults)
     layout = Layout(config.max_line_width, config.max_line_count, config.max_words_per_line)
     transcriber = Transcriber(model, Options.of(config), config.micro_bsz)
@@ -53,7 +56,7 @@ def predict(config: PredictConfig) -> int:
     def recordings() -> Iterator[Recording]:
         for number, found in enumerate(inputs):
             blocks = partial(screen.watched, found)
-            yield Recording(number, found.label, blocks, found.task or task, found.lang)
+            yield Recording(number, found.label, blocks, states[number], found.lang)
 
     try:
         for recording, result in transcriber.run(recordings()):

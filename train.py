@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.training.ctc import fit_ctc
-    from rwkv_speech.training.data import make_datasets, open_train_and_valid
+    from rwkv_speech.training.data import make_datasets, open_train_and_valid, state_names
     from rwkv_speech.training.progress import say
     from rwkv_speech.training.run import fit, results, sole_run
 
@@ -59,9 +59,10 @@ def train(config: TrainConfig) -> None:
     sources = open_train_and_valid(config)
     with nullcontext() if config.plan else sole_run(Path(config.proj_dir)):
         pl.seed_everything(config.seed, verbose=False)
-        model = SpeechLM.build(Parts.of(config), compute, [config.task])
-        if config.init_from:
-            model.load_trained(load_trained(find_checkpoint(config.init_from), config.task))
+        start = load_trained(find_checkpoint(config.init_from), config.task) if config.init_from else None
+        model = SpeechLM.build(Parts.of(config), compute, state_names(config, *sources))
+        if start:
+            model.load_trained(start)
         data, valid, cache = make_datasets(config, model, *sources)
         if config.plan:
             return print(plan_run(config, model, cast(SpeechDataset, data)))  # a stream cannot be planned

@@ -22,13 +22,14 @@ from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.tasks import Naming
 
 Found = dict[int, Done]
 
 
 def read(model: SpeechLM, data: str, count: int) -> list[Sample]:
     """The first utterances of a data set."""
-    dataset = SpeechDataset(open_source(data), model.tokenizer, task=next(iter(model.initial_states)))
+    dataset = SpeechDataset(open_source(data), model.tokenizer, naming=Naming.among(list(model.initial_states)))
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     return [sample for sample in samples if isinstance(sample, Sample)]
 

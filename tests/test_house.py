@@ -171,7 +171,6 @@ TESTED_IN = {
         "journeys/test_tiny.py",
     ),
     "training.callbacks": "training/test_run.py",
-    "training.data": "training/test_run.py",
     "training.module": "training/test_run.py",
     "training.points": "training/test_resume.py",
     "training.progress": "training/test_run.py",

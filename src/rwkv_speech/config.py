@@ -16,6 +16,7 @@ KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 SCHEDULES = ("cosine", "constant")
+STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
 VADS = ("silero", "none")
 OUTPUT_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
@@ -71,6 +72,11 @@ def output_formats(text: str) -> tuple[str, ...]:
     return OUTPUT_FORMATS if "all" in named else tuple(dict.fromkeys(named))
 
 
+def _are_tasks(text: str) -> bool:
+    return all(TASK_FORM[0](name) for name in text.split(","))
+
+
+_STATES = (_are_tasks, "names of lower-case letters, digits and _, separated by commas")
 _FORMATS = (output_formats, f"one or several of {', '.join(OUTPUT_FORMATS)} and all, separated by commas")
 _TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
 _LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
@@ -155,8 +161,17 @@ class _TrainDataFlags(_ColumnFlags):
     label_mode: str = flag("none", "what is done to transcripts before they are learned", LABEL_MODES)
     task: str = flag(
         "asr",
-        "task of utterances that name none: the name of the initial state that is learned",
+        "task of utterances that name none; each task is the name of an initial state that is learned",
         form=TASK_FORM,
+    )
+    state_by: str = flag(
+        "task",
+        "task: a state for each task of the training data, of translation for each language of the text; lang: for "
+        "each language of recognition, too",
+        STATE_BY,
+    )
+    states: str = flag(
+        "", "further states, separated by commas: for a stream, whose tasks are not known beforehand", form=_STATES
     )
     ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed", at_least=1)
     batch_seconds: float | None = flag(
@@ -366,7 +381,7 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     )
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
-    task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
+    task: str = flag("", "state for all utterances, whatever task they name; empty: each its own", form=TASK_FORM)
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
     normalizer: str = flag(
@@ -445,7 +460,11 @@ class PredictConfig(_StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
     micro_bsz: int = flag(8, "pieces of audio that are decoded together", at_least=1)
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     file_path: str = flag("", "inputs separated by commas")
-    task: str = flag("", "initial state to decode with; empty: the only one of the weights", form=TASK_FORM)
+    task: str = flag(
+        "",
+        "state to decode with, whatever task a manifest's lines name; empty: theirs, else the only one, or asr",
+        form=TASK_FORM,
+    )
 
     def check(self) -> None:
         """Raises UserError for flags that contradict each other, or have no effect on one device."""

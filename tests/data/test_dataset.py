@@ -14,6 +14,7 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import encoder
+from rwkv_speech.tasks import Naming
 from rwkv_speech.tokenizer import WorldTokenizer
 
 
@@ -192,5 +193,5 @@ def test_task_and_language_reach_the_batch(source: FileSource, tokenizer: WorldT
     file = source.utterance(0).audio
     named = FileSource([Utterance("a", file, "x", lang="de", task="translate"), Utterance("b", file, "x")])
     for task in ("asr", "caption"):
-        batch = collate([SpeechDataset(named, tokenizer, task=task)[i] for i in (1, 0)])
+        batch = collate([SpeechDataset(named, tokenizer, naming=Naming(task))[i] for i in (1, 0)])
         assert (batch.indices, batch.tasks, batch.langs) == ([1, 0], [task, "translate"], [None, "de"])

@@ -45,6 +45,13 @@ def test_source_decodes_bytes_and_takes_further_columns():
     assert [source.utterance(i).duration for i in (1, 2)] == [None, None]
 
 
+def test_tasks_are_counted_by_language():
+    assert HuggingFaceSource(make_rows(2), Columns()).tasks() == {(None, None): 2}
+    rows = make_rows(3, task=["st", "st", None], lang=["es", "es", "fr"])
+    assert HuggingFaceSource(rows, Columns()).tasks() == {("st", "es"): 2, (None, "fr"): 1}
+    assert HuggingFaceSource(rows.select([2]), Columns()).tasks() == {(None, "fr"): 1}
+
+
 def test_durations_are_nan_where_unknown():
     rows = make_rows(4, duration=[0.5, None, -1.0, 2.0])
     np.testing.assert_array_equal(

@@ -1,3 +1,4 @@
+import json
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -94,6 +95,26 @@ def test_durations_are_nan_where_unknown(tmp_path: Path):
     assert durations.dtype == np.float32
     np.testing.assert_array_equal(durations, np.array([0.5, np.nan, 2.0] * 2, np.float32))
     assert ConcatSource([]).durations().shape == (0,)
+
+
+def test_tasks_are_counted_by_language_in_every_kind_of_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_audio(tmp_path / "a.wav")
+    pairs = [("st", "es"), ("st", "es"), ("st", None), (None, "fr"), (None, None)]
+    rows = [{"audio_filepath": "a.wav", "text": "x", "task": task, "lang": lang} for task, lang in pairs]
+    manifest = write_manifest(tmp_path / "m.jsonl", *rows)
+    expected = {("st", "es"): 2, ("st", None): 1, (None, "fr"): 1, (None, None): 1}
+    assert open_sources(str(manifest)).tasks() == expected
+    monkeypatch.setattr(sources, "BIG_MANIFEST", 0)
+    source = open_source(str(manifest))
+    assert isinstance(source, TableSource) and source.tasks() == expected
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for number, row in enumerate(rows):
+            (tmp_path / f"{number}.json").write_text(json.dumps(row))
+            archive.add(tmp_path / "a.wav", f"{number}.wav")
+            archive.add(tmp_path / f"{number}.json", f"{number}.json")
+    assert open_source(f"tar:{tmp_path / 's.tar'}").tasks() == expected
+    both = open_sources(f"{manifest},{manifest}@3")
+    assert both.tasks() == {pair: 2 * count for pair, count in expected.items()}
 
 
 def test_open_source_keeps_a_big_manifest_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

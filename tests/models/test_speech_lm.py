@@ -95,6 +95,14 @@ def test_each_utterance_starts_from_its_own_tasks_state(tiny_parts: Parts):
         model(batch_of(model, waves, TEXTS, ["st", "asr", "qa", "st"]))
 
 
+def test_a_state_that_no_utterance_has_takes_part_with_no_gradient(tiny_parts: Parts):
+    """Ranks wait for the gradient of every tensor, and the optimizer's step is not to depend on how a batch was cut."""
+    model = build(tiny_parts, ["asr", "st"])
+    model(batch_of(model, sounds(LENGTHS), TEXTS, ["st"] * len(TEXTS))).backward()
+    unused, used = model.initial_states["asr"].grad, model.initial_states["st"].grad
+    assert unused is not None and not unused.any() and used is not None and used.any()
+
+
 def test_loss_feels_the_audio_and_the_initial_state(model: SpeechLM):
     waves = sounds(LENGTHS)
     before = model(batch_of(model, waves, TEXTS))

@@ -17,6 +17,7 @@ from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring import calibrate as room
 from rwkv_speech.scoring.calibrate import calibrate
+from rwkv_speech.tasks import Naming
 
 
 @pytest.fixture
@@ -44,15 +45,15 @@ def test_every_utterance_is_decoded_as_it_is_and_at_other_speeds_and_with_noise(
 ):
     source = open_source(str(manifest))
     plain = source.load(0)
-    found = [request for request in room._requests(source, "asr") if request.key == 0]
+    found = [request for request in room._requests(source, Naming()) if request.key == 0]
     assert len(found) == 9 and {len(request.sample.waveform) for request in found} > {round(16_000 / 1.25), 20_000}
     noises = [x.sample.waveform - plain for x in found if len(x.sample.waveform) == len(plain)]
     powers = [float(10 * torch.log10(plain.square().mean() / noise.square().mean())) for noise in noises if noise.any()]
     assert sorted(powers) == pytest.approx([0, 5, 10, 20], abs=0.3) and len(noises) == 5
-    again = [request for request in room._requests(source, "asr") if request.key == 0]
+    again = [request for request in room._requests(source, Naming()) if request.key == 0]
     assert all(torch.equal(x.sample.waveform, y.sample.waveform) for x, y in zip(found, again, strict=True))
     monkeypatch.setattr(room, "_MOST", 4)
-    assert len(list(room._requests(source, "asr"))) == 3  # of many data each comes once
+    assert len(list(room._requests(source, Naming()))) == 3  # of many data each comes once
 
 
 def test_calibrate_fits_and_writes_what_predicts_the_other_half(

@@ -22,6 +22,7 @@ from rwkv_speech.data.feature_cache import FeatureCache, recording_key
 from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
 from rwkv_speech.data.source import Part, Source, parts_of
 from rwkv_speech.errors import UserError
+from rwkv_speech.tasks import Naming
 from rwkv_speech.text import normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -52,7 +53,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     An utterance is asked for as (epoch, index), or as its index alone, which is epoch 0: persistent workers keep
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
-    `task` is that of utterances that name none. A broken recording becomes a BadSample, never an exception; so does one
+    `naming` says which state an utterance has. A broken recording becomes a BadSample, never an exception; so does one
     that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames. Raises
     UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
     """
@@ -64,7 +65,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         label_mode: str = "none",
         fit: "Fit | None" = None,
         *,
-        task: str = "asr",
+        naming: Naming = Naming(),  # noqa: B008 (it is frozen)
         normalise: bool = False,
         augment: Augmenter | None = None,
         cache: FeatureCache | None = None,
@@ -76,12 +77,12 @@ class SpeechDataset(Dataset[Sample | BadSample]):
                 "change in every epoch; leave out one or the other"
             )
         self.source, self._tokenizer = source, tokenizer
-        self._label_mode, self._fit, self._task = label_mode, fit, task
+        self._label_mode, self._fit, self._naming = label_mode, fit, naming
         self._normalise, self._augment, self._cache = normalise, augment, cache
 
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
-        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit, task=self._task)
+        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit, naming=self._naming)
 
     def with_cache(self, cache: FeatureCache) -> "SpeechDataset":
         """The same utterances with the frames of a cache, which is to be filled first."""
@@ -151,7 +152,8 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         # A known duration saves the decoding of what is left out anyway.
         if found.duration is not None and (fault := self._fault(found.duration / speed, ids)):
             return BadSample(index, found.id, fault, too_long=True)
-        sample = Sample(found.id, torch.empty(0), text, ids, 0.0, index, found.task or self._task, found.lang)
+        state = self._naming.state(found.task, found.lang)
+        sample = Sample(found.id, torch.empty(0), text, ids, 0.0, index, state, found.lang)
         try:
             if self._cache:
                 return self._cached_sample(self._cache, sample)

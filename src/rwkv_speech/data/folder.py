@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.data.manifest import summary
-from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance, digest
+from rwkv_speech.data.source import AUDIO_SUFFIXES, TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 
 
@@ -37,6 +37,10 @@ class FileSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.array([found.duration for found in self._utterances], np.float32)
+
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        return TaskCounts((found.task, found.lang) for found in self._utterances)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every utterance's metadata and the size of its file."""

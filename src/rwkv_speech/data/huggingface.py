@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import ACCEPTED_FORMS
-from rwkv_speech.data.source import Columns, Utterance, digest
+from rwkv_speech.data.source import Columns, TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
 
@@ -104,6 +104,14 @@ class HuggingFaceSource:
             return unknown
         found = column.to_numpy().astype(np.float32)
         return np.where(found > 0, found, unknown)
+
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        known = [name for name in ("task", "lang") if name in self._rows.column_names]
+        columns = {name: self._rows.select_columns([name])[:][name] for name in known}
+        nothing = [None] * len(self)
+        pairs = zip(columns.get("task", nothing), columns.get("lang", nothing), strict=True)
+        return TaskCounts((_string_or_none(task), _string_or_none(lang)) for task, lang in pairs)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the texts, durations, languages, tasks, ids and sizes of all rows."""

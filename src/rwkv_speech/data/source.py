@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ AUDIO_SUFFIXES = frozenset(
     ".wav .flac .ogg .oga .opus .spx .mp3 .mp2 .m4a .m4b .mp4 .aac .webm .weba .mka .wma .amr .3gp .ac3 .wv .ape .tta "
     ".aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph".split()
 )
+TaskCounts = Counter[tuple[str | None, str | None]]  # (task, language) -> utterances
 _MOST = 1000
 _WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
 
@@ -95,6 +97,10 @@ class Source(Protocol):
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         ...
 
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        ...
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what can be known of the content without decoding it, wherever it lies."""
         ...
@@ -133,6 +139,13 @@ class ConcatSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.concatenate([np.zeros(0, np.float32), *(source.durations() for source in self._sources)])
+
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        counts = TaskCounts()
+        for source in self._sources:
+            counts.update(source.tasks())
+        return counts
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the sources' fingerprints and weights."""

@@ -38,7 +38,7 @@ from rwkv_speech.data.manifest import (
     to_utterance,
     unreadable,
 )
-from rwkv_speech.data.source import Utterance, digest
+from rwkv_speech.data.source import TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
@@ -96,12 +96,22 @@ class TableSource:
             found[end - len(batch) : end] = batch.column("duration").to_numpy(zero_copy_only=False)
         return found
 
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        return count_tasks(pa.Table.from_batches([batch.select(["task", "lang"]) for batch in self._batches]))
+
     def _row(self, index: int) -> pa.RecordBatch:
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         batch = self._batches[number]
         return batch.slice(index - self._ends[number] + len(batch), 1)
+
+
+def count_tasks(rows: pa.Table) -> TaskCounts:
+    """The number of rows of each pair of `task` and `lang`."""
+    found = rows.group_by(["task", "lang"]).aggregate([([], "count_all")]).to_pylist()
+    return TaskCounts({(row["task"], row["lang"]): row["count_all"] for row in found})
 
 
 def open_table(path: Path) -> TableSource:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio
 from rwkv_speech.data.manifest import row_faults, summary, with_speaker
-from rwkv_speech.data.source import AUDIO_SUFFIXES, Utterance, digest
+from rwkv_speech.data.source import AUDIO_SUFFIXES, TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 
@@ -91,6 +91,14 @@ class TarSource:
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return np.concatenate([np.zeros(0, np.float32), *(shard.durations for shard in self._shards)])
+
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language, None where they name none."""
+        counts = TaskCounts()
+        for shard in self._shards:
+            lines = _read(shard.index, int(shard.ends[0]), int(shard.ends[-1] - shard.ends[0])).splitlines()
+            counts.update((row.get("task"), row.get("lang")) for row in map(json.loads, lines))
+        return counts
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every shard's name and its utterances' metadata, places and sizes."""

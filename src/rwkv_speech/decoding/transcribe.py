@@ -22,7 +22,7 @@ from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
-from rwkv_speech.models.checkpoint import one_task
+from rwkv_speech.tasks import Naming
 
 Audio = str | Path | bytes | Tensor | np.ndarray
 
@@ -85,7 +85,7 @@ def transcribe(
     """Each recording's number and transcript, in order, as they are made; a broken one gives a BadSample."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size: found {batch_size!r}, expected a whole number at least 1; leave it out for 8")
-    task = one_task("the weights", dict(model.initial_states.items()), task)
+    task = Naming.among(list(model.initial_states), task).state(None, None)
     recordings = (recording_of(item, number, task) for number, item in enumerate(audio))
     results: dict[int, Transcript | BadSample] = {}
     wanted = 0
@@ -107,7 +107,7 @@ def stream(
     hold: float = HOLD_SECONDS,
 ) -> Stream:
     """What SpeechLM.stream gives."""
-    task = one_task("the weights", dict(model.initial_states.items()), task)
+    task = Naming.among(list(model.initial_states), task).state(None, None)
     transcriber = Transcriber(model, options, batch_size)
     listener: Listener
     if commit == "word":

@@ -208,7 +208,7 @@ class Transcriber:
 
     def _says_what_is_heard(self, done: Done) -> bool:
         """Whether a piece's text is to be what the CTC head hears, not a translation, an answer or a sound's name."""
-        return done.ctc is not None and done.request.sample.task == tasks.DEFAULT
+        return done.ctc is not None and tasks.base_of(done.request.sample.task) == tasks.DEFAULT
 
     def _silence(self, done: Done) -> float:
         return guards.no_speech_prob(done.ctc) if self._says_what_is_heard(done) else 0.0

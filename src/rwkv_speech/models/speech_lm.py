@@ -141,10 +141,14 @@ class SpeechLM(nn.Module):
                 f"{', '.join(sorted(self.initial_states))}; train with --task {missing[0]}, or leave its utterances out"
             )
         zero = self.lm.zero_state(len(task_names))
-        if len(set(task_names)) == 1:  # read in place, not copied
-            return zero._replace(wkv=self.initial_states[task_names[0]][:, None].expand_as(zero.wkv))
-        states = [self.initial_states[name] for name in task_names]
-        return zero._replace(wkv=torch.stack(states, 1)) if states else zero
+        if not task_names:
+            return zero
+        # In training each state has a part, so that each has a gradient on all ranks and in every step.
+        apart = list(self.initial_states) if torch.is_grad_enabled() else list(dict.fromkeys(task_names))
+        if len(apart) == 1:  # read in place, not copied
+            return zero._replace(wkv=self.initial_states[apart[0]][:, None].expand_as(zero.wkv))
+        rows = [apart.index(name) for name in task_names]
+        return zero._replace(wkv=torch.stack([self.initial_states[name] for name in apart], 1)[:, rows])
 
     def frames(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The encoder's frames (U, F, D) float32 and F of each utterance: the batch's own where it has them."""

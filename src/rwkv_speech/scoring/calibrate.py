@@ -23,9 +23,10 @@ from rwkv_speech.decoding.options import GREEDY
 from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.devices import compute_of
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.checkpoint import add_confidence, find_checkpoint, one_task
+from rwkv_speech.models.checkpoint import add_confidence, find_checkpoint
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.reliability import Reliability, reliability, right_words
+from rwkv_speech.tasks import Naming
 
 # Validation data is often of the training's voices, which are hardly ever misheard: other speeds, which change the
 # pitch, and noise make them strangers. Each utterance as it is, too.
@@ -49,9 +50,9 @@ def calibrate(run: Path, data: str, task: str = "") -> tuple[Path, Reliability, 
     if model.ctc is None:
         raise UserError(f"{path}: found no CTC head, whose agreement confidence needs; train one with --ctc 1 first")
     source = open_source(data)
-    task = one_task(path, dict(model.initial_states.items()), task)
+    naming = Naming.among(list(model.initial_states), task)
     halves: tuple[list[Judged], list[Judged]] = [], []
-    for index, found in _judged(model, source, task):
+    for index, found in _judged(model, source, naming):
         halves[index % 2].extend(found)
     words = halves[0] + halves[1]
     wrong = sum(not right for _, right in words)
@@ -70,11 +71,11 @@ def _fitted(words: Sequence[Judged]) -> Calibration:
     return fit([found for found, _ in words], [right for _, right in words])
 
 
-def _judged(model: SpeechLM, source: Source, task: str) -> Iterator[tuple[int, list[Judged]]]:
+def _judged(model: SpeechLM, source: Source, naming: Naming) -> Iterator[tuple[int, list[Judged]]]:
     """The number of each utterance, and the words that were recognised in it."""
     assert model.ctc is not None
     times = WordTimes(model.ctc, model.encoder)
-    for done in Engine(model, GREEDY, _SLOTS).run(_requests(source, task)):
+    for done in Engine(model, GREEDY, _SLOTS).run(_requests(source, naming)):
         if done.ctc is None or is_silence(no_speech_prob(done.ctc), GREEDY):
             continue
         best, index = done.hypotheses[0], done.request.key
@@ -85,7 +86,7 @@ def _judged(model: SpeechLM, source: Source, task: str) -> Iterator[tuple[int, l
         yield index, [(x, is_right) for x, is_right in zip(found, right, strict=True) if is_right is not None]
 
 
-def _requests(source: Source, task: str) -> Iterator[Request]:
+def _requests(source: Source, naming: Naming) -> Iterator[Request]:
     """The utterances, each as it is and changed, as many times as `_MOST` allows."""
     changes = len(_SPEEDS) + len(_SNRS_DB)
     times = max(1, min(changes, _MOST // max(1, len(source))))
@@ -98,7 +99,8 @@ def _requests(source: Source, task: str) -> Iterator[Request]:
         for turn in range(times):
             changed = _changed(waveform, (number + turn) % changes, number)
             seconds = len(changed) / SAMPLE_RATE
-            sample = Sample(str(index), changed, "", [], seconds, index, source.utterance(index).task or task)
+            found = source.utterance(index)
+            sample = Sample(str(index), changed, "", [], seconds, index, naming.state(found.task, found.lang))
             yield Request(index, sample, GREEDY.token_limit(seconds))
 
 

@@ -11,13 +11,13 @@ from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.loader import collate
-from rwkv_speech.data.source import Source, Utterance
+from rwkv_speech.data.source import Source, TaskCounts, Utterance
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row
 from rwkv_speech.decoding.transcribe import transcribe_batches
-from rwkv_speech.models.checkpoint import one_task
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.speed import Timer
+from rwkv_speech.tasks import Naming
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Share:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
         return self.source.durations()[self.rank :: self.world_size]
 
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language in the whole source."""
+        return self.source.tasks()
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the whole source."""
         return self.source.fingerprint()
@@ -66,11 +70,10 @@ def decode(
 ) -> Iterator[int | Part]:
     """Decode a share, so many utterances at once: how many more are done, and at the end what was found.
 
-    Utterances that name no task have `task`, by default the model's only one. More broken ones than `max_bad` end it.
+    All have the state `task` if it is given, else each its own. More broken ones than `max_bad` end it.
     """
     part, timer = Part(), Timer(next(model.trained_parameters()).device)
-    task = one_task("the weights", dict(model.initial_states.items()), task)
-    dataset = SpeechDataset(share, model.tokenizer, task=task)
+    dataset = SpeechDataset(share, model.tokenizer, naming=Naming.among(list(model.initial_states), task))
     if len(dataset):
         _warm_up(model, dataset)
         with timer.run(model.encoder):

@@ -226,7 +226,7 @@ class CtcModule(pl.LightningModule):
             frames, lengths = batch.frames, batch.frame_lengths
         else:
             frames, lengths = self._encode(batch.waveforms, batch.num_samples, batch.normalised)
-        spoken = [row for row, task in enumerate(batch.tasks) if task == tasks.DEFAULT]
+        spoken = [row for row, task in enumerate(batch.tasks) if tasks.base_of(task) == tasks.DEFAULT]
         if not spoken:
             return torch.zeros(0)
         targets = [self.head.spec.encode(batch.texts[row]) for row in spoken]

@@ -42,7 +42,8 @@ class Speech:
 
     def __init__(self, source: Source, config: TrainConfig) -> None:
         self._source, self._config = source, config
-        spoken = [i for i in range(len(source)) if (source.utterance(i).task or config.task) == tasks.DEFAULT]
+        named = (source.utterance(i).task or config.task for i in range(len(source)))
+        spoken = [i for i, task in enumerate(named) if tasks.base_of(task) == tasks.DEFAULT]
         self._indices = np.array(spoken)
         if not spoken:
             raise UserError(

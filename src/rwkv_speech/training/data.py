@@ -1,6 +1,7 @@
 """From flags to what training iterates over: sources, changes of the audio, kept features."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from rwkv_speech.data.source import Columns, Source
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.tasks import BY_LANG, DEFAULT, Naming
 from rwkv_speech.training.progress import say
 
 if TYPE_CHECKING:
@@ -39,6 +41,41 @@ def _open(config: TrainConfig, spec: str) -> Source:
     return open_sources(spec, audio_column=config.audio_column, text_column=config.text_column)
 
 
+def naming_of(config: TrainConfig) -> Naming:
+    """Which state an utterance of the training has."""
+    return Naming(config.task, by_lang=config.state_by == BY_LANG)
+
+
+def state_names(config: TrainConfig, train: "Source | Stream", valid: Source | None) -> list[str]:
+    """The states to learn: those of the training data and of --states; says how many utterances each has.
+
+    Raises UserError for validation data of another task.
+    """
+    extra = config.states.split(",") if config.states else []
+    is_stream = config.train_data.startswith(PREFIX)
+    found = Counter({config.task: 0}) if is_stream else _counted(config, cast(Source, train))
+    names = sorted({*found, *extra})
+    if names != [DEFAULT]:
+        say(
+            "states: " + ", ".join(f"{name}" if is_stream else f"{name} ({found[name]:,} utterances)" for name in names)
+        )
+    strange = sorted(set(_counted(config, valid)) - set(names)) if valid is not None else []
+    if strange:
+        raise UserError(
+            f"--valid_data: found utterances of the task {strange[0]!r}, expected those of the training data, "
+            f"{', '.join(names)}; add some to --train_data, or leave them out"
+        )
+    return names
+
+
+def _counted(config: TrainConfig, source: Source) -> Counter[str]:
+    """The utterances of each state."""
+    counts = Counter[str]()
+    for pair, count in source.tasks().items():
+        counts[naming_of(config).state(*pair)] += count
+    return counts
+
+
 def make_augmenter(config: TrainConfig) -> Augmenter | None:
     """The changes of the training audio that the flags ask for, None for none."""
     settings = Augment(
@@ -58,14 +95,14 @@ def make_datasets(
     config: TrainConfig, model: SpeechLM, train: "Source | Stream", valid: Source | None
 ) -> "tuple[SpeechDataset | StreamedData, SpeechDataset | None, FeatureCache | None]":
     """Training and validation data as the model wants them, and the cache that the training data reads."""
-    normalise = model.encoder.do_normalize
+    normalise, naming = model.encoder.do_normalize, naming_of(config)
     validation = None
     if valid is not None:
-        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, task=config.task, normalise=normalise)
+        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, naming=naming, normalise=normalise)
     settings: dict[str, Any] = {
         "tokenizer": model.tokenizer,
         "label_mode": config.label_mode,
-        "task": config.task,
+        "naming": naming,
         "fit": Fit(config.ctx_len, model.adapter.stack),
         "normalise": normalise,
     }
