@@ -19,7 +19,8 @@ class Sample:
 
     `index` is its place in the data set; `task` and `lang` say what is to be made of it, and its language if known.
     `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
-    `frames` (F, D) instead, and the waveform is empty.
+    `frames` (F, D) instead, and the waveform is empty; so it is where text is read in place of audio, its `input_ids`.
+    `turn` counts from 0 within a conversation.
     """
 
     id: str
@@ -32,6 +33,13 @@ class Sample:
     lang: str | None = None
     normalised: bool = False
     frames: Tensor | None = None
+    input_ids: tuple[int, ...] | None = None
+    turn: int = 0
+
+    @property
+    def length(self) -> int:
+        """Of what is read: samples, frames, or ids."""
+        return len(self.input_ids or (self.waveform if self.frames is None else self.frames))
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Batch:
     frames      (B, F_max, D) the encoder's frames in the feature cache's type, zero after each utterance's own F; where
                 they are given, the waveforms are (B, 0)
     frame_lengths (B,) int64, F of each
+    input_ids   what each reads in place of audio, None for audio; or None where all of them hear
+    turns       of each its number in its conversation, from 0; those after 0 go on in the sequence of the one before
+                them. None where there is no conversation
     """
 
     indices: list[int]
@@ -72,6 +83,8 @@ class Batch:
     normalised: bool = False
     frames: Tensor | None = None
     frame_lengths: Tensor | None = None
+    input_ids: list[tuple[int, ...] | None] | None = None
+    turns: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,6 +99,7 @@ class Batch:
         ids = self.text_ids.split(self.text_lengths.tolist())
         frames = [None] * len(self) if self.frames is None else self.frames
         lengths = self.num_samples if self.frame_lengths is None else self.frame_lengths
+        read, turns = self.input_ids or [None] * len(self), self.turns or [0] * len(self)
         return [
             Sample(
                 self.ids[i],
@@ -98,6 +112,8 @@ class Batch:
                 self.langs[i],
                 self.normalised,
                 None if x is None else x[: int(lengths[i])],
+                read[i],
+                turns[i],
             )
             for i, x in enumerate(frames)
         ]

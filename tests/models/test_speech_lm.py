@@ -103,6 +103,42 @@ def test_a_state_that_no_utterance_has_takes_part_with_no_gradient(tiny_parts: P
     assert unused is not None and not unused.any() and used is not None and used.any()
 
 
+def naive_conversation_loss(model: SpeechLM, turns: list[Sample]) -> Tensor:
+    """All turns unpacked, from one state: the definition."""
+    embed, parts, targets = model.lm.emb, list[Tensor](), list[int]()
+    for turn in turns:
+        if turn.turn:
+            parts.append(embed(torch.tensor(model.tokenizer.encode("\n\n"))))
+        if turn.input_ids is None:
+            parts.append(model.audio_tokens(collate([replace(turn, turn=0)]))[0])
+        else:
+            parts.append(embed(torch.tensor(turn.input_ids)))
+        parts.append(embed(torch.tensor([SEPARATOR_ID, *turn.ids])))
+        targets += [-100] * (sum(map(len, parts)) - len(targets) - len(turn.ids) - 1) + [*turn.ids, EOS_ID]
+    state = model.lm.zero_state(1)._replace(wkv=model.initial_states[turns[0].task][:, None])
+    logits = model.lm(inputs_embeds=torch.cat(parts)[None], state=state).logits[0]
+    return F.cross_entropy(logits, torch.tensor(targets), reduction="sum")
+
+
+def test_turns_go_on_in_one_sequence(model: SpeechLM):
+    a, b, c, d = batch_of(model, sounds(LENGTHS), TEXTS).samples()
+    read = tuple(model.tokenizer.encode("what is it"))
+    nothing = torch.empty(0)
+    middle = replace(b, waveform=nothing, duration=0.0, input_ids=read, turn=1)
+    talks = [[replace(a), middle, replace(d, turn=2)], [replace(c)], [replace(d), replace(a, turn=1)]]
+    expected = [naive_conversation_loss(model, talk) for talk in talks]
+    batch = collate([turn for talk in talks for turn in talk])
+    torch.testing.assert_close(model(batch), sum(expected), rtol=1e-5, atol=0)
+    again = collate(batch.samples())
+    assert (
+        (again.turns, again.input_ids)
+        == (batch.turns, batch.input_ids)
+        == ([0, 1, 2, 0, 0, 1], [None, read] + 4 * [None])
+    )
+    only_text = [replace(middle, turn=0), replace(middle, text="good", ids=model.tokenizer.encode("good"))]
+    torch.testing.assert_close(model(collate(only_text)), naive_conversation_loss(model, only_text), rtol=1e-5, atol=0)
+
+
 def test_loss_feels_the_audio_and_the_initial_state(model: SpeechLM):
     waves = sounds(LENGTHS)
     before = model(batch_of(model, waves, TEXTS))
@@ -166,8 +202,8 @@ def test_a_training_step_never_waits_for_the_device(tiny_parts: Parts, normalise
 
 def logits_of(model: SpeechLM) -> Tensor:
     audio, lengths = model.audio_tokens(batch_of(model, sounds(LENGTHS), TEXTS))
-    tasks = ["asr"] * len(lengths)
-    logits, _ = model.prefill(audio, [model.prefix(n, "asr") for n in lengths.tolist()], tasks)
+    state = model.initial_state(["asr"] * len(lengths))
+    logits, _ = model.prefill(audio, [model.prefix(n, "asr") for n in lengths.tolist()], state)
     return logits
 
 

@@ -163,7 +163,9 @@ def in_processes(workers: int) -> dict[str, Any]:
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     """Pad the usable samples into a Batch and pass the others on in `bad`."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
-    frames = [sample.frames for sample in good if sample.frames is not None]
+    kept = next((sample.frames for sample in good if sample.frames is not None), None)
+    frames = [] if kept is None else [kept[:0] if sample.frames is None else sample.frames for sample in good]
+    read, turns = [sample.input_ids for sample in good], [sample.turn for sample in good]
     return Batch(
         indices=[sample.index for sample in good],
         ids=[sample.id for sample in good],
@@ -178,6 +180,8 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         normalised=all(sample.normalised for sample in good),
         frames=_padded(frames) if frames else None,
         frame_lengths=torch.tensor([len(rows) for rows in frames], dtype=torch.int64) if frames else None,
+        input_ids=read if any(ids is not None for ids in read) else None,
+        turns=turns if any(turns) else None,
     )
 
 

@@ -35,7 +35,8 @@ class Request:
 
     At `temperature` 0 the likeliest tokens are taken, by the options' beam search if its width is above 1; above it the
     best of several samples. `before` is text that stands before the audio, in place of the options' `initial_prompt`;
-    `draft` is a text to verify, in place of the CTC head's, whatever the options say.
+    `draft` is a text to verify, in place of the CTC head's, whatever the options say. `start` is the state to begin
+    from, in place of the task's.
     """
 
     key: Any
@@ -44,19 +45,22 @@ class Request:
     temperature: float = 0.0
     before: str | None = None
     draft: str | None = None
+    start: State | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
     """A request's texts, best first, and the CTC head's log-probabilities (F, K) of its frames, on the CPU.
 
-    `passes` is how often the language model was called for it, one call after the other.
+    `passes` is how often the language model was called for it, one call after the other; `state` what it remembered
+    before the text, where the request had a `start`.
     """
 
     request: Request
     hypotheses: list[Hypothesis]
     ctc: Tensor | None
     passes: int = 1
+    state: State | None = None
 
 
 @dataclass(eq=False)
@@ -68,9 +72,11 @@ class _Job:
     wanted: int = 1
     found: list[Hypothesis] = field(default_factory=list)
     passes: int = 1  # the prefill
+    state: State | None = None  # after it, where that is wanted
 
     def done(self) -> Done:
-        return Done(self.request, sorted(self.found, key=lambda text: -text.score), self.ctc, self.passes)
+        best_first = sorted(self.found, key=lambda text: -text.score)
+        return Done(self.request, best_first, self.ctc, self.passes, self.state)
 
 
 class Engine:
@@ -107,10 +113,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Have a request decoded by the next calls of `poll`."""
-        sample = request.sample
-        length = len(sample.waveform if sample.frames is None else sample.frames)
         number = next(self._count)
-        heapq.heappush(self._waiting, (number // self._window, -length, number, request))
+        heapq.heappush(self._waiting, (number // self._window, -request.sample.length, number, request))
         self.num_unfinished += 1
 
     @torch.no_grad()
@@ -120,6 +124,12 @@ class Engine:
         done = [*self._verify(), *self._admit(), *self._choose()]
         self.num_unfinished -= len(done)
         return done
+
+    def unfinished(self) -> Iterator[tuple[Request, list[int]]]:
+        """What there is so far of each text that is written token by token, once, and not searched for."""
+        for job, track in zip(self._jobs, self._tracks, strict=True):
+            if job and track and job.wanted == 1 and self._options.beam == 1:
+                yield job.request, track.ids
 
     def run(self, requests: Iterable[Request]) -> Iterator[Done]:
         """Decode requests, which are taken as they are wanted; results come as they end, in any order."""
@@ -195,16 +205,20 @@ class Engine:
             first = together[0]
             before = self._before if first.before is None else self._model.tokenizer.encode(first.before)
             prompts = first.sample.task, before, self._after
-            logits, state = self._reader.prefill([one for _, one in pairs], *prompts)
+            start = [request.start for request, _ in pairs if request.start]
+            logits, state = self._reader.prefill([one for _, one in pairs], *prompts, start)
             for row, (request, one) in enumerate(pairs):
                 here = slice(row, row + 1)
-                self._read.append((_Job(request, one.ctc), logits[here], State(*(x[:, here] for x in state))))
+                mine = State(*(x[:, here] for x in state))
+                kept = State(*(x.clone() for x in mine)) if request.start else None
+                self._read.append((_Job(request, one.ctc, state=kept), logits[here], mine))
         return [Done(request, [Hypothesis((), (), (), False)], one.ctc, 0) for request, one in empty]
 
     def _kind(self, request: Request) -> tuple[Any, ...]:
         """What requests have in common that are read together."""
         sample = request.sample
-        return self._reader.size(sample), sample.task, sample.normalised, sample.frames is None, request.before
+        kind = sample.normalised, sample.frames is None, sample.input_ids is None, request.start is None
+        return self._reader.size(sample), sample.task, *kind, request.before
 
     def _rows(self, request: Request) -> int:
         """The free rows that a request waits for."""

@@ -41,16 +41,22 @@ class Reader:
 
     def size(self, sample: Sample) -> int:
         """The samples, or frames, that an utterance is padded to; those of one size may be read together."""
-        length = len(sample.waveform if sample.frames is None else sample.frames)
+        length = sample.length
         if self.rows == 1:
             return length
         step = 2 ** max(0, length.bit_length() - 4)  # at most an eighth is padding
-        smallest = self._model.encoder.min_samples if sample.frames is None else 1
+        hears = sample.frames is None and sample.input_ids is None
+        smallest = self._model.encoder.min_samples if hears else 1
         return max(smallest, -(-length // step) * step)
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Waveforms of one size, or the encoder's frames where the samples have them -> audio tokens of each."""
+        """Waveforms of one size, or the encoder's frames where the samples have them -> audio tokens of each.
+
+        Of text that is read in place of audio the embeddings are taken for these.
+        """
+        if samples[0].input_ids is not None:
+            return [self._embedded(sample) for sample in samples]
         batch, size, missing = collate(samples), self.size(samples[0]), self.rows - len(samples)
         if batch.frames is not None and batch.frame_lengths is not None:
             lengths = F.pad(batch.frame_lengths, (0, missing))
@@ -69,11 +75,20 @@ class Reader:
             for row, length in enumerate(lengths[: len(samples)].tolist())
         ]
 
+    def _embedded(self, sample: Sample) -> Encoded:
+        ids = torch.tensor(sample.input_ids, dtype=torch.int64, device=self._device)
+        return Encoded(self._model.lm.embed(ids), None, self.size(sample))
+
     @torch.no_grad()
     def prefill(
-        self, encoded: Sequence[Encoded], task: str, before: Sequence[int] = (), after: Sequence[int] = ()
+        self,
+        encoded: Sequence[Encoded],
+        task: str,
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+        start: Sequence[State] | None = None,
     ) -> tuple[Tensor, State]:
-        """Read audio tokens of n utterances of one size and the prompts around them.
+        """Read audio tokens of n utterances of one size and the prompts around them, from the task's state or `start`.
 
         The logits (n, V) of the first token of each text, and the states before it.
         """
@@ -84,5 +99,6 @@ class Reader:
             padding += (self.rows - count) * (encoded[0].room + len(before) + len(after) + 1)
             sequences += [list[Segment]()] * (self.rows - count) + [[Prompt((0,) * padding)]]
         audio = torch.cat([one.audio for one in encoded])
-        logits, state = self._model.prefill(audio, sequences, [task] * len(sequences))
+        state = self._model.initial_state([task] * (len(sequences) - len(start or ())))
+        logits, state = self._model.prefill(audio, sequences, State.joined([*start, state]) if start else state)
         return logits[:count], State(*(x[:, :count] for x in state))

@@ -17,6 +17,7 @@ from rwkv_speech.batch import BadSample, Batch
 from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Transcript
+from rwkv_speech.decoding.session import Session
 from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
@@ -73,6 +74,14 @@ class SpeechLM(speech_lm.SpeechLM):
         committed then. By default each 0.25 where words are committed, else never. Raises UserError as `transcribe`.
         """
         return stream(self, Options.given(**options), commit, pace, sample_rate, batch_size, task, hold)
+
+    def session(self, task: str = "", path: str | Path = "") -> Session:
+        """A new conversation, or the one that `path` holds; `task` names its learned state, `chat` if there is one."""
+        if path:
+            return Session.load(path, self, task)
+        names = list(self.initial_states)
+        wanted = task or ("chat" if "chat" in names else "")
+        return Session(self, Naming.among(names, wanted).state(None, None))
 
 
 def transcribe(

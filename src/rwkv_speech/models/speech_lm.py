@@ -29,6 +29,9 @@ from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
 
+# What a turn of a conversation begins with, but for the first, as in the texts of World models; id 0 would end them.
+BETWEEN_TURNS = "\n\n"
+
 
 class SpeechLM(nn.Module):
     """A frozen encoder and language model, and what is trained: the adapter and an initial state of each task."""
@@ -157,15 +160,26 @@ class SpeechLM(nn.Module):
         return self.encoder(batch.waveforms, batch.num_samples, batch.normalised)
 
     def audio_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Packed audio tokens (sum of A, C) and A of each utterance."""
+        """Packed audio tokens (sum of A, C) and A of each utterance; 0 of those that read text."""
+        if batch.input_ids and all(ids is not None for ids in batch.input_ids):
+            return self.lm.embed(batch.text_ids.new_empty(0).to(batch.waveforms.device)), batch.num_samples
         return self.adapter(*self.frames(batch))
 
     def prefix(
-        self, num_audio: int, task: str, before: Sequence[int] = (), after: Sequence[int] = ()
+        self, heard: int | Sequence[int], task: str, before: Sequence[int] = (), after: Sequence[int] = ()
     ) -> list[splice.Segment]:
-        """What a text follows: the ids `before`, the audio, the task's prompt, the ids `after`, the separator."""
+        """What a text follows: the ids `before`, audio, the task's prompt, the ids `after`, the separator.
+
+        `heard` is the number of audio tokens, or the ids of a text that is read in place of audio.
+        """
         prompt = self.tokenizer.encode(tasks.task_named(task).prompt)
-        return [splice.Prompt(before), splice.Audio(num_audio), splice.Prompt([*prompt, *after, self.separator_id])]
+        middle = splice.Audio(heard) if isinstance(heard, int) else splice.Prompt(heard)
+        return [splice.Prompt(before), middle, splice.Prompt([*prompt, *after, self.separator_id])]
+
+    @property
+    def between_turns(self) -> list[int]:
+        """The ids that each turn of a conversation but the first begins with."""
+        return self.tokenizer.encode(BETWEEN_TURNS)
 
     @torch.no_grad()
     def ctc_texts(self, batch: Batch) -> list[str]:
@@ -179,29 +193,41 @@ class SpeechLM(nn.Module):
         With lengths and text on the host, where they are wanted, nothing here waits for the device.
         """
         audio, lengths = self.audio_tokens(batch)
-        texts = batch.text_ids.cpu().split(batch.text_lengths.tolist())
-        sequences = [
-            [*self.prefix(length, task), splice.Text(text.tolist())]
-            for length, task, text in zip(lengths.tolist(), batch.tasks, texts, strict=True)
-        ]
-        spliced, hidden, _ = self._read(audio, sequences, batch.tasks, keep_state=False)
+        spliced, hidden, _ = self._read(audio, *self._sequences(batch, lengths.tolist()), keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
         return self.lm.head(hidden[rows], targets)
 
+    def _sequences(self, batch: Batch, num_audio: list[int]) -> tuple[list[list[splice.Segment]], State]:
+        """What a batch is read as, the turns of a conversation as one sequence, and the states before it."""
+        texts = batch.text_ids.cpu().split(batch.text_lengths.tolist())
+        read, turns = batch.input_ids or [None] * len(batch), batch.turns or [0] * len(batch)
+        sequences, task_names = list[list[splice.Segment]](), list[str]()
+        for row, (text, task) in enumerate(zip(texts, batch.tasks, strict=True)):
+            ids, before = read[row], self.between_turns if turns[row] else ()
+            if not turns[row]:
+                sequences.append([])
+                task_names.append(task)
+            sequences[-1] += self.prefix(num_audio[row] if ids is None else ids, task, before)
+            sequences[-1].append(splice.Text(text.tolist()))
+        return sequences, self.initial_state(task_names)
+
     @torch.no_grad()
     def prefill(
-        self, audio: Tensor, sequences: Sequence[Sequence[splice.Segment]], task_names: Sequence[str]
+        self, audio: Tensor, sequences: Sequence[Sequence[splice.Segment]], state: State
     ) -> tuple[Tensor, State]:
-        """Read U sequences with their audio tokens (sum of A, C): the logits (U, V) after each, and their states."""
-        spliced, hidden, state = self._read(audio, sequences, task_names)
+        """Read U sequences with their audio tokens (sum of A, C) from the states before them.
+
+        The logits (U, V) after each, and their states.
+        """
+        spliced, hidden, state = self._read(audio, sequences, state)
         return self.lm.head(hidden[(spliced.cu_seqlens[1:] - 1).to(hidden.device)]), state
 
     def _read(
         self,
         audio: Tensor,
         sequences: Sequence[Sequence[splice.Segment]],
-        task_names: Sequence[str],
+        state: State,
         keep_state: bool = True,
     ) -> tuple[splice.Spliced, Tensor, State]:
         """The layout of the sequences, the hidden states (T, C), and the last state of each sequence."""
@@ -209,7 +235,7 @@ class SpeechLM(nn.Module):
         packing = Packing.of(spliced.cu_seqlens).to(audio.device)
         there = spliced.to(audio.device)
         x = splice.fill(there, audio, self.lm.embed(there.token_ids))
-        hidden, state = self.lm.hidden(x, self.initial_state(task_names), packing, keep_state)
+        hidden, state = self.lm.hidden(x, state, packing, keep_state)
         return spliced, hidden[0], state
 
 

@@ -2,6 +2,7 @@
 
 # L layers · B batch · C channels = H heads · N head size · S sequences of a packed batch
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,11 @@ class State(NamedTuple):
     def select(self, rows: Tensor) -> "State":
         """The state of some of the sequences, in the order of `rows`."""
         return State(*(x[:, rows] for x in self))
+
+    @classmethod
+    def joined(cls, states: "Sequence[State]") -> "State":
+        """Those of some sequences, then those of others, copied."""
+        return cls(*(torch.cat(parts, 1) for parts in zip(*states, strict=True)))
 
 
 class Packing(NamedTuple):
