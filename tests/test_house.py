@@ -165,6 +165,7 @@ TESTED_IN = {
     "ops.wkv6_chunked": "ops/test_wkv6.py",
     "ops.wkv6_ref": "ops/test_wkv6.py",
     "reports.render": "reports/test_page.py",
+    **dict.fromkeys(("synthetic.grammar", "synthetic.lexicon"), "synthetic/test_world.py"),
     **dict.fromkeys(
         "synthetic.corpus synthetic.make_corpus synthetic.voices synthetic.rooms synthetic.speech_pool "
         "synthetic.phone_prompts synthetic.pretrain_encoder synthetic.pretrain_lm".split(),
