@@ -52,12 +52,15 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "VERB: found none, expected average, calibrate, export or report"),
+        ([], "VERB: found none, expected average, calibrate, export, make_answers or report"),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),
         (["average", "--checkpoints", "a", "--output", "b"], "a: found no trained weights"),
         (["average", "--check", "a", "--output", "b"], "required: --checkpoints"),
         (["export", "a"], "required: FILE"),
+        (["make_answers", "--data", "a"], "--output: found nothing, expected the name of a manifest to write"),
+        (["make_answers", "--form", "hello"], "--form: found 'hello', expected one of user, instruction, continue, or"),
+        (["make_answers", "--data", "a", "--output", "b"], "manifest a: cannot be read"),
         (["report", "a", "b"], "unrecognized arguments: b"),
         (["report", "a"], "a: found neither metrics nor validation.jsonl"),
     ],
@@ -82,7 +85,7 @@ def test_report_names_the_package_that_is_missing(
     assert "no package matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["average", "--help"], ["nothing"]])
+@pytest.mark.parametrize("argv", [["--help"], ["average", "--help"], ["make_answers", "--help"], ["nothing"]])
 def test_help_is_light(argv: list[str]):
     code = (
         "import sys; from rwkv_speech.__main__ import main\n"

@@ -5,8 +5,18 @@ import pytest
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
+from rwkv_speech import config
 from rwkv_speech.errors import UserError
-from rwkv_speech.text import NORMALIZERS, join_texts, normalise_label, normalise_score, normalizer
+from rwkv_speech.text import (
+    NORMALIZERS,
+    PROMPT_FORMS,
+    as_continuation,
+    as_prompt,
+    join_texts,
+    normalise_label,
+    normalise_score,
+    normalizer,
+)
 
 SAMPLES = [
     "Ｈｅｌｌｏ, World!",
@@ -114,3 +124,20 @@ def test_normalizers_are_known_by_name():
     assert normalizer()("A, b") == normalise_score("A, b") == "a b"
     with pytest.raises(UserError, match="--normalizer: found 'nothing', expected one of casefold, characters"):
         normalizer("nothing")
+
+
+def test_as_prompt_is_what_the_world_models_know():
+    assert as_prompt("user", "What is it? ") == "User: What is it?\n\nAssistant:"
+    assert as_prompt("user", "a\r\n\r\n\nb", "Look.\n") == "User: Look.\na\nb\n\nAssistant:"
+    assert as_prompt("continue", " the day ") == "the day"
+    assert as_prompt(r"Q: {text}\nA: ", "{text} 1") == "Q: {text} 1\nA:"
+    assert "\n\nInput: x\n\nResponse:" in as_prompt("instruction", "x") and tuple(PROMPT_FORMS) == config.PROMPT_FORMS
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "follows"),
+    [("user", "Yes", " Yes"), ("user", "。", " 。"), ("continue", "is good", " is good"), 
+     ("continue", ", too", ", too"), ("continue", "天", "天"), ("user", "", ""), ("{text}", "x", " x"), ("Q: {text}\\nA: ", "x", " x")],
+)  # fmt: skip
+def test_as_continuation_puts_the_blank_of_the_vocabulary(form: str, answer: str, follows: str):
+    assert as_continuation(form, answer) == follows

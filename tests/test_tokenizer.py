@@ -163,6 +163,12 @@ def test_vocabulary_without_every_byte_is_refused(tmp_path: Path):
         WorldTokenizer(tmp_path / "missing.txt")
 
 
+def test_ids_with_names_every_token_that_holds_the_bytes(world: WorldTokenizer):
+    found = world.ids_with(b"\n\n")
+    assert {261, 3336} <= set(found) and all(b"\n\n" in world.decode_bytes([i]) for i in found)
+    assert len(found) == sum(b"\n\n" in world.decode_bytes([i]) for i in range(world.vocab_size))
+
+
 def test_encode_names_lone_surrogates(world: WorldTokenizer):
     with pytest.raises(UserError, match="lone surrogate at character 2"):
         world.encode("ab\ud800")

@@ -5,8 +5,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from rwkv_speech.config import AnswerConfig
 from rwkv_speech.errors import UserError, exit_code
-from rwkv_speech.flags import Parser
+from rwkv_speech.flags import Parser, parse
 
 # Each verb imports what it needs when it runs: --help and wrong words are answered before torch is there.
 
@@ -31,6 +32,13 @@ def _export(given: Namespace) -> Path:
 
     export_published(load_trained(find_checkpoint(given.run)), given.file, given.task)
     return given.file
+
+
+def _make_answers(given: Namespace) -> Path:
+    config = parse(AnswerConfig, given.flags, "Let the frozen text model answer the transcripts of a manifest.")
+    from rwkv_speech.decoding.make_answers import make_answers
+
+    return make_answers(config)
 
 
 def _report(given: Namespace) -> Path:
@@ -66,6 +74,13 @@ def _parser() -> Parser:
     export.add_argument("--task", default="", help="the initial state to write, where there are several")
     export.set_defaults(verb=_export)
 
+    # Its words are left to its own parser: none of them begins a flag here.
+    answers = verbs.add_parser(
+        "make_answers", help="let the text model answer a manifest's transcripts", add_help=False, prefix_chars="\0"
+    )
+    answers.add_argument("flags", nargs="*")
+    answers.set_defaults(verb=_make_answers)
+
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
     report.set_defaults(verb=_report)
@@ -79,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export or report; --help says what each does"
+                "VERB: found none, expected average, calibrate, export, make_answers or report; --help says what each "
+                "does"
             )
         print(f"written to {given.verb(given)}")
 

@@ -15,6 +15,7 @@ ENCODER_PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
+PROMPT_FORMS = ("user", "instruction", "continue")
 SCHEDULES = ("cosine", "constant")
 STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
@@ -79,6 +80,10 @@ def _are_tasks(text: str) -> bool:
 _STATES = (_are_tasks, "names of lower-case letters, digits and _, separated by commas")
 _FORMATS = (output_formats, f"one or several of {', '.join(OUTPUT_FORMATS)} and all, separated by commas")
 _TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
+_PROMPT_FORM = (
+    lambda text: text in PROMPT_FORMS or "{text}" in text,
+    f"one of {', '.join(PROMPT_FORMS)}, or a template that holds {{text}}",
+)
 _LIMITS = (_are_limits, "two numbers of dB, lowest and highest, from -100 to 100, as in -10,6")
 
 
@@ -473,6 +478,41 @@ class PredictConfig(_StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
             raise UserError("--stream: found files or --output_format with it; leave out the one or the other")
         if self.max_words_per_line and self.max_line_width:
             raise UserError("--max_words_per_line: has no effect with --max_line_width; leave one of them out")
+
+
+@dataclass(frozen=True)
+class _AnswerModelFlags:
+    group: ClassVar[str] = "model"
+    load_model: str = flag("", "base model, a .pth or .safetensors file; empty: the embedded 'tiny'")
+    vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
+    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU; int8 on a CPU alone", PRECISIONS)
+
+
+@dataclass(frozen=True)
+class AnswerConfig(_AnswerModelFlags, Flags):
+    """python -m rwkv_speech make_answers"""
+
+    group: ClassVar[str] = "decoding"
+    data: str = flag("", "manifest of JSON lines whose source_text, else text, is answered")
+    output: str = flag("", "manifest to write; what it holds already is not answered again")
+    form: str = flag(
+        "user",
+        "how the model is asked: user, instruction, continue (the text alone, to be continued), or a template, as in "
+        r"'User: Translate into French: {text}\n\nAssistant:'",
+        form=_PROMPT_FORM,
+    )
+    temperature: float = flag(1.0, "0: the likeliest token each time; above: by chance", at_least=0, at_most=2)
+    top_p: float = flag(0.3, "the fewest tokens that hold this much of the probability", above=0, at_most=1)
+    max_new_tokens: int = flag(64, "most tokens of an answer", at_least=1)
+    seed: int = flag(1, "seed of what is drawn", at_least=0, at_most=2**32 - 1)
+    micro_bsz: int = flag(8, "texts that are answered at once", at_least=1)
+
+    def check(self) -> None:
+        """Raises UserError without a manifest to read and another to write."""
+        for name, what in (("data", "a manifest to read"), ("output", "the name of a manifest to write")):
+            if not getattr(self, name):
+                raise UserError(f"--{name}: found nothing, expected {what}")
 
 
 def _check_one_device(config: ModelConfig) -> None:

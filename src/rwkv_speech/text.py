@@ -1,4 +1,4 @@
-"""Transcript normalisation: one for the labels that are learned, several for the words that are scored."""
+"""Texts: normalised, one way for the labels that are learned, several for the words that are scored; and prompts."""
 
 import json
 import unicodedata
@@ -10,6 +10,12 @@ import regex
 
 from rwkv_speech.errors import UserError
 
+# How a language model is asked by text. "user" and "instruction" are what the World models are used to.
+PROMPT_FORMS = {
+    "user": "User: {text}\n\nAssistant:",
+    "instruction": "Instruction: Answer the question.\n\nInput: {text}\n\nResponse:",
+    "continue": "{text}",
+}
 LABEL_MODES = ("none", "lower")
 
 # Typographic apostrophes that stand inside words: right and left quotes, the modifier letter, the prime.
@@ -37,6 +43,23 @@ def normalise_label(text: str, mode: str = "none") -> str:
     if mode == "lower":
         text = text.lower()
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def as_prompt(form: str, text: str, before: str = "") -> str:
+    """The prompt for a text, and what stands `before` it, by a name of PROMPT_FORMS or a template that holds {text}.
+
+    An empty line would end the turn: within the text it becomes a line break. No blank stands at the end: the
+    vocabulary's words begin with theirs.
+    """
+    whole = regex.sub(r"\s*\n\s*", "\n", "\n".join(filter(None, (before.strip(), text.strip()))))
+    template = PROMPT_FORMS.get(form, form.replace("\\n", "\n"))
+    return template.replace("{text}", whole).rstrip(" ")
+
+
+def as_continuation(form: str, answer: str) -> str:
+    """An answer as it follows the prompt of this form: with a blank, but where it goes on in the middle of a word."""
+    asked = not PROMPT_FORMS.get(form, form).rstrip(" ").endswith("{text}")
+    return f" {answer}" if answer and (asked or (answer[0].isalnum() and not UNSPACED.match(answer[0]))) else answer
 
 
 def normalise_score(text: str) -> str:

@@ -54,6 +54,10 @@ class WorldTokenizer:
         """Turn ids into text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def ids_with(self, part: bytes) -> list[int]:
+        """The ids of all tokens that hold these bytes."""
+        return [i for i, token in self._bytes_of.items() if part in token]
+
     def incremental(self) -> "IncrementalDecoder":
         """Start a decoder that takes one id at a time and gives out whole characters only."""
         return IncrementalDecoder(self)

@@ -1,4 +1,4 @@
-"""The training loss."""
+"""The training losses."""
 
 from typing import Any
 
@@ -25,6 +25,16 @@ def head_loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     The head gets no gradient. PyTorch's own chunked `linear_cross_entropy` is newer than the oldest PyTorch supported.
     """
     return _HeadLoss.apply(hidden, head, targets)
+
+
+def head_kl_sum(hidden: Tensor, head: Tensor, teacher: Tensor, ends: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) summed over n positions, from both hidden states (n, C) and the head (V, C), float32.
+
+    Both distributions are softened by the temperature T and the sum is multiplied by T^2, so that its gradient has the
+    size of cross-entropy's (Hinton et al. 2015, arXiv:1503.02531). What the teacher gives to any of the tokens `ends`
+    (k,) counts for the first of them. Only `hidden` gets a gradient; the logits stand in memory a few at a time.
+    """
+    return _HeadKL.apply(hidden, head, teacher, ends, temperature)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -54,3 +64,33 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * scale, None, None
+
+
+class _HeadKL(torch.autograd.Function):
+    """As _HeadLoss, against the softened distribution of a teacher."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, teacher: Tensor, ends: Tensor, temperature: float) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), TARGETS_AT_ONCE):
+            rows = slice(start, start + TARGETS_AT_ONCE)
+            wanted = F.linear(teacher[rows], head).float().div_(temperature)
+            end = wanted[:, ends].logsumexp(-1)
+            wanted[:, ends] = -torch.inf
+            wanted[:, ends[0]] = end
+            wanted = wanted.softmax(-1)
+            logits = F.linear(hidden[rows], head)
+            dtype, found = logits.dtype, logits.float().div_(temperature).log_softmax(-1)
+            loss += F.kl_div(found, wanted, reduction="sum") * temperature**2
+            if gradient is not None:
+                error = found.exp_().sub_(wanted).mul_(temperature)
+                gradient[rows] = error.to(dtype) @ head.to(dtype)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale, None, None, None, None

@@ -63,17 +63,10 @@ class SpeechLM(nn.Module):
     def build(cls, parts: Parts, compute: Compute | None = None, task_names: Sequence[str] = (tasks.DEFAULT,)) -> Self:
         """Frozen parts from their files, trained parts new; raises UserError for files that do not fit."""
         parts, compute = parts.filled(), compute or Compute()
-        base = parts.base_file()
-        lm = RWKV6.from_pretrained(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
+        lm, tokenizer = build_text_model(parts, compute)
         check_sizes(parts, lm.sizes)
         encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype)
-        tokenizer = WorldTokenizer(parts.vocabulary())
-        if tokenizer.vocab_size > lm.sizes.vocab:
-            raise UserError(
-                f"{base}: found {lm.sizes.vocab} embeddings, but the vocabulary {tokenizer.vocab_file} has ids up to "
-                f"{tokenizer.vocab_size - 1}; give the vocabulary of this model with --vocab_file"
-            )
-        known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(base))
+        known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(parts.base_file()))
         return cls(encoder.to(compute.device), lm, tokenizer, known, task_names).to(compute.device)
 
     @classmethod
@@ -237,6 +230,19 @@ class SpeechLM(nn.Module):
         x = splice.fill(there, audio, self.lm.embed(there.token_ids))
         hidden, state = self.lm.hidden(x, state, packing, keep_state)
         return spliced, hidden[0], state
+
+
+def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV6, WorldTokenizer]:
+    """The frozen language model of filled `parts` and its tokenizer; raises UserError for files that do not fit."""
+    base = parts.base_file()
+    lm = RWKV6.from_pretrained(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
+    tokenizer = WorldTokenizer(parts.vocabulary())
+    if tokenizer.vocab_size > lm.sizes.vocab:
+        raise UserError(
+            f"{base}: found {lm.sizes.vocab} embeddings, but the vocabulary {tokenizer.vocab_file} has ids up to "
+            f"{tokenizer.vocab_size - 1}; give the vocabulary of this model with --vocab_file"
+        )
+    return lm, tokenizer
 
 
 def check_sizes(parts: Parts, sizes: RWKV6Sizes) -> None:
