@@ -136,8 +136,16 @@ def test_as_prompt_is_what_the_world_models_know():
 
 @pytest.mark.parametrize(
     ("form", "answer", "follows"),
-    [("user", "Yes", " Yes"), ("user", "。", " 。"), ("continue", "is good", " is good"), 
-     ("continue", ", too", ", too"), ("continue", "天", "天"), ("user", "", ""), ("{text}", "x", " x"), ("Q: {text}\\nA: ", "x", " x")],
-)  # fmt: skip
+    [
+        ("user", "Yes", " Yes"),
+        ("user", "。", " 。"),
+        ("user", "", ""),
+        ("continue", "is good", " is good"),
+        ("continue", ", too", ", too"),
+        ("continue", "天", "天"),
+        ("{text}", "x", " x"),
+        ("Q: {text}\\nA: ", "x", " x"),
+    ],
+)
 def test_as_continuation_puts_the_blank_of_the_vocabulary(form: str, answer: str, follows: str):
     assert as_continuation(form, answer) == follows

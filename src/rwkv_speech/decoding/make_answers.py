@@ -28,8 +28,8 @@ def make_answers(config: AnswerConfig) -> Path:
     """Answer what a manifest's lines say, and write each whole line with its `answer`; the new manifest.
 
     A line keeps all its keys; `task` becomes "qa", and the transcript `source_text` in place of `text`. The lines come
-    in the manifest's order, so that a run that is started again resumes behind the last whole one. Raises UserError for a
-    manifest that cannot be read, and for an output that was made otherwise.
+    in the manifest's order, so that a run that is started again resumes behind the last whole one. Raises UserError for
+    a manifest that cannot be read, and for an output that was made otherwise.
     """
     data, output = Path(config.data), Path(config.output)
     lines = _moved(_read(data), data, output)
