@@ -76,7 +76,7 @@ def _parser() -> Parser:
 
     # Its words are left to its own parser: none of them begins a flag here.
     answers = verbs.add_parser(
-        "make_answers", help="let the text model answer a manifest's transcripts", add_help=False, prefix_chars="\0"
+        "make_answers", help="the text model answers a corpus", add_help=False, prefix_chars="\0"
     )
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
