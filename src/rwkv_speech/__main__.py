@@ -75,9 +75,7 @@ def _parser() -> Parser:
     export.set_defaults(verb=_export)
 
     # Its words are left to its own parser: none of them begins a flag here.
-    answers = verbs.add_parser(
-        "make_answers", help="the text model answers a corpus", add_help=False, prefix_chars="\0"
-    )
+    answers = verbs.add_parser("make_answers", help="answer a corpus by text", add_help=False, prefix_chars="\0")
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
 
