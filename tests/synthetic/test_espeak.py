@@ -8,8 +8,9 @@ import pytest
 from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.errors import UserError
 from rwkv_speech.synthetic.espeak import Synthesizer, Voice
+from rwkv_speech.synthetic.phones import PHONES
 from rwkv_speech.synthetic.speech_pool import frame_labels
-from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS, phone
+from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS, phone
 from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
 
@@ -74,7 +75,7 @@ def test_test_voices_are_kept_apart():
 def test_frame_labels_mark_silence_where_the_sound_is_low(synthesizer: Synthesizer):
     speech = synthesizer.say("one, two, three, four", Voice("en-us", rate=110))
     waveform = speech.waveform().numpy()
-    labels = frame_labels(speech, len(waveform))
+    labels = frame_labels(speech, "en", len(waveform))
     assert len(labels) == num_frames(len(waveform), CONV_KERNELS, CONV_STRIDES)
     energy = np.array([np.square(waveform[i * 320 + 230 : i * 320 + 630]).mean() for i in range(len(labels))])
     silent = labels == PHONES.index("_")

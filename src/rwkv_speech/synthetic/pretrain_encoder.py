@@ -1,4 +1,4 @@
-"""Pretrains the tiny WavLM: masked frames of synthetic speech -> the phone at every frame."""
+"""Pretrains the tiny WavLM: masked frames of synthetic speech in five languages -> the phone at every frame."""
 
 import copy
 import math
@@ -17,9 +17,10 @@ from rwkv_speech.audio import SAMPLE_RATE, num_frames
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.models.encoder import length_mask, normalise
+from rwkv_speech.synthetic.phones import LANGUAGES, PHONES
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool
-from rwkv_speech.synthetic.voices import PHONES, TEST_VARIANTS, TRAIN_VARIANTS
+from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS
 from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
 CONFIG: dict[str, Any] = {
@@ -73,18 +74,21 @@ def _tensors(
     return waveforms, length_mask(sizes, waveforms.shape[1]).long(), labels
 
 
-def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> float:
+def _accuracy(model: nn.Module, head: nn.Module, pool: list[LabelledSpeech]) -> dict[str, float]:
+    """The share of the frames whose phone is guessed right, by language."""
     model.eval()
-    right = total = 0
-    g = torch.Generator().manual_seed(1)
+    shares = {}
     with torch.no_grad():
-        for batch in _batches(pool, 60.0, g):
-            waveforms, mask, labels = _tensors(batch, g, 1.0)
-            guess = head(model(waveforms, attention_mask=mask).last_hidden_state).argmax(-1)
-            right += int((guess == labels)[labels != _IGNORED].sum())
-            total += int((labels != _IGNORED).sum())
+        for lang in LANGUAGES:
+            g, right, total = torch.Generator().manual_seed(1), 0, 0
+            for batch in _batches([u for u in pool if u.lang == lang], 60.0, g):
+                waveforms, mask, labels = _tensors(batch, g, 1.0)
+                guess = head(model(waveforms, attention_mask=mask).last_hidden_state).argmax(-1)
+                right += int((guess == labels)[labels != _IGNORED].sum())
+                total += int((labels != _IGNORED).sum())
+            shares[lang] = right / max(1, total)
     model.train()
-    return right / total
+    return shares
 
 
 @torch.no_grad()
@@ -119,18 +123,22 @@ class Flags(OutFlags):
     epochs: int = flag(4, "epochs", at_least=1)
     batch_seconds: float = flag(10.0, "seconds of audio a step", above=0)
     lr: float = flag(1.5e-3, "learning rate", at_least=0)
+    init_from: str = flag("", "folder of an encoder to start from; else random weights")
 
 
 def pretrain(config: Flags) -> dict[str, float]:
-    """Trains from random weights, writes the folder (fp16 safetensors and config), returns what the card states."""
+    """Trains, writes the folder (fp16 safetensors and config), returns what the card states."""
     torch.manual_seed(config.seed)
     g = torch.Generator().manual_seed(config.seed)
     started = time.time()
     pool = speech_pool(config.hours, TRAIN_VARIANTS, config.seed)
-    unseen = speech_pool(0.1, TEST_VARIANTS, config.seed + 1)
+    unseen = speech_pool(0.2, TEST_VARIANTS, config.seed + 1)
     print(f"{len(pool)} utterances synthesised in {time.time() - started:.0f} s", flush=True)
-    model = WavLMModel(WavLMConfig(**CONFIG))
-    initialise(model)
+    if config.init_from:
+        model = WavLMModel.from_pretrained(config.init_from, dtype=torch.float32)
+    else:
+        model = WavLMModel(WavLMConfig(**CONFIG))
+        initialise(model)
     head = nn.Linear(CONFIG["hidden_size"], len(PHONES))
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -138,7 +146,7 @@ def pretrain(config: Flags) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / 200, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 1e-3)
     )
-    accuracy, step = 0.0, 0
+    accuracy, step = dict[str, float](), 0
     for epoch in range(config.epochs):
         model.train()
         for batch in _batches(pool, config.batch_seconds, g):
@@ -155,10 +163,11 @@ def pretrain(config: Flags) -> dict[str, float]:
             if step % 100 == 0:
                 print(f"step {step}/{steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
         accuracy = _accuracy(model, head, unseen)
-        print(f"epoch {epoch + 1}: {accuracy:.3f} of the frames of unseen speakers right", flush=True)
+        shares = " ".join(f"{lang} {share:.3f}" for lang, share in accuracy.items())
+        print(f"epoch {epoch + 1}: frames of unseen speakers right: {shares}", flush=True)
         copy.deepcopy(model).half().save_pretrained(config.out)
     minutes = (time.time() - started) / 60
-    return {"hours": config.hours, "epochs": config.epochs, "minutes": minutes, "frame_accuracy": accuracy}
+    return {"hours": config.hours, "epochs": config.epochs, "minutes": minutes, **accuracy}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,42 +8,46 @@ import numpy as np
 import torch
 
 from rwkv_speech.audio import SAMPLE_RATE, SAMPLES_PER_FRAME, num_frames
-from rwkv_speech.synthetic import corpus
+from rwkv_speech.synthetic import corpus, lexicon, world
 from rwkv_speech.synthetic.espeak import Speech, Synthesizer, Voice
-from rwkv_speech.synthetic.voices import PHONES, SILENCE, phone, voice
+from rwkv_speech.synthetic.phones import PHONES, SILENCE, spoken, voice_of
 from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
 # 22,050 Hz and every rate used below share this factor, which keeps the resampling filters short.
 _RATE_STEP = 450
 # The middle of the samples that one frame is computed from.
 _FRAME_CENTRE = 430
+# Shares of the languages; English has the most accents.
+_LANGUAGES = {"en": 0.38, "es": 0.2, "fr": 0.14, "it": 0.14, "ru": 0.14}
 
 
 @dataclass
 class LabelledSpeech:
-    """`waveform` (S,) int16 at 16 kHz and `labels` (F,) uint8, the index in PHONES at each frame's centre."""
+    """`waveform` (S,) int16 at 16 kHz and `labels` (F,) uint8, the index in PHONES at each frame's centre, in `lang`."""
 
     waveform: np.ndarray
     labels: np.ndarray
+    lang: str
 
 
-def frame_labels(speech: Speech, num_samples: int) -> np.ndarray:
+def frame_labels(speech: Speech, lang: str, num_samples: int) -> np.ndarray:
     """The phone at the centre of each of the frames that `num_samples` samples at 16 kHz give, (F,) uint8."""
-    starts = np.array([start for _, start in speech.phonemes]) * num_samples / max(len(speech.samples), 1)
-    names = [SILENCE, *(phone(name) for name, _ in speech.phonemes)]
-    ids = np.array([PHONES.index(name) for name in names], dtype=np.uint8)
+    names, seconds = zip(*spoken(speech, lang), strict=True)
+    first = speech.phonemes[0][1] / speech.sample_rate
+    starts = (first + np.cumsum([0.0, *seconds[:-1]])) * num_samples * speech.sample_rate / len(speech.samples)
+    ids = np.array([PHONES.index(SILENCE), *names], dtype=np.uint8)
     centres = np.arange(num_frames(num_samples, CONV_KERNELS, CONV_STRIDES)) * SAMPLES_PER_FRAME + _FRAME_CENTRE
     return ids[np.searchsorted(starts, centres, side="right")]
 
 
-def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random) -> Speech:
+def _joined_digits(synthesizer: Synthesizer, speaker: Voice, lang: str, rng: random.Random) -> Speech:
     """Digits spoken one at a time and joined with short pauses, as a dialled number is read out."""
     samples: list[np.ndarray] = []
     phonemes: list[tuple[str, int]] = []
     position = 0
-    for word in rng.choices(corpus.DIGITS, k=rng.randint(1, 6)):
+    for number in rng.choices(lexicon.NUMBERS[:10], k=rng.randint(1, 6)):
         varied = Voice(speaker.name, speaker.rate + rng.randint(-20, 20), speaker.pitch + rng.randint(-8, 8))
-        take = synthesizer.say(word, varied)
+        take = synthesizer.say(number[lang]["m"], varied)
         loud = np.flatnonzero(np.abs(take.samples) > 0.02 * np.abs(take.samples).max())
         end = int(loud[-1]) + 1
         gap = int(rng.uniform(0.02, 0.25) * take.sample_rate)
@@ -53,30 +57,43 @@ def _joined_digits(synthesizer: Synthesizer, speaker: Voice, rng: random.Random)
     return Speech(np.concatenate(samples), synthesizer.sample_rate, phonemes, [])
 
 
+def _spliced_words(rng: random.Random, words: tuple[str, ...]) -> str:
+    """Two to six words that do not exist: the beginning of one and the end of another."""
+    pairs = (rng.sample(words, 2) for _ in range(rng.randint(2, 6)))
+    return " ".join(a[: rng.randint(1, len(a))] + b[rng.randint(0, len(b) - 1) :] for a, b in pairs)
+
+
+def _text(lang: str, rng: random.Random) -> str:
+    """Made-up words, words in no order, and sentences."""
+    kind = rng.random()
+    if kind < 0.25:
+        return corpus.made_up_words(rng) if lang == "en" and kind < 0.2 else _spliced_words(rng, world.words(lang))
+    if kind < 0.55:
+        return corpus.word_salad(rng, [*world.words(lang), *(corpus.words() if lang == "en" else ())])
+    if lang == "en" and kind < 0.75:
+        return corpus.sentence(rng)
+    return world.draw(rng, rng.choice(["asr", "asr", "qa"]), lang).said
+
+
 def _utterances(seed: int, seconds: float, variants: list[str]) -> list[LabelledSpeech]:
     torch.set_num_threads(1)
-    rng, synthesizer, vocabulary = random.Random(seed), Synthesizer(), corpus.words()
+    rng, synthesizer = random.Random(seed), Synthesizer()
     pool: list[LabelledSpeech] = []
-    spoken = 0.0
-    while spoken < seconds:
-        speaker = voice(rng, variants)
-        kind = rng.random()
-        if kind < 0.15:
-            speech = _joined_digits(synthesizer, speaker, rng)
-        elif kind < 0.4:
-            speech = synthesizer.say(corpus.made_up_words(rng), speaker)
-        elif kind < 0.7:
-            speech = synthesizer.say(corpus.word_salad(rng, vocabulary), speaker)
-        else:
-            speech = synthesizer.say(corpus.sentence(rng), speaker)
+    said = 0.0
+    while said < seconds:
+        lang = rng.choices(list(_LANGUAGES), list(_LANGUAGES.values()))[0]
+        speaker = voice_of(rng, lang, variants)
+        digits = rng.random() < 0.12
+        speech = (
+            _joined_digits(synthesizer, speaker, lang, rng) if digits else synthesizer.say(_text(lang, rng), speaker)
+        )
         # Played faster or slower, formants and all, as a shorter or longer vocal tract would sound.
         waveform = speech.waveform(rng.randint(30, 42) * _RATE_STEP)
-        loudest = waveform.abs().max()
-        if loudest < 1e-3:
+        if not speech.phonemes or (loudest := waveform.abs().max()) < 1e-3:
             continue
         samples = (waveform / loudest * 32767).numpy().astype(np.int16)
-        pool.append(LabelledSpeech(samples, frame_labels(speech, len(samples))))
-        spoken += len(samples) / SAMPLE_RATE
+        pool.append(LabelledSpeech(samples, frame_labels(speech, lang, len(samples)), lang))
+        said += len(samples) / SAMPLE_RATE
     return pool
 
 
