@@ -23,7 +23,7 @@ _LANGUAGES = {"en": 0.38, "es": 0.2, "fr": 0.14, "it": 0.14, "ru": 0.14}
 
 @dataclass
 class LabelledSpeech:
-    """`waveform` (S,) int16 at 16 kHz and `labels` (F,) uint8, the index in PHONES at each frame's centre, in `lang`."""
+    """`waveform` (S,) int16 at 16 kHz in `lang`, and `labels` (F,) uint8, the PHONES at the frames' centres."""
 
     waveform: np.ndarray
     labels: np.ndarray
