@@ -2,18 +2,23 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from sounds import samples, sounds
+from torch import Tensor
 
 from rwkv_speech.batch import Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import GREEDY, Options
+from rwkv_speech.decoding.reader import Encoded, Reader, Reading
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM
+from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.state import State
 
 LENGTHS = [3_000, 6_000, 1_450, 5_555, 2_000, 9_000, 2_500, 4_000]
 NOTHING = [0, 399, 600]  # no frame, no frame, fewer frames than an audio token has
@@ -200,3 +205,48 @@ def test_decoding_works_under_the_autocast_of_training(ending: SpeechLM, options
     exact = decode(Engine(ending, options, slots=3), requests(chosen))
     close = [text.hypotheses[0].logprobs[:1] for text in (found[11], exact[11])]
     assert found.keys() == exact.keys() and close[0] == pytest.approx(close[1], abs=0.3)
+
+
+@pytest.fixture(scope="module")
+def of_two_tasks(tiny_parts: Parts) -> SpeechLM:
+    """A model with two states that give other texts of the same audio."""
+    model = SpeechLM.build(tiny_parts, task_names=["asr", "st_es"])
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for x in model.trained_parameters():
+            x.copy_(0.5 * torch.randn(x.shape, generator=draw))
+    return model.eval()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_tasks_in_one_batch_are_decoded_as_each_by_itself(of_two_tasks: SpeechLM, rows: int):
+    """With four rows as on a GPU: utterances of both tasks, with and without a prompt, share the packed passes."""
+    model, passes = of_two_tasks, list[list[str]]()
+
+    class Noted(Reader):
+        def prefill(self, encoded: Sequence[Encoded], readings: Sequence[Reading]) -> tuple[Tensor, State]:
+            passes.append([reading.task for reading in readings])
+            return super().prefill(encoded, readings)
+
+    def found(wanted: list[Request]) -> dict[tuple[str, int], Done]:
+        engine = Engine(model, GREEDY, slots=4)
+        engine._reader = Noted(model, rows)
+        return {done.request.key: done for done in engine.run(wanted)}
+
+    chosen = samples(sounds([5_800, 6_000, 5_900, 5_700, 3_000, 2_900]))
+    mixed = [
+        Request((task, sample.index), replace(sample, task=task), 16, before="1" if sample.index % 2 else None)
+        for sample in chosen
+        for task in ("asr", "st_es")
+    ]
+    together = found(mixed)
+    assert rows == 1 or any(len(set(names)) == 2 for names in passes)
+    apart = {key: x for task in ("asr", "st_es") for key, x in found([r for r in mixed if r.key[0] == task]).items()}
+    assert {key: done.hypotheses for key, done in together.items()} == {
+        key: done.hypotheses for key, done in apart.items()
+    }
+    first, second = (together[task, chosen[0].index].hypotheses[0].ids for task in ("asr", "st_es"))
+    assert first != second
+    for request in mixed[:4]:
+        expected = oracle(model, request.sample, 16, request.before or "")
+        assert together[request.key].hypotheses[0].ids == expected.ids

@@ -3,7 +3,7 @@ import torch
 from sounds import samples, sounds
 
 from rwkv_speech.data.loader import collate
-from rwkv_speech.decoding.reader import Reader
+from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.decoding.transcribe import SpeechLM
 
 LENGTHS = [3_000, 6_000, 1_450, 16_000]
@@ -15,7 +15,7 @@ def test_an_utterance_out_of_a_padded_batch_is_read_as_if_alone(model: SpeechLM)
     for one, padded in zip(alone, collate(alone).samples(), strict=True):
         [first], [second] = reader.encode([one]), reader.encode([padded])
         assert torch.equal(first.audio, second.audio)
-        (logits, state), (again, other) = (reader.prefill([encoded], "asr") for encoded in (first, second))
+        (logits, state), (again, other) = (reader.prefill([encoded], [Reading("asr")]) for encoded in (first, second))
         assert torch.equal(logits, again) and all(map(torch.equal, state, other))
 
 
@@ -41,7 +41,7 @@ def test_prefill_reads_prompts_audio_and_separator_in_order(model: SpeechLM, bef
     parts = embed(torch.tensor(before, dtype=torch.int64)), encoded.audio, embed(torch.tensor([*after, 36]))
     with torch.no_grad():
         expected = model.lm(inputs_embeds=torch.cat(parts)[None], state=model.initial_state(["asr"]))
-    logits, state = Reader(model).prefill([encoded], "asr", before, after)
+    logits, state = Reader(model).prefill([encoded], [Reading("asr", before, after)])
     torch.testing.assert_close(logits, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
     for found, wanted in zip(state, expected.state, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -62,12 +62,12 @@ def test_rows_read_together_have_one_shape_and_the_numbers_of_each_alone(
     chosen = samples(sounds([5_800, 6_000, 6_100, 5_700]))
     assert len({reader.size(sample) for sample in chosen}) == 1
     alone = [reader.encode([sample])[0] for sample in chosen]
-    heads = [reader.prefill([one], "asr", [7, 8], [9])[0] for one in alone]
+    heads = [reader.prefill([one], [Reading("asr", [7, 8], [9])])[0] for one in alone]
     assert shapes
     first = set(shapes)
     for order in ([0, 1, 2, 3], [3, 1], [2, 3, 0]):
         together = reader.encode([chosen[i] for i in order])
-        logits, state = reader.prefill(together, "asr", [7, 8], [9])
+        logits, state = reader.prefill(together, [Reading("asr", [7, 8], [9])] * len(together))
         assert len(logits) == state.wkv.shape[1] == len(order)
         for place, i in enumerate(order):
             assert torch.equal(together[place].audio, alone[i].audio)
@@ -76,7 +76,7 @@ def test_rows_read_together_have_one_shape_and_the_numbers_of_each_alone(
     for sample, one, head in zip(chosen, alone, heads, strict=True):
         [exact] = Reader(model).encode([sample])
         torch.testing.assert_close(one.audio, exact.audio, rtol=1e-4, atol=1e-5)
-        expected, _ = Reader(model).prefill([exact], "asr", [7, 8], [9])
+        expected, _ = Reader(model).prefill([exact], [Reading("asr", [7, 8], [9])])
         torch.testing.assert_close(head, expected, rtol=1e-3, atol=1e-3)
 
 

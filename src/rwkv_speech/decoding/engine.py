@@ -19,7 +19,7 @@ from rwkv_speech.decoding.draft import Verifier
 from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
-from rwkv_speech.decoding.reader import Reader
+from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.decoding.strategy import Hypothesis, Scores, Strategy, Track
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -202,11 +202,8 @@ class Engine:
         empty = [pair for pair in pairs if not len(pair[1].audio)]
         pairs = [pair for pair in pairs if len(pair[1].audio)]
         if pairs:
-            first = together[0]
-            before = self._before if first.before is None else self._model.tokenizer.encode(first.before)
-            prompts = first.sample.task, before, self._after
-            start = [request.start for request, _ in pairs if request.start]
-            logits, state = self._reader.prefill([one for _, one in pairs], *prompts, start)
+            readings = [self._reading(request) for request, _ in pairs]
+            logits, state = self._reader.prefill([one for _, one in pairs], readings)
             for row, (request, one) in enumerate(pairs):
                 here = slice(row, row + 1)
                 mine = State(*(x[:, here] for x in state))
@@ -216,9 +213,12 @@ class Engine:
 
     def _kind(self, request: Request) -> tuple[Any, ...]:
         """What requests have in common that are read together."""
-        sample = request.sample
-        kind = sample.normalised, sample.frames is None, sample.input_ids is None, request.start is None
-        return self._reader.size(sample), sample.task, *kind, request.before
+        sample, room = request.sample, self._reader.room(self._reading(request))
+        return self._reader.size(sample), room, sample.normalised, sample.frames is None, sample.input_ids is None
+
+    def _reading(self, request: Request) -> Reading:
+        before = self._before if request.before is None else self._model.tokenizer.encode(request.before)
+        return Reading(request.sample.task, before, self._after, request.start)
 
     def _rows(self, request: Request) -> int:
         """The free rows that a request waits for."""

@@ -12,10 +12,19 @@ from torch.nn import functional as F
 from rwkv_speech.batch import Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.models.splice import Prompt, Segment
+from rwkv_speech.models.splice import Audio, Prompt, Segment
 from rwkv_speech.models.state import State
 
 _GPU_ROWS = 8
+
+
+class Reading(NamedTuple):
+    """How an utterance is read: with ids before and after its audio tokens, from its task's state or from `start`."""
+
+    task: str
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+    start: State | None = None
 
 
 class Encoded(NamedTuple):
@@ -31,7 +40,7 @@ class Reader:
 
     A CPU reads them one by one at their own lengths. A GPU takes `rows` at once, always as many, and pads them to a
     length that is a function of their own: whoever comes along, all matrix products have the same shapes, and with them
-    the same bits.
+    the same bits. Their tasks may differ: each has its own state and prompts.
     """
 
     def __init__(self, model: SpeechLM, rows: int | None = None) -> None:
@@ -79,26 +88,42 @@ class Reader:
         ids = torch.tensor(sample.input_ids, dtype=torch.int64, device=self._device)
         return Encoded(self._model.lm.embed(ids), None, self.size(sample))
 
+    def room(self, reading: Reading) -> int:
+        """The positions that prompts and separator are given; readings of one room may be made together.
+
+        At most a quarter is padding.
+        """
+        length = sum(map(_length, self._prefix(0, reading)))
+        step = 2 ** max(0, length.bit_length() - 3) if self.rows > 1 else 1
+        return -(-length // step) * step
+
     @torch.no_grad()
-    def prefill(
-        self,
-        encoded: Sequence[Encoded],
-        task: str,
-        before: Sequence[int] = (),
-        after: Sequence[int] = (),
-        start: Sequence[State] | None = None,
-    ) -> tuple[Tensor, State]:
-        """Read audio tokens of n utterances of one size and the prompts around them, from the task's state or `start`.
+    def prefill(self, encoded: Sequence[Encoded], readings: Sequence[Reading]) -> tuple[Tensor, State]:
+        """Read audio tokens of n utterances of one size, whose readings have one room, in one packed pass.
 
         The logits (n, V) of the first token of each text, and the states before it.
         """
         count = len(encoded)
-        sequences = [self._model.prefix(len(one.audio), task, before, after) for one in encoded]
+        sequences = [self._prefix(len(one.audio), reading) for one, reading in zip(encoded, readings, strict=True)]
+        readings = list(readings)
         if self.rows > 1:
-            padding = sum(one.room - len(one.audio) for one in encoded)
-            padding += (self.rows - count) * (encoded[0].room + len(before) + len(after) + 1)
+            whole = self.rows * (encoded[0].room + self.room(readings[0]))
+            padding = whole - sum(_length(segment) for sequence in sequences for segment in sequence)
             sequences += [list[Segment]()] * (self.rows - count) + [[Prompt((0,) * padding)]]
+            readings += readings[:1] * (self.rows - count + 1)
         audio = torch.cat([one.audio for one in encoded])
-        state = self._model.initial_state([task] * (len(sequences) - len(start or ())))
-        logits, state = self._model.prefill(audio, sequences, State.joined([*start, state]) if start else state)
+        logits, state = self._model.prefill(audio, sequences, self._before(readings))
         return logits[:count], State(*(x[:, :count] for x in state))
+
+    def _before(self, readings: Sequence[Reading]) -> State:
+        """The states to begin with."""
+        if not any(reading.start for reading in readings):
+            return self._model.initial_state([reading.task for reading in readings])
+        return State.joined([reading.start or self._model.initial_state([reading.task]) for reading in readings])
+
+    def _prefix(self, num_audio: int, reading: Reading) -> list[Segment]:
+        return self._model.prefix(num_audio, reading.task, reading.before, reading.after)
+
+
+def _length(segment: Segment) -> int:
+    return segment.length if isinstance(segment, Audio) else len(segment.ids)
