@@ -103,7 +103,6 @@ class Naming:
             return state_name(task, lang, self.by_lang)
         name, others = state_name(task, lang, by_lang=True), state_name(task, lang)
         if name not in self.states and others not in self.states:
-            raise UserError(
-                f"found no state named {others!r}, expected one of {', '.join(sorted(self.states))}; name it by --task"
-            )
+            known = ", ".join(sorted(self.states))
+            raise UserError(f"found no state named {others!r}, expected one of {known}; name it with --task")
         return name if name in self.states else others
