@@ -20,7 +20,7 @@ class Sample:
     `index` is its place in the data set; `task` and `lang` say what is to be made of it, and its language if known.
     `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
     `frames` (F, D) instead, and the waveform is empty; so it is where text is read in place of audio, its `input_ids`.
-    `turn` counts from 0 within a conversation.
+    `turn` counts from 1 within a conversation, and is 0 in none.
     """
 
     id: str
@@ -66,8 +66,8 @@ class Batch:
                 they are given, the waveforms are (B, 0)
     frame_lengths (B,) int64, F of each
     input_ids   what each reads in place of audio, None for audio; or None where all of them hear
-    turns       of each its number in its conversation, from 0; those after 0 go on in the sequence of the one before
-                them. None where there is no conversation
+    turns       of each its number in its conversation, from 1, and 0 in none; those above 1 go on in the sequence of
+                the one before them. None where there is no conversation
     """
 
     indices: list[int]
@@ -117,6 +117,15 @@ class Batch:
             )
             for i, x in enumerate(frames)
         ]
+
+    def conversations(self) -> list[list[Sample]]:
+        """The same, those of a conversation together; what is in none is alone."""
+        found = list[list[Sample]]()
+        for sample in self.samples():
+            if sample.turn <= 1:
+                found.append([])
+            found[-1].append(sample)
+        return found
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy audio and frames to a device; from pinned memory the copy runs beside what the device does.

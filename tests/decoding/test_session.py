@@ -1,6 +1,7 @@
 """Conversations against reading the whole of them again for every token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import Engine
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.session import Session, converse
-from rwkv_speech.decoding.transcribe import SpeechLM
+from rwkv_speech.decoding.transcribe import SpeechLM, transcribe_batch, transcribe_batches
 from rwkv_speech.errors import UserError
 
 SHORT = {"max_new_tokens": 12}
@@ -177,6 +178,24 @@ def test_other_weights_and_damage_are_named(ending: SpeechLM, tmp_path: Path):
     save_file({"x": torch.zeros(1)}, path)
     with safe_open(path, "pt"), pytest.raises(UserError, match="is no session"):
         Session.load(path, ending)
+
+
+def test_rows_of_a_set_that_holds_conversations_texts_and_utterances(ending: SpeechLM):
+    a, b, c, d = samples(WAVES)
+    typed = Sample("t", torch.empty(0), "", [], 0.0, 3, "asr", input_ids=tuple(ending.tokenizer.encode(" the")))
+    talk = [replace(c, id="c#1", turn=1), replace(typed, id="c#2", index=c.index, turn=2)]
+    batches = [collate([a, *talk, typed]), collate([d]), collate([b])]
+    rows = {row.place: row for row in transcribe_batches(ending, batches, OPTIONS, 2)}
+    session = Session(ending, "asr")
+    expected = [session.say(c.waveform, **SHORT).text, session.say(" the", **SHORT).text]
+    assert [rows[c.index, turn].hyp for turn in (1, 2)] == expected
+    assert [rows[c.index, turn].id for turn in (1, 2)] == ["c#1", "c#2"]
+    assert rows[3, 0].hyp == Session(ending, "asr").say(" the", **SHORT).text and rows[3, 0].turn is None
+    for sample, found in zip((a, b, d), transcribe_batch(ending, collate([a, b, d]), OPTIONS), strict=True):
+        assert rows[sample.index, 0] == found
+    assert len(rows) == 6
+    [*again] = transcribe_batch(ending, batches[0], OPTIONS)
+    assert again == [rows[place] for place in ((a.index, 0), (c.index, 1), (c.index, 2), (3, 0))]
 
 
 def test_the_model_gives_sessions(ending: SpeechLM, tmp_path: Path):

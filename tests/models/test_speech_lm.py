@@ -107,7 +107,7 @@ def naive_conversation_loss(model: SpeechLM, turns: list[Sample]) -> Tensor:
     """All turns unpacked, from one state: the definition."""
     embed, parts, targets = model.lm.emb, list[Tensor](), list[int]()
     for turn in turns:
-        if turn.turn:
+        if turn.turn > 1:
             parts.append(embed(torch.tensor(model.tokenizer.encode("\n\n"))))
         if turn.input_ids is None:
             parts.append(model.audio_tokens(collate([replace(turn, turn=0)]))[0])
@@ -124,8 +124,8 @@ def test_turns_go_on_in_one_sequence(model: SpeechLM):
     a, b, c, d = batch_of(model, sounds(LENGTHS), TEXTS).samples()
     read = tuple(model.tokenizer.encode("what is it"))
     nothing = torch.empty(0)
-    middle = replace(b, waveform=nothing, duration=0.0, input_ids=read, turn=1)
-    talks = [[replace(a), middle, replace(d, turn=2)], [replace(c)], [replace(d), replace(a, turn=1)]]
+    middle = replace(b, waveform=nothing, duration=0.0, input_ids=read, turn=2)
+    talks = [[replace(a, turn=1), middle, replace(d, turn=3)], [c], [replace(d, turn=1), replace(a, turn=2)]]
     expected = [naive_conversation_loss(model, talk) for talk in talks]
     batch = collate([turn for talk in talks for turn in talk])
     torch.testing.assert_close(model(batch), sum(expected), rtol=1e-5, atol=0)
@@ -133,9 +133,9 @@ def test_turns_go_on_in_one_sequence(model: SpeechLM):
     assert (
         (again.turns, again.input_ids)
         == (batch.turns, batch.input_ids)
-        == ([0, 1, 2, 0, 0, 1], [None, read] + 4 * [None])
+        == ([1, 2, 3, 0, 1, 2], [None, read] + 4 * [None])
     )
-    only_text = [replace(middle, turn=0), replace(middle, text="good", ids=model.tokenizer.encode("good"))]
+    only_text = [replace(middle, turn=1), replace(middle, text="good", ids=model.tokenizer.encode("good"))]
     torch.testing.assert_close(model(collate(only_text)), naive_conversation_loss(model, only_text), rtol=1e-5, atol=0)
 
 

@@ -92,8 +92,9 @@ def shifted(transcript: Transcript, seconds: float) -> Transcript:
 class Row:
     """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set.
 
-    What is not known is None: who speaks, the file with the audio, in which it starts at `offset` seconds, what the
-    CTC head alone makes of it, and the words of the hypothesis, each with its probability.
+    `turn` is its number in its conversation, from 1. What is not known is None: who speaks, the file with the audio, in
+    which it starts at `offset` seconds, what the CTC head alone makes of it, and the words of the hypothesis, each with
+    its probability.
     """
 
     id: str
@@ -109,11 +110,17 @@ class Row:
     offset: float = 0.0
     ctc: str | None = None
     words: list[tuple[str, float]] | None = None
+    turn: int | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What tells it from all others of the set, and orders them."""
+        return self.index, self.turn or 0
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines, atomically, in the order of the set."""
-    ordered = sorted(rows, key=lambda row: row.index)
+    ordered = sorted(rows, key=lambda row: row.place)
     # Readable letters; half a surrogate pair, which a file's name may hold, stays JSON's escape.
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in ordered)
     write_text_atomically(path, lines.encode("utf-8", "backslashreplace").decode("utf-8"))

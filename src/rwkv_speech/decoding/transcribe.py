@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, as_waveform, read_blocks
-from rwkv_speech.batch import BadSample, Batch
+from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Transcript
-from rwkv_speech.decoding.session import Session
+from rwkv_speech.decoding.session import Session, converse
 from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
@@ -129,35 +129,67 @@ def stream(
 
 
 def transcribe_batches(
-    model: speech_lm.SpeechLM, batches: Iterable[Batch], options: Options = GREEDY, slots: int = 0
+    model: speech_lm.SpeechLM,
+    batches: Iterable[Batch],
+    options: Options = GREEDY,
+    slots: int = 0,
+    given_history: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a data set's batches, with its references, as they are done; by default of the first one's size."""
+    """The rows of a data set's batches, with its references, as they are done; by default of the first one's size.
+
+    Conversations and texts that are read go on with the model's own answers, or with the `given` ones.
+    """
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         return
-    rows: dict[int, Row] = {}
-    recordings = _recordings(itertools.chain([first], batches), rows)
-    for recording, found in Transcriber(model, options, slots or max(1, len(first))).run(recordings):
-        assert isinstance(found, Transcript)
-        words = [(word.word, word.probability) for word in found.words or []] if options.word_timestamps else None
-        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
+    slots = slots or max(1, len(first))
+    transcriber = Transcriber(model, options, slots)
+    parts = (part for batch in itertools.chain([first], batches) for part in _parts(batch))
+    for is_heard, group in itertools.groupby(parts, lambda part: part[0]):
+        found = itertools.chain.from_iterable(samples for _, samples in group)
+        if is_heard:
+            yield from _heard(transcriber, itertools.chain.from_iterable(found), options)
+        else:
+            for sample, turn in converse(model, found, options, slots, given_history):
+                yield replace(_row(sample), hyp=turn.text, cut=turn.cut)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:
     """The rows of one batch, in its order."""
-    rows = {row.index: row for row in transcribe_batches(model, [batch], options)}
-    return [rows[index] for index in batch.indices]
+    return sorted(
+        transcribe_batches(model, [batch], options), key=lambda row: (batch.indices.index(row.index), row.place)
+    )
 
 
-def _recordings(batches: Iterable[Batch], rows: dict[int, Row]) -> Iterator[Recording]:
-    """The utterances of batches; what is known of each goes into `rows`, by its place in the data set."""
-    for batch in batches:
-        for ref, sample in zip(batch.texts, batch.samples(), strict=True):
-            row = Row(sample.id, sample.index, ref, "", sample.lang, sample.task, sample.duration, False)
-            rows[sample.index] = row
+def _parts(batch: Batch) -> Iterator[tuple[bool, list[list[Sample]]]]:
+    """The utterances of a batch that are heard, each alone, and then its conversations and what is read."""
+    found = batch.conversations()
+    for is_heard in (True, False):
+        if part := [x for x in found if (len(x) == 1 and x[0].input_ids is None) == is_heard]:
+            yield is_heard, part
+
+
+def _row(sample: Sample) -> Row:
+    """What is known of an utterance before it is decoded."""
+    known = sample.id, sample.index, sample.text, "", sample.lang, sample.task, sample.duration, False
+    return Row(*known, turn=sample.turn or None)
+
+
+def _heard(transcriber: Transcriber, samples: Iterable[Sample], options: Options) -> Iterator[Row]:
+    """The rows of utterances that stand alone."""
+    rows: dict[int, Row] = {}
+
+    def recordings() -> Iterator[Recording]:
+        for sample in samples:
+            rows[sample.index] = _row(sample)
             blocks = lambda samples=sample.waveform: [samples]  # noqa: E731
             yield Recording(sample.index, sample.id, blocks, sample.task, sample.lang, sample.normalised)
+
+    for recording, found in transcriber.run(recordings()):
+        assert isinstance(found, Transcript)
+        words = [(word.word, word.probability) for word in found.words or []] if options.word_timestamps else None
+        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
 
 
 def recording_of(audio: Any, number: int, task: str) -> Recording:

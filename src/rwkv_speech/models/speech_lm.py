@@ -197,8 +197,8 @@ class SpeechLM(nn.Module):
         read, turns = batch.input_ids or [None] * len(batch), batch.turns or [0] * len(batch)
         sequences, task_names = list[list[splice.Segment]](), list[str]()
         for row, (text, task) in enumerate(zip(texts, batch.tasks, strict=True)):
-            ids, before = read[row], self.between_turns if turns[row] else ()
-            if not turns[row]:
+            ids, before = read[row], self.between_turns if turns[row] > 1 else ()
+            if turns[row] <= 1:
                 sequences.append([])
                 task_names.append(task)
             sequences[-1] += self.prefix(num_audio[row] if ids is None else ids, task, before)

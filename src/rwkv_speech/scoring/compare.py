@@ -152,7 +152,7 @@ def _by_key(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
     """The rows by their ids, of which the same may come several times, and that number."""
     times: Counter[str] = Counter()
     found = {}
-    for row in sorted(rows, key=lambda row: row.index):
+    for row in sorted(rows, key=lambda row: row.place):
         found[row.id, times[row.id]] = row
         times[row.id] += 1
     return found

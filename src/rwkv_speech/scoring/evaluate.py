@@ -29,7 +29,7 @@ def evaluate(config: EvalConfig, progress: Callable[[Progress], object] = lambda
 
 def _merged(config: EvalConfig, name: str, parts: list[Part]) -> Evaluation:
     """The parts in the set's order, so that it makes no difference how many processes there were."""
-    rows = sorted((row for part in parts for row in part.rows), key=attrgetter("index"))
+    rows = sorted((row for part in parts for row in part.rows), key=attrgetter("place"))
     bad_files = BadFileLog(Path(config.proj_dir) / "bad_files.jsonl", config.max_bad)
     bad_files.add(sorted((sample for part in parts for sample in part.bad), key=attrgetter("index")), name)
     bad_files.require_used(len(rows), name)

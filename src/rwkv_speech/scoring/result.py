@@ -21,7 +21,7 @@ from rwkv_speech.scoring.speed import Speed
 from rwkv_speech.text import NORMALIZERS, normalizer
 
 _DURATIONS = (2, 5, 10, 20, 30)  # s
-_SHOWN = ("duration", "language", "task")  # on the screen; speakers may be hundreds
+_SHOWN = ("duration", "language", "task", "turn")  # on the screen; speakers may be hundreds
 
 
 def duration_bin(seconds: float) -> str:
@@ -37,6 +37,7 @@ GROUPS: dict[str, Callable[[Row], str | None]] = {
     "language": lambda row: row.lang,
     "speaker": lambda row: row.speaker,
     "task": lambda row: row.task,
+    "turn": lambda row: None if row.turn is None else str(row.turn),
 }
 
 

@@ -66,7 +66,7 @@ class SpeechModule(pl.LightningModule):
         self.ending = False  # all ranks, after this step
         # Of the epoch, over all ranks: utterances and samples that were trained on; of the run: the longest's samples.
         self._num_used = self._samples_used = self._longest = 0
-        self._rows: dict[int, Row] = {}  # by place in the validation set
+        self._rows: dict[tuple[int, int], Row] = {}  # by place in the validation set
         self._bad: list[BadSample] = []  # of this validation, on this rank
         self.validated: list[Row] = []
         self.scores: Scores | None = None
@@ -281,11 +281,11 @@ class SpeechModule(pl.LightningModule):
         if not len(batch):
             return
         with self._autocast():
-            self._rows.update({row.index: row for row in transcribe_batch(self.model, batch)})
+            self._rows.update({row.place: row for row in transcribe_batch(self.model, batch)})
 
     def on_validation_epoch_end(self) -> None:
         """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
-        gathered = {index: row for part in self._gathered(self._rows) for index, row in part.items()}
+        gathered = {place: row for part in self._gathered(self._rows) for place, row in part.items()}
         self._note_bad(self._bad, self.config.valid_data)
         self._rows, self._bad = {}, []
         with self._said_once():
