@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import WavLMConfig, WavLMModel
 
 from benchmarks.common import RESULTS, cpu_name, seconds, write_result
-from rwkv_speech.audio import SAMPLE_RATE, num_frames
-from rwkv_speech.models.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.audio import SAMPLE_RATE, Framing, length_mask
+from rwkv_speech.models.encoder import SpeechEncoder, normalise
 
 SIDES = ("transformers", "ours")
 PARTS = ("attention", "encoder")
@@ -53,7 +53,8 @@ def forward(side: str, part: str, dtype: torch.dtype, layers: int, device: str) 
     """One pass of a side over a model of its own, as a call that returns the true frames."""
     theirs = large_shaped(layers).to(device)
     num_samples = torch.linspace(SHORTEST, LONGEST, B, device=device).long()
-    lengths = num_frames(num_samples)
+    config: Any = theirs.config
+    lengths = Framing.of_convolutions(config.conv_kernel, config.conv_stride).count(num_samples)
     mask = length_mask(lengths, int(lengths.max()))
     torch.manual_seed(1)
     waveforms = normalise(0.1 * torch.randn(B, LONGEST).to(device), num_samples)

@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from benchmarks.common import RESULTS, cpu_name, write_result
-from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.audio import SAMPLE_RATE, Framing
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.epoch import Cut
@@ -120,7 +120,12 @@ def measure(utterances: list[Utterance], work: Work, workers: int, rounds: int, 
     """One row of the table."""
     augment = Augmenter(work.augment, seed=0) if work.augment else None
     dataset = SpeechDataset(
-        FileSource(utterances), WorldTokenizer(), "lower", Fit(4096, 5), normalise=work.normalise, augment=augment
+        FileSource(utterances),
+        WorldTokenizer(),
+        "lower",
+        Fit(4096, 5, Framing((320,), (320,), 0.0)),
+        normalise=work.normalise,
+        augment=augment,
     )
     loader = dataset.loader(Cut(MICRO_BATCH), workers=workers)
     timed_epochs(loader, 1)  # starts the workers and warms up

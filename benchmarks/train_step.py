@@ -34,10 +34,10 @@ from transformers import WavLMConfig, WavLMModel
 
 from benchmarks.common import RESULTS, cpu_name, interleaved, relative_rms, write_result
 from benchmarks.encoder import resident
-from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.audio import SAMPLE_RATE, length_mask
 from rwkv_speech.batch import Batch
 from rwkv_speech.models.base import RWKV6Sizes
-from rwkv_speech.models.encoder import SpeechEncoder, length_mask, normalise
+from rwkv_speech.models.encoder import SpeechEncoder, normalise
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -202,7 +202,7 @@ class Bench:
         U, longest, _ = frames.shape
         stacked = frames[:, : longest // STACK * STACK].reshape(U, longest // STACK, -1)
         audio = model.adapter[2](model.adapter[1](model.adapter[0](stacked)))
-        counts = (num_frames(num_samples) // STACK).tolist()
+        counts = (self.model.encoder.frame_lengths(num_samples) // STACK).tolist()
         separator, end = ids.new_tensor([model.separator_id]), ids.new_tensor([model.tokenizer.eos_id])
         inputs, labels = [], []
         for row, count, text in zip(audio, counts, ids.split(text_lengths.tolist()), strict=True):

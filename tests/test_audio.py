@@ -9,37 +9,42 @@ import soundfile
 import torch
 from hard_files import sound, tones
 
-from rwkv_speech import audio
-from rwkv_speech.audio import AudioError, audio_seconds, load_audio, num_audio_tokens, num_frames, read_blocks
+from rwkv_speech.audio import AudioError, Framing, audio_seconds, load_audio, num_audio_tokens, read_blocks
 
 
 def tone(rate: int, seconds: float, hertz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)).astype(np.float32)
 
 
-def test_constants_agree_with_the_published_encoder():
-    assert (audio.SAMPLES_PER_FRAME, audio.FRAME_RATE, audio.MIN_SAMPLES) == (320, 50, 400)
+KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)  # WavLM's
+WAVLM = Framing.of_convolutions(KERNELS, STRIDES)
 
 
-def test_num_frames_equals_real_convolutions():
-    layers = [torch.nn.Conv1d(1, 1, k, s) for k, s in zip(audio.CONV_KERNELS, audio.CONV_STRIDES, strict=True)]
+def test_framing_of_the_published_encoder():
+    assert (WAVLM.samples_per_frame, WAVLM.frame_rate, WAVLM.min_samples, WAVLM.centre) == (320, 50.0, 400, 200.0)
+
+
+def test_count_equals_real_convolutions():
+    layers = [torch.nn.Conv1d(1, 1, k, s) for k, s in zip(KERNELS, STRIDES, strict=True)]
     stack = torch.nn.Sequential(*layers)
     lengths = [400, 401, 719, 720, 721, 799, 1039, 1040, 16_000, 16_123]
     with torch.no_grad():
         expected = [stack(torch.zeros(1, 1, n)).shape[-1] for n in lengths]
-    assert [num_frames(n) for n in lengths] == expected
-    assert num_frames(torch.tensor(lengths)).tolist() == expected
+    assert [WAVLM.count(n) for n in lengths] == expected
+    assert WAVLM.count(torch.tensor(lengths)).tolist() == expected
 
 
-def test_num_frames_is_zero_below_the_receptive_field():
+def test_count_is_zero_below_the_receptive_field():
     short = list(range(0, 400))
-    assert all(num_frames(n) == 0 for n in short)
-    assert num_frames(torch.tensor(short)).tolist() == [0] * 400
-    assert num_frames(400) == 1
+    assert all(WAVLM.count(n) == 0 for n in short)
+    assert WAVLM.count(torch.tensor(short)).tolist() == [0] * 400
+    assert WAVLM.count(400) == 1
 
 
-def test_num_frames_takes_other_convolutions():
-    assert num_frames(10, kernels=(4,), strides=(2,)) == 4
+@pytest.mark.parametrize("framing", [WAVLM, Framing.of_convolutions((4, 5), (2, 3)), Framing((640,), (640,), 0.0)])
+def test_shortest_is_the_least_that_gives_so_many_frames(framing: Framing):
+    for frames in (1, 2, 17):
+        assert framing.count(framing.shortest(frames)) == frames == framing.count(framing.shortest(frames) - 1) + 1
 
 
 def test_num_audio_tokens_drops_the_remainder():

@@ -1,4 +1,4 @@
-"""Audio files -> 16 kHz mono samples -> frames (50 Hz) -> audio tokens.
+"""Audio files -> 16 kHz mono samples -> an encoder's frames -> audio tokens.
 
 S samples · C channels · F frames · A audio tokens
 """
@@ -6,8 +6,9 @@ S samples · C channels · F frames · A audio tokens
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -25,18 +26,6 @@ from rwkv_speech.media import check_duration as check_duration
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
-CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
-CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
-SAMPLES_PER_FRAME = math.prod(CONV_STRIDES)  # 320
-FRAME_RATE = SAMPLE_RATE // SAMPLES_PER_FRAME  # 50 Hz
-
-
-def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """The samples that one frame sees: the shortest input that gives a frame at all."""
-    return 1 + sum((kernel - 1) * math.prod(strides[:i]) for i, kernel in enumerate(kernels))
-
-
-MIN_SAMPLES = receptive_field(CONV_KERNELS, CONV_STRIDES)  # 400
 
 # torchaudio builds a dense filter of rate x rate / gcd^2 taps: 0.1 M for 44.1 kHz, 256 M for 15,999 Hz.
 _MAX_RESAMPLE_TAPS = 20_000_000
@@ -48,15 +37,55 @@ _CANCELLED = 0.1
 Lengths = TypeVar("Lengths", int, Tensor)
 
 
-def num_frames(
-    num_samples: Lengths, kernels: Sequence[int] = CONV_KERNELS, strides: Sequence[int] = CONV_STRIDES
-) -> Lengths:
-    """Count the frames F that the convolutions make of S samples, 0 below 400; an int or a tensor."""
-    length = num_samples
-    for kernel, stride in zip(kernels, strides, strict=True):
-        length = (length - kernel) // stride + 1
-    # A length that has fallen to zero or below never climbs back, so one clamp at the end is exact.
-    return length.clamp(min=0) if isinstance(length, Tensor) else max(length, 0)
+@dataclass(frozen=True)
+class Framing:
+    """How an encoder makes frames of samples: by convolutions of these kernels and strides, one after another.
+
+    `centre` is the sample in the middle of the first frame.
+    """
+
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    centre: float
+
+    @classmethod
+    def of_convolutions(cls, kernels: Iterable[int], strides: Iterable[int]) -> "Framing":
+        """Without padding: the first frame sees the first samples."""
+        seen = cls(tuple(kernels), tuple(strides), 0.0)
+        return replace(seen, centre=seen.min_samples / 2)
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest input that gives a frame at all: the samples that one frame sees."""
+        return 1 + sum((kernel - 1) * math.prod(self.strides[:i]) for i, kernel in enumerate(self.kernels))
+
+    @property
+    def samples_per_frame(self) -> int:
+        """From one frame to the next."""
+        return math.prod(self.strides)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return SAMPLE_RATE / self.samples_per_frame
+
+    def count(self, num_samples: Lengths) -> Lengths:
+        """The frames F of S samples, 0 below `min_samples`; an int or a tensor."""
+        length = num_samples
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            length = (length - kernel) // stride + 1
+        # A length that has fallen to zero or below never climbs back, so one clamp at the end is exact.
+        return length.clamp(min=0) if isinstance(length, Tensor) else max(length, 0)
+
+    def shortest(self, frames: int) -> int:
+        """The fewest samples that give so many frames."""
+        return self.min_samples + (frames - 1) * self.samples_per_frame
+
+
+def length_mask(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
+    """True inside each of the B lengths, (B, size), on `device`, else on that of the lengths."""
+    device = device or lengths.device
+    return torch.arange(size, device=device)[None] < lengths.to(device, non_blocking=True)[:, None]
 
 
 def num_audio_tokens(frames: Lengths, stack: int) -> Lengths:

@@ -94,6 +94,13 @@ class _ModelFlags:
         "", "base model, a .pth or .safetensors file; empty: the checkpoint's, else the embedded 'tiny'"
     )
     encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
+    encoder_padding: float | None = flag(
+        None,
+        "seconds that a Whisper encoder hears at least, the rest being silence; it was trained on 30; empty: the audio "
+        "and half a second",
+        at_least=0,
+        at_most=30,
+    )
     vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
     n_layer: int | None = flag(
         None, "layers of the base model; empty: read from the file, else it must agree", at_least=1, resume=True

@@ -6,6 +6,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
+from rwkv_speech.audio import Framing
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset, normalise
@@ -16,6 +17,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models import encoder
 from rwkv_speech.tasks import Naming
 from rwkv_speech.tokenizer import WorldTokenizer
+
+HOPS = Framing((320,), (320,), 0.0)  # a frame of each 320 samples
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def test_dataset_gives_samples(source: FileSource, tokenizer: WorldTokenizer):
 
 
 def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenizer: WorldTokenizer):
-    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=9, stack=1))
+    dataset = SpeechDataset(source, tokenizer, fit=Fit(ctx_len=9, stack=1, framing=HOPS))
     broken = dataset[3]
     assert isinstance(broken, BadSample) and broken.id == "bad" and not broken.too_long
     assert "bad.wav" in broken.reason
@@ -54,7 +57,7 @@ def test_dataset_reports_broken_and_long_recordings(source: FileSource, tokenize
 
 
 def test_dataset_trusts_a_known_duration_before_decoding(tokenizer: WorldTokenizer):
-    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, fit=Fit(300, 5))
+    dataset = SpeechDataset(FileSource([Utterance("a", "/gone.wav", "", 31.0)]), tokenizer, fit=Fit(300, 5, HOPS))
     found = dataset[0]
     assert isinstance(found, BadSample) and found.too_long
 
@@ -95,7 +98,7 @@ def test_augmented_samples_depend_on_the_epoch(source: FileSource, tokenizer: Wo
 def test_what_is_too_long_is_counted_before_it_is_decoded(tokenizer: WorldTokenizer):
     def dataset(*seconds: float | None, ctx_len: int = 11, speed: tuple[float, ...] = ()) -> SpeechDataset:
         source = FileSource([Utterance("a", "/gone.wav", "", duration) for duration in seconds])
-        return SpeechDataset(source, tokenizer, fit=Fit(ctx_len, 5), augment=Augmenter(Augment(speed=speed), 0))
+        return SpeechDataset(source, tokenizer, fit=Fit(ctx_len, 5, HOPS), augment=Augmenter(Augment(speed=speed), 0))
 
     # 10 audio tokens of 0.1 s each and the end of text.
     assert dataset(1.0, 1.05, None).count_too_long() == ""
@@ -108,7 +111,7 @@ def test_what_is_too_long_is_counted_before_it_is_decoded(tokenizer: WorldTokeni
 
 def test_fit_counts_the_changed_duration(source: FileSource, tokenizer: WorldTokenizer):
     # 0.1 s are 5 frames; at half the speed they are 10.
-    fit = Fit(ctx_len=5 + 1 + 6, stack=1)
+    fit = Fit(ctx_len=5 + 1 + 6, stack=1, framing=HOPS)
     slow = Augmenter(Augment(speed=(0.5,)), 0)
     assert isinstance(SpeechDataset(source, tokenizer, fit=fit)[1], Sample)
     long = SpeechDataset(source, tokenizer, fit=fit, augment=slow)[1]
@@ -195,3 +198,10 @@ def test_task_and_language_reach_the_batch(source: FileSource, tokenizer: WorldT
     for task in ("asr", "caption"):
         batch = collate([SpeechDataset(named, tokenizer, naming=Naming(task))[i] for i in (1, 0)])
         assert (batch.indices, batch.tasks, batch.langs) == ([1, 0], [task, "translate"], [None, "de"])
+
+
+def test_fit_counts_the_frames_of_the_encoder_s_own_rate():
+    # 2 s at 25 Hz are 50 frames, 25 audio tokens; at 50 Hz twice as many.
+    slow = Fit(ctx_len=25 + 1 + 4, stack=2, framing=Framing((640,), (640,), 0.0))
+    assert slow.fault(2.0, 4) is None and slow.fault(2.0, 5) and slow.longest == 2.4
+    assert Fit(30, 2, HOPS).fault(2.0, 4) and Fit(30, 2, HOPS).longest == 1.2

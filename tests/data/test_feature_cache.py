@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rwkv_speech.audio import SAMPLES_PER_FRAME, load_audio
+from rwkv_speech.audio import Framing, load_audio
 from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
@@ -25,7 +25,8 @@ from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.tokenizer import WorldTokenizer
 
-WIDTH = 8
+WIDTH, HOP = 8, 320
+HOPS = Framing((HOP,), (HOP,), 0.0)  # a frame of each 320 samples
 
 
 class Encoder:
@@ -36,9 +37,9 @@ class Encoder:
 
     def __call__(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         self.encoded += len(num_samples)
-        frames = waveforms[:, : waveforms.shape[1] // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME]
-        frames = frames.reshape(len(waveforms), -1, SAMPLES_PER_FRAME)[..., :WIDTH]
-        return frames, num_samples // SAMPLES_PER_FRAME
+        frames = waveforms[:, : waveforms.shape[1] // HOP * HOP]
+        frames = frames.reshape(len(waveforms), -1, HOP)[..., :WIDTH]
+        return frames, num_samples // HOP
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def waveform_of(source: FileSource, index: int) -> Tensor:
 def filled(folder: Path, dataset: SpeechDataset, dtype: str = "float32", workers: int = 0) -> tuple[FeatureCache, int]:
     """A cache, filled, and the number of utterances that were encoded for it."""
     cache, encoder = FeatureCache(folder, "encoder", dtype, shard_bytes=1_000), Encoder()
-    assert fill(cache, dataset, encoder, WIDTH, Cut(2), workers) == encoder.encoded
+    assert fill(cache, dataset, encoder, 50 * WIDTH, Cut(2), workers) == encoder.encoded
     return cache, encoder.encoded
 
 
@@ -170,7 +171,7 @@ def test_what_is_broken_or_too_long_is_left_out(source: FileSource, tokenizer: W
     soundfile.write(tmp_path / "long.wav", np.zeros(160_000), 16_000)
     extra = [Utterance("bad", str(tmp_path / "bad.wav"), "x"), Utterance("long", str(tmp_path / "long.wav"), "x")]
     source = FileSource([*(source.utterance(i) for i in range(9)), *extra])
-    fit = Fit(ctx_len=40, stack=1)
+    fit = Fit(ctx_len=40, stack=1, framing=HOPS)
     cache, encoded = filled(tmp_path / "cache", SpeechDataset(source, tokenizer, fit=fit))
     assert encoded == 9
     dataset = SpeechDataset(source, tokenizer, fit=fit, cache=cache)
@@ -183,7 +184,7 @@ def test_a_recording_is_kept_for_the_text_that_fits(source: FileSource, tokenize
     found = source.utterance(0)
     for texts in (("x", "long " * 9), ("long " * 9, "x")):
         both = FileSource([replace(found, text=text) for text in texts])
-        fit = Fit(ctx_len=20, stack=1)
+        fit = Fit(ctx_len=20, stack=1, framing=HOPS)
         cache, encoded = filled(tmp_path / texts[0], SpeechDataset(both, tokenizer, fit=fit))
         dataset = SpeechDataset(both, tokenizer, fit=fit, cache=cache)
         assert encoded == 1 and isinstance(dataset[texts.index("x")], Sample)
@@ -202,16 +203,16 @@ def test_estimate_is_what_is_written_and_must_fit_the_disk(
     source: FileSource, tokenizer: WorldTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cache = FeatureCache(tmp_path / "cache", "encoder", "bfloat16")
-    estimated = cache.estimate(source.durations(), WIDTH)
+    estimated = cache.estimate(source.durations(), 50 * WIDTH)
     assert estimated == sum(10 + i for i in range(9)) * WIDTH * 2
-    assert cache.estimate(np.array([np.nan, 2.0, 4.0], np.float32), 1_024) == 3 * 3 * 50 * 1_024 * 2
+    assert cache.estimate(np.array([np.nan, 2.0, 4.0], np.float32), 50 * 1_024) == 3 * 3 * 50 * 1_024 * 2
     unknown = FileSource([Utterance(f"u{i}", source.utterance(i).audio, "") for i in range(9)])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(estimated - 1))
     for data in (source, unknown):
         with pytest.raises(UserError, match=r"--feature_cache: 0\.0 h of audio .* free in .*cache"):
-            fill(cache, SpeechDataset(data, tokenizer), Encoder(), WIDTH, Cut(2))
+            fill(cache, SpeechDataset(data, tokenizer), Encoder(), 50 * WIDTH, Cut(2))
     monkeypatch.undo()
-    fill(cache, SpeechDataset(source, tokenizer), Encoder(), WIDTH, Cut(2))
+    fill(cache, SpeechDataset(source, tokenizer), Encoder(), 50 * WIDTH, Cut(2))
     (shard,) = cache.folder.glob("*.safetensors")
     assert estimated < shard.stat().st_size < estimated + 2_000
 

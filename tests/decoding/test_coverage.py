@@ -26,9 +26,9 @@ def ctc_of(text: str, labels: str = LABELS, probability: float = 0.95) -> Tensor
 
 def test_gaps_lie_between_words():
     # The o at frame 4, the t at 10.
-    assert word_gaps(ctc_of("no time"), LABELS) == [(5 + 10) * 160]
-    assert word_gaps(ctc_of("one"), LABELS) == [] == word_gaps(ctc_of(""), LABELS)
-    assert word_gaps(ctc_of("ab", "ab"), "ab") == [(2 + 4) * 160]
+    assert word_gaps(ctc_of("no time"), LABELS, 320) == [(5 + 10) * 160]
+    assert word_gaps(ctc_of("one"), LABELS, 320) == [] == word_gaps(ctc_of(""), LABELS, 320)
+    assert word_gaps(ctc_of("ab", "ab"), "ab", 320) == [(2 + 4) * 160]
 
 
 PAUSE = "   "  # heard as nothing
@@ -62,7 +62,7 @@ def loud_where(text: str) -> Tensor:
 )
 def test_a_piece_whose_text_lacks_words_is_parted_in_its_pause(heard: str, text: str, parts: list[str] | None):
     piece = Piece(1_000, loud_where(heard))
-    found = halves(piece, ctc_of(heard), LABELS, text)
+    found = halves(piece, ctc_of(heard), LABELS, text, 320)
     if parts is None:
         assert found is None
         return
@@ -82,7 +82,7 @@ def test_the_quietest_pause_counts_not_the_longest():
     log_probs, waveform = ctc_of(heard), loud_where(heard)
     log_probs = torch.cat([log_probs[:9], log_probs[9:10].repeat(40, 1), log_probs[9:]])  # a long vowel
     waveform = torch.cat([waveform[: 9 * 320], waveform[: 40 * 320], waveform[9 * 320 :]])
-    found = halves(Piece(0, waveform), log_probs, LABELS, "the dog")
+    found = halves(Piece(0, waveform), log_probs, LABELS, "the dog", 320)
     assert found is not None and found[0].end == pytest.approx((40 + len("the dog waits") * FRAMES) * 320, abs=500)
 
 

@@ -88,18 +88,18 @@ def head(*frames: tuple[int, float]) -> Tensor:
 
 
 def test_no_speech_prob_of_blanks_is_one_and_of_words_is_none():
-    assert no_speech_prob(None) == 0.0  # nothing is known
-    assert no_speech_prob(head((200, 1.0))) == 1.0 == no_speech_prob(torch.empty(0, 3))
-    assert no_speech_prob(head((100, 1.0), (8, 0.02), (1000, 1.0))) < 0.15  # one short word
-    assert no_speech_prob(head((1, 0.0))) == pytest.approx(math.exp(-1 / 4))
+    assert no_speech_prob(None, 50) == 0.0  # nothing is known
+    assert no_speech_prob(head((200, 1.0)), 50) == 1.0 == no_speech_prob(torch.empty(0, 3), 50)
+    assert no_speech_prob(head((100, 1.0), (8, 0.02), (1000, 1.0)), 50) < 0.15  # one short word
+    assert no_speech_prob(head((1, 0.0)), 50) == pytest.approx(math.exp(-1 / 4))
 
 
 def test_no_speech_prob_takes_the_second_that_holds_the_most():
     doubts = head((3000, 0.998))  # a minute of them
-    assert no_speech_prob(doubts) == pytest.approx(math.exp(-50 * 0.002 / 4), abs=1e-5)
+    assert no_speech_prob(doubts, 50) == pytest.approx(math.exp(-50 * 0.002 / 4), abs=1e-5)
     near, far = head((10, 1.0), (2, 0.5), (47, 1.0), (2, 0.5)), head((10, 1.0), (2, 0.5), (50, 1.0), (2, 0.5))
-    assert no_speech_prob(near) == pytest.approx(math.exp(-1.5 / 4), abs=1e-6)  # 50 frames hold three of the four
-    assert no_speech_prob(far) == pytest.approx(math.exp(-1.0 / 4), abs=1e-6)
+    assert no_speech_prob(near, 50) == pytest.approx(math.exp(-1.5 / 4), abs=1e-6)  # 50 frames hold three of the four
+    assert no_speech_prob(far, 50) == pytest.approx(math.exp(-1.0 / 4), abs=1e-6)
 
 
 def test_no_speech_prob_falls_with_every_frame_that_holds_more():
@@ -109,7 +109,7 @@ def test_no_speech_prob_falls_with_every_frame_that_holds_more():
         louder = ctc.clone()
         frames = torch.randint(0, 130, (30,), generator=draw)
         louder[frames, 0] -= 1
-        assert no_speech_prob(louder.log_softmax(1)) <= no_speech_prob(ctc)
+        assert no_speech_prob(louder.log_softmax(1), 50) <= no_speech_prob(ctc, 50)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_a_piece_whose_text_lacks_words_is_decoded_in_two_if_that_is_better(
     model: SpeechLM, monkeypatch: pytest.MonkeyPatch, vad: str, texts: tuple[str, str], expected: list[str]
 ):
     whole, ctc = Piece(500, loud_where(SENTENCES)), ctc_of(SENTENCES)
-    parts = halves(whole, ctc, LABELS, "my cat")
+    parts = halves(whole, ctc, LABELS, "my cat", 320)
     assert parts is not None
     sizes = [len(piece.waveform) for piece in (whole, *parts)]
     segmenter = SimpleNamespace(push=lambda x: [whole], finish=list, removed_samples=0)

@@ -56,7 +56,7 @@ def times(text: str, log_probs: Tensor, start: float, end: float) -> list[Word]:
 def script(with_head: SpeechLM, monkeypatch: pytest.MonkeyPatch) -> tuple[WordListener, Script]:
     script = Script([], [])
     monkeypatch.setattr(forks, "OpenPiece", lambda *_: script)
-    monkeypatch.setattr(word_stream.guards, "no_speech_prob", lambda ctc: 0.0)
+    monkeypatch.setattr(word_stream.guards, "no_speech_prob", lambda *_: 0.0)
     listener = WordListener(with_head, word_stream.Options.given(), "asr", 0.5)
     listener._times.words = times  # type: ignore[method-assign]
     return listener, script
@@ -204,5 +204,5 @@ def test_silence_has_no_words(with_head: SpeechLM, speech: Tensor, monkeypatch: 
     assert any(isinstance(event, Committed) for event in heard(with_head, [speech]))
     for commit in ("word", "segment"):
         stream = with_head.stream(commit, pace=0.25, max_new_tokens=9, vad="none", temperature=0.0)
-        monkeypatch.setattr(forks.guards, "no_speech_prob", lambda ctc: 0.9)
+        monkeypatch.setattr(forks.guards, "no_speech_prob", lambda *_: 0.9)
         assert {event.text for event in [*stream.push(speech), *stream.finish()]} == {""}

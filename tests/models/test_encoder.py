@@ -9,7 +9,6 @@ from tiny_encoders import FAMILIES, batch_of, feature_extractor, large_shaped, m
 from torch import nn
 
 from rwkv_speech import tiny
-from rwkv_speech.audio import CONV_KERNELS, CONV_STRIDES, MIN_SAMPLES, receptive_field
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder import SpeechEncoder, normalise
 
@@ -51,7 +50,7 @@ def test_normalise_of_silence_and_of_nothing_is_silence():
 @torch.no_grad()
 def test_forward_equals_transformers_own_model(pair: tuple[SpeechEncoder, Any]):
     encoder, model = pair
-    for samples in (3_000, encoder.min_samples):
+    for samples in (3_000, encoder.framing.min_samples):
         frames, lengths = encoder(sound(samples)[None], torch.tensor([samples]))
         expected = model(feature_extractor(sound(samples))).last_hidden_state
         assert frames.shape == expected.shape and lengths.tolist() == [expected.shape[1]]
@@ -61,8 +60,9 @@ def test_forward_equals_transformers_own_model(pair: tuple[SpeechEncoder, Any]):
 
 def test_forward_of_a_batch_equals_each_alone(pair: tuple[SpeechEncoder, Any]):
     encoder, _ = pair
+    least = encoder.framing.min_samples
     # Those in the middle are too short for a frame, or just long enough for one.
-    waveforms, num_samples = batch_of([4_000, 1_500, 0, 40, encoder.min_samples - 1, encoder.min_samples, 2_777])
+    waveforms, num_samples = batch_of([4_000, 1_500, 0, 40, least - 1, least, 2_777])
     frames, lengths = encoder(waveforms, num_samples)
     assert torch.isfinite(frames).all() and lengths.tolist()[2:6] == [0, 0, 0, 1]
     for row, samples in enumerate(num_samples.tolist()):
@@ -101,7 +101,7 @@ def test_forward_does_not_depend_on_a_trainer_s_autocast(wavlm: SpeechEncoder):
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_convolutions_over_several_utterances_equal_each_alone(wavlm: SpeechEncoder, rows: int):
     waveforms, num_samples = batch_of([1_500, 400, 4_000, 0, 2_777])
-    features = wavlm._convolve(waveforms, num_samples, rows)
+    features = wavlm.family.convolve(waveforms, num_samples, rows)
     assert features.shape == (5, 12, 16)
     for row, samples in enumerate(num_samples.tolist()):
         if samples:
@@ -111,9 +111,9 @@ def test_convolutions_over_several_utterances_equal_each_alone(wavlm: SpeechEnco
 
 def test_convolutions_take_as_much_at_once_as_fills_a_gpu(wavlm: SpeechEncoder):
     cuda = torch.device("cuda")
-    assert [wavlm._rows_at_once(seconds * 16_000, cuda) for seconds in (2, 6, 15, 40)] == [15, 5, 2, 1]
-    assert wavlm._rows_at_once(400, torch.device("cpu")) == 1
-    assert SpeechEncoder(make_model("wavlm", "group", "three"), "group")._rows_at_once(400, cuda) == 1
+    assert [wavlm.family.rows_at_once(seconds * 16_000, cuda) for seconds in (2, 6, 15, 40)] == [15, 5, 2, 1]
+    assert wavlm.family.rows_at_once(400, torch.device("cpu")) == 1
+    assert SpeechEncoder(make_model("wavlm", "group", "three"), "group").family.rows_at_once(400, cuda) == 1
 
 
 def test_bfloat16_of_wavlm_large_s_shape_differs_by_less_than_a_hundredth():
@@ -168,7 +168,7 @@ def test_the_families_without_a_bias_use_transformers_own_fused_attention(family
 
 def test_forward_of_short_inputs_only_gives_no_frame(pair: tuple[SpeechEncoder, Any]):
     encoder, _ = pair
-    waveforms, num_samples = batch_of([encoder.min_samples - 1, 0, 1])
+    waveforms, num_samples = batch_of([encoder.framing.min_samples - 1, 0, 1])
     frames, lengths = encoder(waveforms, num_samples)
     assert lengths.tolist() == [0, 0, 0] and torch.isfinite(frames).all()
     frames, lengths = encoder(torch.zeros(1, 0), torch.tensor([0]))
@@ -177,16 +177,15 @@ def test_forward_of_short_inputs_only_gives_no_frame(pair: tuple[SpeechEncoder, 
 
 def test_frame_lengths_equal_the_models_own(pair: tuple[SpeechEncoder, Any]):
     encoder, model = pair
-    num_samples = torch.cat((encoder.min_samples + torch.arange(0, 1_000), torch.arange(15_900, 16_100)))
+    num_samples = torch.cat((encoder.framing.min_samples + torch.arange(0, 1_000), torch.arange(15_900, 16_100)))
     assert torch.equal(encoder.frame_lengths(num_samples), model._get_feat_extract_output_lengths(num_samples))
-    assert not encoder.frame_lengths(torch.arange(encoder.min_samples)).any()
-    assert encoder.frame_lengths(torch.tensor([encoder.min_samples])).tolist() == [1]
+    assert not encoder.frame_lengths(torch.arange(encoder.framing.min_samples)).any()
+    assert encoder.frame_lengths(torch.tensor([encoder.framing.min_samples])).tolist() == [1]
 
 
 def test_min_samples_is_the_receptive_field():
-    assert receptive_field(CONV_KERNELS, CONV_STRIDES) == MIN_SAMPLES == 400
-    assert receptive_field((160, 8, 8), (20, 4, 4)) == 860
-    assert SpeechEncoder(make_model("wavlm", "layer", "three"), "three").min_samples == 860
+    assert SpeechEncoder(make_model("wavlm", "layer", "seven"), "seven").framing.min_samples == 400
+    assert SpeechEncoder(make_model("wavlm", "layer", "three"), "three").framing.min_samples == 860
 
 
 def test_encoder_never_trains(wavlm: SpeechEncoder):

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.errors import UserError
 from rwkv_speech.synthetic.espeak import Synthesizer, Voice
 from rwkv_speech.synthetic.phones import PHONES
-from rwkv_speech.synthetic.speech_pool import frame_labels
+from rwkv_speech.synthetic.speech_pool import FRAMING, frame_labels
 from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS, phone
-from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_frame_labels_mark_silence_where_the_sound_is_low(synthesizer: Synthesiz
     speech = synthesizer.say("one, two, three, four", Voice("en-us", rate=110))
     waveform = speech.waveform().numpy()
     labels = frame_labels(speech, "en", len(waveform))
-    assert len(labels) == num_frames(len(waveform), CONV_KERNELS, CONV_STRIDES)
+    assert len(labels) == FRAMING.count(len(waveform))
     energy = np.array([np.square(waveform[i * 320 + 230 : i * 320 + 630]).mean() for i in range(len(labels))])
     silent = labels == PHONES.index("_")
     assert silent.any() and np.median(energy[silent]) < 0.01 * np.median(energy[~silent])

@@ -8,6 +8,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from rwkv_speech.audio import Framing
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.errors import UserError
@@ -74,7 +75,7 @@ def test_loud_span_is_where_the_sound_is():
 class Ear(torch.nn.Module):
     """An encoder whose frame is the power of its samples."""
 
-    min_samples, samples_per_frame, width = 400, 320, 1
+    framing, width = Framing((320,), (320,), 200.0), 1
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, AudioError, check_duration
+from rwkv_speech.audio import SAMPLE_RATE, AudioError, Framing, check_duration
 from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.epoch import Cut
@@ -194,19 +194,20 @@ class SpeechDataset(Dataset[Sample | BadSample]):
 
 @dataclass(frozen=True)
 class Fit:
-    """The longest sequence that is learned from: `ctx_len` positions, each audio token `stack` frames."""
+    """The longest sequence that is learned from: `ctx_len` positions, each audio token `stack` of the frames."""
 
     ctx_len: int
     stack: int
+    framing: Framing
 
     @property
     def longest(self) -> float:
         """The seconds that no utterance that fits reaches, whatever its text."""
-        return self.ctx_len * self.stack / FRAME_RATE
+        return self.framing.shortest(self.ctx_len * self.stack) / SAMPLE_RATE
 
     def fault(self, seconds: float, num_text_ids: int) -> str | None:
         """Say why an utterance is too long, or None if it fits."""
-        positions = int(seconds * FRAME_RATE) // self.stack + 1 + num_text_ids
+        positions = self.framing.count(round(seconds * SAMPLE_RATE)) // self.stack + 1 + num_text_ids
         if positions <= self.ctx_len:
             return None
         return (

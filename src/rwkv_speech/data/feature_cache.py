@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rwkv_speech.audio import FRAME_RATE
 from rwkv_speech.data.source import Source
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
@@ -146,14 +145,15 @@ class FeatureCache:
         self._waiting = {}
         self._places.update({key: _Place(shard, *row) for key, row in rows.items()})
 
-    def estimate(self, durations: NDArray[np.float32], width: int) -> int:
-        """The bytes that the frames of recordings of these seconds take; unknown ones (NaN) count as the mean.
+    def estimate(self, durations: NDArray[np.float32], numbers_per_second: float) -> int:
+        """The bytes that the frames of recordings of these seconds take, each of which gives so many numbers.
 
+        Unknown durations (NaN) count as the mean.
         Raises UserError if the disk has less space.
         """
         known = durations[~np.isnan(durations)]
         seconds = float(known.sum(dtype=np.float64)) * len(durations) / max(1, len(known))
-        size = round(seconds * FRAME_RATE) * width * self.dtype.itemsize
+        size = round(seconds * numbers_per_second * self.dtype.itemsize)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:

@@ -21,13 +21,20 @@ _PROBES = 20
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def fill(cache: FeatureCache, dataset: SpeechDataset, encode: Encode, width: int, cut: Cut, workers: int = 0) -> int:
+def fill(
+    cache: FeatureCache,
+    dataset: SpeechDataset,
+    encode: Encode,
+    numbers_per_second: float,
+    cut: Cut,
+    workers: int = 0,
+) -> int:
     """Encode this rank's share of the utterances whose frames are not kept yet; returns how many were.
 
     `dataset` gives plain waveforms: not normalised, augmented or cached. `encode` takes waveforms (B, S) and
-    num_samples (B,) and gives frames (B, F, D), D = `width`, and F of each, on any device. A killed run loses the last,
-    unfinished shard only. What is broken or too long is left out. Raises UserError before it starts if the disk is too
-    small.
+    num_samples (B,) and gives frames (B, F, D) and F of each, on any device, with about so many `numbers_per_second`
+    of audio. A killed run loses the last, unfinished shard only. What is broken or too long is left out. Raises
+    UserError before it starts if the disk is too small.
     """
     cache.clear_unfinished()
     keys: dict[int, str] = {}
@@ -40,7 +47,7 @@ def fill(cache: FeatureCache, dataset: SpeechDataset, encode: Encode, width: int
     lacking = list(keys)
     durations = dataset.durations()[lacking]
     count = len(lacking) * cut.world_size
-    size = cache.estimate(np.tile(_filled(durations, dataset, lacking), cut.world_size), width)
+    size = cache.estimate(np.tile(_filled(durations, dataset, lacking), cut.world_size), numbers_per_second)
     if cut.rank == 0:
         print(f"feature cache: {size / 1e9:.2f} GB for about {count} utterances in {cache.folder}")
     num_encoded = 0

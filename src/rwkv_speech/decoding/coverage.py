@@ -12,13 +12,13 @@ import jiwer
 from torch import Tensor
 from torch.nn import functional
 
-from rwkv_speech.audio import SAMPLES_PER_FRAME
+from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.decoding.long_audio import Piece, sound
 
 # Of the letters, the edits from what is heard to the text: of single sentences up to 0.21, of two together from 0.37.
 _MOST_ERRORS = 0.3
-# Frames between the letters of two sentences, and the letters that each of them has at least.
-_MIN_GAP, _MIN_LETTERS = 7, 3
+# Samples between the letters of two sentences, and the letters that each of them has at least.
+_MIN_GAP, _MIN_LETTERS = round(0.14 * SAMPLE_RATE), 3
 
 
 class _Heard(NamedTuple):
@@ -39,17 +39,22 @@ def _heard(ctc: Tensor, labels: str) -> list[_Heard]:
     return found
 
 
-def _place(before: _Heard, after: _Heard) -> int:
+def _place(before: _Heard, after: _Heard, step: int) -> int:
     """The sample in the middle between two characters."""
-    return (before.last + 1 + after.first) * SAMPLES_PER_FRAME // 2
+    return (before.last + 1 + after.first) * step // 2
 
 
-def word_gaps(ctc: Tensor, labels: str) -> list[int]:
-    """The samples between two words in log-probabilities (F, K), between two letters if no label is a blank."""
+def word_gaps(ctc: Tensor, labels: str, step: int) -> list[int]:
+    """The samples between two words in log-probabilities (F, K), between two letters if no label is a blank.
+
+    `step` is the number of samples from one frame to the next.
+    """
     heard, has_blanks = _heard(ctc, labels), " " in labels
     letters = [(number, x) for number, x in enumerate(heard) if not x.character.isspace()]
     return [
-        _place(before, after) for (i, before), (j, after) in itertools.pairwise(letters) if j > i + 1 or not has_blanks
+        _place(before, after, step)
+        for (i, before), (j, after) in itertools.pairwise(letters)
+        if j > i + 1 or not has_blanks
     ]
 
 
@@ -66,24 +71,27 @@ def _letters(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
-def halves(piece: Piece, ctc: Tensor, labels: str, text: str) -> tuple[Piece, Piece] | None:
-    """A piece in two, parted in the quietest pause that is heard in it, if its text is far from what is heard."""
+def halves(piece: Piece, ctc: Tensor, labels: str, text: str, step: int) -> tuple[Piece, Piece] | None:
+    """A piece in two, parted in the quietest pause that is heard in it, if its text is far from what is heard.
+
+    `step` is the number of samples from one frame of `ctc` to the next.
+    """
     letters = [x for x in _heard(ctc, labels) if x.character.isalnum()]
     if num_errors(ctc, labels, text) <= _MOST_ERRORS * max(len(letters), len(_letters(text))):
         return None
     pairs = list(itertools.pairwise(letters))[_MIN_LETTERS - 1 : len(letters) - _MIN_LETTERS]
-    gaps = [(before.last + 1, after.first) for before, after in pairs if after.first - before.last >= _MIN_GAP]
+    gaps = [(before.last + 1, after.first) for before, after in pairs if (after.first - before.last) * step >= _MIN_GAP]
     if not gaps:
         return None
-    place = min(_quietest(piece.waveform, *gap) for gap in gaps)[1]
+    place = min(_quietest(piece.waveform, step, *gap) for gap in gaps)[1]
     before, after = piece.waveform[:place], piece.waveform[place:]
     end, begin = sound(before)[1], sound(after)[0]
     return Piece(piece.start, before[:end]), Piece(piece.start + place + begin, after[begin:])
 
 
-def _quietest(waveform: Tensor, first: int, last: int) -> tuple[float, int]:
+def _quietest(waveform: Tensor, step: int, first: int, last: int) -> tuple[float, int]:
     """The power of the three quietest frames between two frames, and the sample in their middle."""
-    samples = waveform[first * SAMPLES_PER_FRAME : last * SAMPLES_PER_FRAME]
-    power = functional.avg_pool1d(samples.square()[None], 3 * SAMPLES_PER_FRAME, SAMPLES_PER_FRAME // 2)[0]
+    samples = waveform[first * step : last * step]
+    power = functional.avg_pool1d(samples.square()[None], 3 * step, step // 2)[0]
     quietest = int(power.argmin())
-    return float(power[quietest]), first * SAMPLES_PER_FRAME + (quietest + 3) * SAMPLES_PER_FRAME // 2
+    return float(power[quietest]), first * step + (quietest + 3) * step // 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_speech.audio import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME
+from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Sample
 from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.draft import Verifier
@@ -85,7 +85,7 @@ class OpenPiece:
         self._state = model.initial_state([task])
         if before.ids:
             _, self._state = model.lm.hidden(self._embed(before.ids)[None], self._state)
-        self._stack = model.adapter.stack
+        self._stack, self._framing = model.adapter.stack, model.encoder.framing
         self._num_settled = 0  # audio tokens that the state has read
         self._ctc = list[Tensor]()  # of their frames
 
@@ -96,7 +96,7 @@ class OpenPiece:
         Nothing follows in what is silence by the CTC head.
         """
         first = max(0, self._num_settled - self._tokens(LOOK_BACK_SECONDS))
-        window = piece.waveform[first * self._stack * SAMPLES_PER_FRAME :]
+        window = piece.waveform[first * self._stack * self._framing.samples_per_frame :]
         [encoded] = self._reader.encode([Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task)])
         known = self._num_settled - first
         audio = encoded.audio[known:].to(self._model.lm.emb.weight.dtype)
@@ -107,7 +107,7 @@ class OpenPiece:
             _, self._state = self._model.lm.hidden(audio[None, :num_new], self._state)
             self._num_settled += num_new
             self._ctc += [] if ctc is None else [ctc[: num_new * self._stack]]
-        is_silence = guards.is_silence(guards.no_speech_prob(whole), self._options)
+        is_silence = guards.is_silence(guards.no_speech_prob(whole, self._framing.frame_rate), self._options)
         if is_silence or not self._num_settled + len(audio):
             return Reading(committed, Hypothesis((), (), (), cut=False), whole)
         limit = self._options.token_limit(len(piece.waveform) / SAMPLE_RATE)
@@ -143,7 +143,7 @@ class OpenPiece:
         return self._model.lm.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))
 
     def _tokens(self, seconds: float) -> int:
-        return int(seconds * FRAME_RATE) // self._stack
+        return int(seconds * self._framing.frame_rate) // self._stack
 
 
 def _apart(rest: str, committed: str) -> str:

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rwkv_speech.audio import FRAME_RATE
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.models.ctc import BLANK, CtcSpec
 
@@ -60,17 +59,18 @@ def is_unheard(text: str, ctc: Tensor, spec: CtcSpec, options: Options) -> bool:
     return options.no_speech_threshold < 1 and int((labels != BLANK).sum()) < _LEAST_HEARD * known
 
 
-def no_speech_prob(ctc: Tensor | None) -> float:
+def no_speech_prob(ctc: Tensor | None, frame_rate: float) -> float:
     """How sure the CTC head is, 0 to 1, that nobody speaks in a piece of audio; 0 without a head.
 
-    `ctc` (F, K) holds its log-probabilities. It is exp(-n / 4), n being the frames that hold a label, as expected, of
-    the second that holds the most: above 0.6 for less than two. One word among silence is speech; doubts that are
-    spread over a long silence are not.
+    `ctc` (F, K) holds its log-probabilities, `frame_rate` of them a second. It is exp(-n / 4), n being the frames that
+    hold a label, as expected, of the second that holds the most: above 0.6 for less than two. One word among silence is
+    speech; doubts that are spread over a long silence are not.
     """
     if ctc is None:
         return 0.0
     heard = (1 - ctc[:, 0].double().exp()).clamp(min=0)
-    sums = heard.new_zeros(len(heard) + FRAME_RATE)  # of all frames before each, the first second's being none
-    sums[FRAME_RATE:] = heard.cumsum(0)
-    in_a_second = sums[FRAME_RATE:] - sums[: len(heard)]
+    second = round(frame_rate)
+    sums = heard.new_zeros(len(heard) + second)  # of all frames before each, the first second's being none
+    sums[second:] = heard.cumsum(0)
+    in_a_second = sums[second:] - sums[: len(heard)]
     return float((-in_a_second.max() / _FRAMES_HEARD).exp()) if len(heard) else 1.0

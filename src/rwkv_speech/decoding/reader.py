@@ -55,7 +55,7 @@ class Reader:
             return length
         step = 2 ** max(0, length.bit_length() - 4)  # at most an eighth is padding
         hears = sample.frames is None and sample.input_ids is None
-        smallest = self._model.encoder.min_samples if hears else 1
+        smallest = self._model.encoder.framing.min_samples if hears else 1
         return max(smallest, -(-length // step) * step)
 
     @torch.no_grad()

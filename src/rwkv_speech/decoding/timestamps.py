@@ -75,7 +75,7 @@ class WordTimes:
 
     def __init__(self, head: CtcHead, encoder: SpeechEncoder) -> None:
         self._spec = head.spec
-        self._first, self._step = encoder.min_samples / 2 / SAMPLE_RATE, encoder.samples_per_frame / SAMPLE_RATE
+        self._first, self._step = encoder.framing.centre / SAMPLE_RATE, 1 / encoder.framing.frame_rate
 
     def seconds(self, frames: NDArray[np.int64]) -> NDArray[np.float64]:
         """The middle of each frame, from the start of what the encoder was given."""

@@ -211,7 +211,8 @@ class Transcriber:
         return done.ctc is not None and tasks.base_of(done.request.sample.task) == tasks.DEFAULT
 
     def _silence(self, done: Done) -> float:
-        return guards.no_speech_prob(done.ctc) if self._says_what_is_heard(done) else 0.0
+        is_known = self._says_what_is_heard(done)
+        return guards.no_speech_prob(done.ctc, self._model.encoder.framing.frame_rate) if is_known else 0.0
 
     def _text(self, done: Done) -> str:
         """The text of a piece, none of silence, and none that is made up."""
@@ -226,7 +227,8 @@ class Transcriber:
         head = self._model.ctc
         if head is None or done.ctc is None or not self._says_what_is_heard(done) or self._options.vad == "none":
             return None
-        return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done))
+        step = self._model.encoder.framing.samples_per_frame
+        return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done), step)
 
     def _chosen(self, found: list[Done], halved: _Halved | None) -> list[Done]:
         """What is kept once both parts are known: they or the whole, whichever texts are nearer to what is heard."""
@@ -249,7 +251,8 @@ class Transcriber:
         if head is None:
             return []
         [encoded] = self._reader.encode([sample])
-        return [] if encoded.ctc is None else coverage.word_gaps(encoded.ctc, head.spec.labels)
+        step = self._model.encoder.framing.samples_per_frame
+        return [] if encoded.ctc is None else coverage.word_gaps(encoded.ctc, head.spec.labels, step)
 
     def _recent(self, text: str) -> str:
         """The end of a text that is long, so that the context of a piece costs no more in the hundredth hour."""

@@ -38,6 +38,7 @@ class WordListener:
         if not hold >= 0:
             raise UserError(f"hold: found {hold}, expected seconds from 0 on")
         self._tokenizer, self._times = model.tokenizer, WordTimes(model.ctc, model.encoder)
+        self._frame_rate = model.encoder.framing.frame_rate
         self._forks, self._last = Forks(model, task, options), LastCharacter()
         self._words = Agreement(hold)  # of the open piece
         self._num_segments = 0
@@ -100,7 +101,7 @@ class WordListener:
             temperature=0.0,
             avg_logprob=reading.hypothesis.avg_logprob if reading else 0.0,
             compression_ratio=guards.compression_ratio(text),
-            no_speech_prob=guards.no_speech_prob(reading.ctc) if reading else 0.0,
+            no_speech_prob=guards.no_speech_prob(reading.ctc, self._frame_rate) if reading else 0.0,
             cut=reading is not None and reading.hypothesis.cut,
             words=words,
         )

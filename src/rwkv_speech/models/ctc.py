@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkv_speech.audio import length_mask
 from rwkv_speech.devices import autocast
-from rwkv_speech.models.encoder import length_mask
 
 BLANK = 0
 HIDDEN, KERNEL = 256, 5

@@ -1,10 +1,9 @@
-"""The frozen speech encoder: WavLM, HuBERT or wav2vec2 from Hugging Face, waveforms in, frames out."""
+"""The frozen speech encoder: WavLM, HuBERT, wav2vec2 or Whisper from Hugging Face, waveforms in, frames out."""
 
 # B batch · S samples · F frames · D encoder width
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rwkv_speech.audio import SAMPLE_RATE, num_frames, receptive_field
+from rwkv_speech.audio import length_mask
 from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError, first_line
-from rwkv_speech.models.encoder_attention import fuse_attention
+from rwkv_speech.models.encoder_wav2vec2 import UNUSED, Wav2Vec2Family, check_config
+from rwkv_speech.models.encoder_whisper import WhisperFamily
 
 _VARIANCE_FLOOR = 1e-7
-_FAMILIES = ("wavlm", "hubert", "wav2vec2")
+_WHISPER, _FAMILIES = "whisper", ("wavlm", "hubert", "wav2vec2", "whisper")
 _PREPROCESSOR = "preprocessor_config.json"
 _DTYPES = (torch.float32, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d)
-# The first convolution makes 6.5 MB of each second: this bounds it at 200 MB, whatever the batch.
-_SAMPLES_AT_ONCE = 30 * SAMPLE_RATE
-# It masks frames in pretraining, is not in every published file, and is never used here.
-_UNUSED = "masked_spec_embed"
-# What says where a configuration came from, not what it computes.
-_PROVENANCE = ("transformers_version", "architectures", "dtype", "torch_dtype")
-
-
-def length_mask(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
-    """True inside each of the B lengths, (B, size), on `device`, else on that of the lengths."""
-    device = device or lengths.device
-    return torch.arange(size, device=device)[None] < lengths.to(device, non_blocking=True)[:, None]
+# What stands before an encoder's names in the file of a whole Whisper model.
+_IN_WHISPER = r"^(model\.)?encoder\."
 
 
 def normalise(waveforms: Tensor, num_samples: Tensor) -> Tensor:
@@ -46,49 +36,65 @@ def normalise(waveforms: Tensor, num_samples: Tensor) -> Tensor:
 
 
 class SpeechEncoder(nn.Module):
-    """Waveforms (B, S) -> frames (B, F, D) at 50 Hz; never trains, never keeps a graph.
+    """Waveforms (B, S) -> frames (B, F, D); never trains, never keeps a graph.
 
-    An utterance's frames do not depend on what else is in its batch. Takes `model`, a transformers model, as its
-    own: freezes it, and gives a WavLM fused attention.
+    An utterance's frames do not depend on what else is in its batch. Takes `model`, a transformers model, as its own
+    and freezes it; of a Whisper model the encoder alone. `framing` says how many frames there are of so many samples,
+    how far apart, and how short audio may be; `numbers_per_second` what the frames of a second hold.
 
     `dtype` bfloat16 has the transformer's matrices multiplied in bfloat16 at half the memory. Convolutions, norms
     and the sums between layers stay in float32, for rounding in these adds up: the frames of a random WavLM-Large
     differ by 0.6 % (relative RMS) from those of float32, instead of by 1.4 % with everything in bfloat16.
 
-    Raises UserError for another dtype, and for a transformers whose WavLM is not the one known.
+    `padding` is the least number of seconds that a Whisper model hears, silence behind the audio included; 0 is half a
+    second more than the audio. Its waveforms are never normalised.
+
+    Raises UserError for another dtype, and for a padding of another family.
     """
 
     def __init__(
-        self, model: nn.Module, name: str, do_normalize: bool = True, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        name: str,
+        do_normalize: bool = True,
+        dtype: torch.dtype = torch.float32,
+        padding: float | None = None,
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
             raise UserError(f"encoder {name!r}: dtype {dtype}, expected one of {_DTYPES}")
-        self.model = model.requires_grad_(False).eval()
-        self.name = name
-        self.do_normalize = do_normalize
-        self.dtype = dtype
         config: Any = model.config
+        is_whisper = config.model_type == _WHISPER
+        if padding and not is_whisper:
+            raise UserError(
+                f"--encoder_padding: found {padding:g} with encoder {name!r} of type {config.model_type!r}, which "
+                "takes audio at its own length; leave it out, or give a Whisper model"
+            )
+        whole: Any = model
+        self.model = (whole.encoder if is_whisper and hasattr(whole, "encoder") else model).requires_grad_(False).eval()
+        family: WhisperFamily | Wav2Vec2Family
+        family = WhisperFamily(self.model, padding or 0.0) if is_whisper else Wav2Vec2Family(self.model)
+        self.family, self.framing = family, family.framing
+        self.name = name
+        self.do_normalize = do_normalize and not is_whisper
+        self.dtype = dtype
         self.width: int = config.hidden_size
-        # 400 for the published convolutions, others for others.
-        self.min_samples = receptive_field(config.conv_kernel, config.conv_stride)
-        self.samples_per_frame = math.prod(config.conv_stride)
-        transformer: Any = model.encoder
-        if config.model_type == "wavlm":
-            fuse_attention(transformer)
+        self.numbers_per_second: float = self.width * self.framing.frame_rate
         if dtype == torch.bfloat16:
-            transformer.bfloat16()
-            for module in transformer.modules():
+            self.family.transformer.bfloat16()
+            for module in self.family.transformer.modules():
                 if isinstance(module, _NORMS):
                     module.float()
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> "SpeechEncoder":
+    def from_pretrained(
+        cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32, padding: float | None = None
+    ) -> "SpeechEncoder":
         """Load by hub id or from a folder; raises UserError naming the id or folder and the remedy.
 
         Waveforms are normalised unless the model's preprocessor_config.json says otherwise; a model without
-        that file has them normalised.
+        that file has them normalised. Of a whole Whisper model the decoder is not read.
         """
         from huggingface_hub.utils import logging as hub_logging
         from transformers import AutoConfig
@@ -106,9 +112,21 @@ class SpeechEncoder(nn.Module):
             ) from error
         if config.model_type not in _FAMILIES:
             raise UserError(f"encoder {name!r}: found model type {config.model_type!r}, expected one of {_FAMILIES}")
-        if getattr(config, "add_adapter", False):
-            raise UserError(f"encoder {name!r}: shortens its frames itself (add_adapter), expected one that does not")
-        return cls(_load_model(name), name, _wants_normalised(name), dtype)
+        check_config(name, config)
+        normalised = config.model_type != _WHISPER and _wants_normalised(name)
+        return cls(_load_model(name, config.model_type), name, normalised, dtype, padding)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], dtype: torch.dtype = torch.float32, padding: float | None = None
+    ) -> "SpeechEncoder":
+        """An encoder of a transformers configuration, its weights drawn at random."""
+        from transformers import AutoConfig, AutoModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        known: Any = AutoConfig.for_model(**config)
+        model = WhisperEncoder(known) if known.model_type == _WHISPER else AutoModel.from_config(known)
+        return cls(model.float(), "", dtype=dtype, padding=padding)
 
     def train(self, mode: bool = True) -> "SpeechEncoder":
         """Stays in evaluation mode whatever a trainer asks for: no dropout, no layer drop, no masking."""
@@ -116,8 +134,7 @@ class SpeechEncoder(nn.Module):
 
     def frame_lengths(self, num_samples: Tensor) -> Tensor:
         """The number of frames of each utterance, (B,)."""
-        config: Any = self.model.config
-        return num_frames(num_samples, config.conv_kernel, config.conv_stride)
+        return self.framing.count(num_samples)
 
     @torch.no_grad()
     def forward(
@@ -125,72 +142,53 @@ class SpeechEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """waveforms (B, S) in -1..1, num_samples (B,) -> frames (B, F, D) float32 and their lengths (B,).
 
-        Lengths are taken to the host and stay there. F is the longest utterance's, at least 1. `normalised`: the caller
-        has done already what `do_normalize` asks for. What the frames past an utterance's length hold means nothing.
+        Lengths are taken to the host and stay there. F is the longest utterance's, at least 1; without `crop` that of S
+        samples. `normalised`: the caller has done already what `do_normalize` asks for. What the frames past an
+        utterance's length hold means nothing.
         """
         num_samples = num_samples.cpu()
         lengths = self.frame_lengths(num_samples)
-        # Shorter than one frame: the encoder sees silence added, and no frame of it is counted.
-        waveforms = nn.functional.pad(waveforms, (0, max(0, self.min_samples - waveforms.shape[1])))
+        longest = max(1, int(lengths.max()) if crop else self.framing.count(waveforms.shape[1]))
         x = normalise(waveforms, num_samples) if self.do_normalize and not normalised else waveforms.float()
-        model: Any = self.model
         # Whatever a trainer's autocast says, the waveform and the convolutions stay in float32.
         with autocast(x.device.type, enabled=False):
-            rows = self._rows_at_once(x.shape[1], x.device)
-            hidden = model.feature_projection(
-                self._convolve(x, num_samples if crop else torch.full_like(num_samples, x.shape[1]), rows)
-            )
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            hidden, heard = self.family.features(x, num_samples, crop)
         # One frame at least is attended, so that no row of the attention is empty.
-        mask = length_mask(lengths.clamp_min(1), hidden.shape[1], hidden.device)
+        mask = length_mask(heard.clamp_min(1), hidden.shape[1], hidden.device)
         with autocast(x.device.type, enabled=self.dtype == torch.bfloat16):
-            frames = model.encoder(hidden, attention_mask=mask).last_hidden_state
-        return frames.float(), lengths
-
-    def _rows_at_once(self, samples: int, device: torch.device) -> int:
-        """How many utterances pass the convolutions together; their padding is computed too."""
-        config: Any = self.model.config
-        # "group" norms run over all that they are given. On a CPU, utterances alone stay in its caches.
-        if config.feat_extract_norm == "group" or device.type == "cpu":
-            return 1
-        return max(1, _SAMPLES_AT_ONCE // samples)
-
-    def _convolve(self, x: Tensor, num_samples: Tensor, rows: int) -> Tensor:
-        """(B, S) -> (B, F, width of the convolutions); what lies past an utterance's length means nothing."""
-        model: Any = self.model
-        sizes = [max(size, self.min_samples) for size in num_samples.tolist()]
-        features: list[Tensor] = []
-        for i in range(0, len(sizes), rows):
-            features += model.feature_extractor(x[i : i + rows, : max(sizes[i : i + rows])]).transpose(1, 2)
-        return nn.utils.rnn.pad_sequence(features, batch_first=True)
+            frames = self.family.transform(hidden, mask)
+        return frames.float().view(len(x), -1, self.width)[:, :longest], lengths
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides the frames: configuration, normalisation, precision and weights.
 
         The key of frames kept on disk: it does not depend on name, place, or device. Reads every weight once.
         """
-        config: Any = self.model.config
-        settings = {key: value for key, value in config.to_dict().items() if key not in _PROVENANCE and key[0] != "_"}
-        settings |= {"do_normalize": self.do_normalize, "dtype": str(self.dtype)}
+        settings = self.family.settings() | {"do_normalize": self.do_normalize, "dtype": str(self.dtype)}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, x in sorted(self.model.state_dict().items()):
-            if name != _UNUSED:
+            if name != UNUSED:
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
                 digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
-def _load_model(name: str) -> nn.Module:
-    """The model in float32; transformers would draw what the file lacks at random."""
+def _load_model(name: str, model_type: str) -> nn.Module:
+    """The model in float32, of Whisper the encoder; transformers would draw what the file lacks at random."""
     from transformers import AutoModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if model_type == _WHISPER:
+            options["key_mapping"] = {_IN_WHISPER: ""}
+        kind: Any = WhisperEncoder if model_type == _WHISPER else AutoModel
+        model, report = kind.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"encoder {name!r}: its weights cannot be read ({first_line(error)}); copy or download it again"
         ) from error
-    missing = sorted(set(report["missing_keys"]) - {_UNUSED})
+    missing = sorted(set(report["missing_keys"]) - {UNUSED})
     if missing:
         raise UserError(
             f"encoder {name!r}: its weights lack {len(missing)} tensors, {missing[0]} first; expected all of "

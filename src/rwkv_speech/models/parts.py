@@ -33,6 +33,7 @@ class Parts:
     n_layer: int | None = None
     n_embd: int | None = None
     base_sha256: str = ""
+    encoder_padding: float | None = None
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
@@ -62,8 +63,13 @@ class Parts:
         """These parts of the checkpoint `path`, with the files that the caller gave, else found again.
 
         A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256. Raises
-        UserError naming the flag that says where it is.
+        UserError naming the flag that says where it is, and for another `encoder_padding`.
         """
+        if given.encoder_padding not in (None, self.encoder_padding or 0):
+            raise UserError(
+                f"--encoder_padding: found {given.encoder_padding:g}, but {path} was trained with "
+                f"{self.encoder_padding or 0:g}, expected the same: leave it out"
+            )
         return replace(
             self,
             load_model=given.load_model or _find("load_model", self.load_model, path, self.base_sha256),

@@ -65,7 +65,7 @@ class SpeechLM(nn.Module):
         parts, compute = parts.filled(), compute or Compute()
         lm, tokenizer = build_text_model(parts, compute)
         check_sizes(parts, lm.sizes)
-        encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype)
+        encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype, parts.encoder_padding)
         known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(parts.base_file()))
         return cls(encoder.to(compute.device), lm, tokenizer, known, task_names).to(compute.device)
 

@@ -49,7 +49,9 @@ class Step:
         lm, encoder = n["lm"] * compute.lm_dtype.itemsize, n["encoder"] * compute.encoder_dtype.itemsize
         stage = int(config.strategy[-1]) if config.strategy.startswith("deepspeed") else 0
         learn = learning(sizes, batch, compute.lm_dtype, bool(config.grad_cp))
-        encode = Cost() if config.feature_cache else encoding(sizes.encoder, batch, compute.encoder_dtype)
+        encode = Cost()
+        if not config.feature_cache:
+            encode = encoding(sizes.encoder, batch, compute.encoder_dtype, sizes.encoder_padding)
         kept = (
             f"{sizes.positions(batch)} positions, {sizes.lm.n_layer} layers" + ", their inputs alone" * config.grad_cp
         )

@@ -20,6 +20,7 @@ from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Batch
 from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError
+from rwkv_speech.models import parts
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, Parts
@@ -32,6 +33,12 @@ _HEAD_SIZE = 64
 WAVLM_LARGE = (
     '{"model_type": "wavlm", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, '
     '"intermediate_size": 4096, "feat_extract_norm": "layer", "do_stable_layer_norm": true}'
+)
+# Of the hub, by the names that a plan needs when it is out of reach.
+ENCODERS = {parts.WAVLM_LARGE: WAVLM_LARGE} | dict.fromkeys(
+    ("openai/whisper-large-v3", "openai/whisper-large-v3-turbo"),
+    '{"model_type": "whisper", "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, '
+    '"encoder_ffn_dim": 5120, "num_mel_bins": 128}',
 )
 # Tokens between two states that the GPU's backward kernel keeps.
 _KERNEL_TILE = 16
@@ -50,13 +57,10 @@ BASE_MODELS = {"1.6B": world_sizes(24, 2048), "3B": world_sizes(32, 2560), "7B":
 
 
 @functools.cache
-def build_encoder(config: str, dtype: torch.dtype = torch.float32) -> SpeechEncoder:
+def build_encoder(config: str, dtype: torch.dtype = torch.float32, padding: float | None = None) -> SpeechEncoder:
     """The real encoder of a transformers configuration in JSON, on the "meta" device."""
-    from transformers import AutoConfig, AutoModel
-
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**json.loads(config)), dtype=torch.float32)
-        return SpeechEncoder(model, "", dtype=dtype)
+        return SpeechEncoder.from_config(json.loads(config), dtype, padding)
 
 
 class MicroBatch(NamedTuple):
@@ -85,13 +89,14 @@ class Sizes:
     encoder: str = WAVLM_LARGE
     stack: int = STACK
     adapter_hidden: int = ADAPTER_HIDDEN
+    encoder_padding: float | None = None
 
     def build(self, dtype: torch.dtype = torch.float32) -> SpeechLM:
         """The real model on the "meta" device, the language model in `dtype`."""
-        parts = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
+        shape = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
         with torch.device("meta"):
             lm = RWKV6(self.lm).to(dtype).requires_grad_(False)
-            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), parts)
+            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), shape)
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
@@ -119,9 +124,9 @@ class Cost(NamedTuple):
 
 
 @functools.cache
-def encoding(config: str, batch: MicroBatch, dtype: torch.dtype) -> Cost:
+def encoding(config: str, batch: MicroBatch, dtype: torch.dtype, padding: float | None = None) -> Cost:
     """The frozen encoder, from waveforms to frames."""
-    encoder = build_encoder(config, dtype)
+    encoder = build_encoder(config, dtype, padding)
     data = batch.on_meta(encoder)
     with _Meter(encoder.parameters()) as meter, _EncoderOnGpu():
         encoder(data.waveforms.clone(), data.num_samples)

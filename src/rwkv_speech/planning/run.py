@@ -19,7 +19,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes, open_base
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM, check_sizes
-from rwkv_speech.planning.measure import WAVLM_LARGE, Sizes, world_sizes
+from rwkv_speech.planning.measure import ENCODERS, WAVLM_LARGE, Sizes, world_sizes
 from rwkv_speech.planning.tables import Data, report
 
 _MEASURED_SECONDS, _BATCHES = 3.0, 4
@@ -67,10 +67,11 @@ def _sizes(config: TrainConfig, notes: list[str]) -> Sizes:
     try:
         encoder = AutoConfig.from_pretrained(parts.encoder_name(), local_files_only=True).to_json_string()
     except (OSError, ValueError):
-        notes.append(f"encoder {parts.encoder_name()} is not here: planned with the sizes of WavLM-Large")
-        encoder = WAVLM_LARGE
+        encoder = ENCODERS.get(parts.encoder, WAVLM_LARGE)
+        known = "its published sizes" if parts.encoder in ENCODERS else "the sizes of WavLM-Large"
+        notes.append(f"encoder {parts.encoder} is not here: planned with {known}")
     assert parts.stack is not None and parts.adapter_hidden is not None
-    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden)
+    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden, parts.encoder_padding)
 
 
 def _durations(config: TrainConfig, notes: list[str]) -> tuple[Floats, list[Part]]:

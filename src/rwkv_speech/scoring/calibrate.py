@@ -76,7 +76,7 @@ def _judged(model: SpeechLM, source: Source, naming: Naming) -> Iterator[tuple[i
     assert model.ctc is not None
     times = WordTimes(model.ctc, model.encoder)
     for done in Engine(model, GREEDY, _SLOTS).run(_requests(source, naming)):
-        if done.ctc is None or is_silence(no_speech_prob(done.ctc), GREEDY):
+        if done.ctc is None or is_silence(no_speech_prob(done.ctc, model.encoder.framing.frame_rate), GREEDY):
             continue
         best, index = done.hypotheses[0], done.request.key
         heard = times.align(model.tokenizer.decode(best.ids), done.ctc)

@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from rwkv_speech.audio import FRAME_RATE
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
+from rwkv_speech.synthetic.speech_pool import FRAMING
 from rwkv_speech.synthetic.voices import PHONES, SILENCE, TRAIN_VARIANTS, phone, voice
 
 # One printable byte a phone, none of them a lower-case letter, a blank or the separator "#".
@@ -50,7 +50,7 @@ def frames(text: str, said: dict[str, list[Pronunciation]], rng: random.Random, 
                 continue
             if slip < slips:
                 name = rng.randrange(len(PHONES))
-            length = seconds * tempo * rng.uniform(0.7, 1.4) * FRAME_RATE
+            length = seconds * tempo * rng.uniform(0.7, 1.4) * FRAMING.frame_rate
             labels += [name] * int(length + rng.random())
             if rng.random() < 0.15 * slips:
                 labels += [rng.randrange(len(PHONES))] * rng.randint(1, 4)

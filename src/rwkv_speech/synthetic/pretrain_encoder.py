@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
-from rwkv_speech.audio import SAMPLE_RATE, num_frames
+from rwkv_speech.audio import SAMPLE_RATE, length_mask
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import OutFlags, flag, parse
-from rwkv_speech.models.encoder import length_mask, normalise
+from rwkv_speech.models.encoder import normalise
 from rwkv_speech.synthetic.phones import LANGUAGES, PHONES
 from rwkv_speech.synthetic.rooms import augment
-from rwkv_speech.synthetic.speech_pool import LabelledSpeech, speech_pool
+from rwkv_speech.synthetic.speech_pool import FRAMING, LabelledSpeech, speech_pool
 from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS
 from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
@@ -68,7 +68,7 @@ def _tensors(
         [torch.from_numpy(u.waveform).float() / 32768 for u in batch], batch_first=True
     )
     waveforms = normalise(augment(waveforms, g, strength), sizes)
-    labels = torch.full((len(batch), int(num_frames(waveforms.shape[1], CONV_KERNELS, CONV_STRIDES))), _IGNORED)
+    labels = torch.full((len(batch), FRAMING.count(waveforms.shape[1])), _IGNORED)
     for row, utterance in zip(labels, batch, strict=True):
         row[: len(utterance.labels)] = torch.from_numpy(utterance.labels.astype(np.int64))
     return waveforms, length_mask(sizes, waveforms.shape[1]).long(), labels

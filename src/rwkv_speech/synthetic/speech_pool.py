@@ -7,16 +7,16 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from rwkv_speech.audio import SAMPLE_RATE, SAMPLES_PER_FRAME, num_frames
+from rwkv_speech.audio import SAMPLE_RATE, Framing
 from rwkv_speech.synthetic import corpus, lexicon, world
 from rwkv_speech.synthetic.espeak import Speech, Synthesizer, Voice
 from rwkv_speech.synthetic.phones import PHONES, SILENCE, spoken, voice_of
 from rwkv_speech.tiny import CONV_KERNELS, CONV_STRIDES
 
+# The tiny encoder's.
+FRAMING = Framing.of_convolutions(CONV_KERNELS, CONV_STRIDES)
 # 22,050 Hz and every rate used below share this factor, which keeps the resampling filters short.
 _RATE_STEP = 450
-# The middle of the samples that one frame is computed from.
-_FRAME_CENTRE = 430
 # Shares of the languages; English has the most accents.
 _LANGUAGES = {"en": 0.38, "es": 0.2, "fr": 0.14, "it": 0.14, "ru": 0.14}
 
@@ -36,7 +36,7 @@ def frame_labels(speech: Speech, lang: str, num_samples: int) -> np.ndarray:
     first = speech.phonemes[0][1] / speech.sample_rate
     starts = (first + np.cumsum([0.0, *seconds[:-1]])) * num_samples * speech.sample_rate / len(speech.samples)
     ids = np.array([PHONES.index(SILENCE), *names], dtype=np.uint8)
-    centres = np.arange(num_frames(num_samples, CONV_KERNELS, CONV_STRIDES)) * SAMPLES_PER_FRAME + _FRAME_CENTRE
+    centres = np.arange(FRAMING.count(num_samples)) * FRAMING.samples_per_frame + FRAMING.centre
     return ids[np.searchsorted(starts, centres, side="right")]
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_speech import tasks
-from rwkv_speech.audio import FRAME_RATE
 from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
@@ -84,7 +83,7 @@ def fit_ctc(model: SpeechLM, config: TrainConfig, data: SpeechDataset, cache: Fe
 
 def _is_small(data: SpeechDataset, encoder: SpeechEncoder) -> bool:
     """Whether the frames of all utterances are worth keeping for the time of the stage."""
-    size = float(data.durations().sum(dtype=np.float64)) * FRAME_RATE * encoder.width * 4
+    size = float(data.durations().sum(dtype=np.float64)) * encoder.numbers_per_second * 4
     return not data.changes_audio and size <= _SMALL  # NaN, where a duration is not known, is not
 
 
@@ -176,7 +175,7 @@ class CtcModule(pl.LightningModule):
             return
         cut = self._cut()
         cache, plain = self._cache.for_writer(self.trainer.global_rank), self._data.plain()
-        fill(cache, plain, self._encode, self._encoder.width, cut, self.config.workers)
+        fill(cache, plain, self._encode, self._encoder.numbers_per_second, cut, self.config.workers)
         self.trainer.strategy.barrier()
         self._cache.refresh()
 

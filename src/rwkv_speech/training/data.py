@@ -103,7 +103,7 @@ def make_datasets(
         "tokenizer": model.tokenizer,
         "label_mode": config.label_mode,
         "naming": naming,
-        "fit": Fit(config.ctx_len, model.adapter.stack),
+        "fit": Fit(config.ctx_len, model.adapter.stack, model.encoder.framing),
         "normalise": normalise,
     }
     augment = make_augmenter(config)

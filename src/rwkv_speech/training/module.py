@@ -94,7 +94,7 @@ class SpeechModule(pl.LightningModule):
             self._cache.for_writer(self.trainer.global_rank),
             cast(SpeechDataset, self._train_data).plain(),  # a stream has no cache
             lambda waveforms, sizes: encoder(waveforms.to(self.device), sizes),
-            encoder.width,
+            encoder.numbers_per_second,
             self._cut(),
             workers,
         )
