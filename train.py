@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-from rwkv_speech.config import TrainConfig
+from rwkv_speech.config import FREEZE_ADAPTER, TrainConfig
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
 
@@ -60,9 +60,12 @@ def train(config: TrainConfig) -> None:
     with nullcontext() if config.plan else sole_run(Path(config.proj_dir)):
         pl.seed_everything(config.seed, verbose=False)
         start = load_trained(find_checkpoint(config.init_from), config.task) if config.init_from else None
-        model = SpeechLM.build(Parts.of(config), compute, state_names(config, *sources))
+        learned, states = state_names(config, *sources, start)
+        model = SpeechLM.build(Parts.of(config), compute, states)
         if start:
             model.load_trained(start)
+        if config.freeze == FREEZE_ADAPTER:
+            model.freeze_all_but(learned)
         data, valid, cache = make_datasets(config, model, *sources)
         if config.plan:
             return print(plan_run(config, model, cast(SpeechDataset, data)))  # a stream cannot be planned

@@ -17,6 +17,8 @@ LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 PROMPT_FORMS = ("user", "instruction", "continue")
 SCHEDULES = ("cosine", "constant")
+FREEZE_ADAPTER = "adapter"
+FROZEN = ("none", FREEZE_ADAPTER)
 STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
 VADS = ("silero", "none")
@@ -221,6 +223,13 @@ class _AudioFlags:
 class _OptimizerFlags:
     group: ClassVar[str] = "training"
     init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
+    freeze: str = flag(
+        "none",
+        "adapter: it stays as in --init_from, whose states are kept, and the states of the training data alone are "
+        "learned",
+        FROZEN,
+        needs="init_from",
+    )
     epoch_count: int = flag(1, "epochs", at_least=1, resume=True)
     epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data", at_least=1)
     accumulate: int = flag(1, "micro batches per optimizer step", at_least=1, resume=True)

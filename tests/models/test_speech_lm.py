@@ -139,6 +139,19 @@ def test_turns_go_on_in_one_sequence(model: SpeechLM):
     torch.testing.assert_close(model(collate(only_text)), naive_conversation_loss(model, only_text), rtol=1e-5, atol=0)
 
 
+def test_but_for_the_states_of_some_tasks_all_can_be_frozen(tiny_parts: Parts):
+    model = build(tiny_parts, ["asr", "keyword"])
+    model.freeze_all_but(["keyword"])
+    batch = batch_of(model, sounds(LENGTHS), TEXTS, ["keyword", "asr", "asr", "keyword"])
+    loss = model(batch)
+    loss.backward()
+    assert [x is model.initial_states["keyword"] for x in model.trained_parameters()] == [True]
+    assert {name for name, x in model.named_parameters() if x.grad is not None} == {"initial_states.keyword"}
+    free = build(tiny_parts, ["asr", "keyword"])
+    free(batch).backward()
+    torch.testing.assert_close(model.initial_states["keyword"].grad, free.initial_states["keyword"].grad)
+
+
 def test_loss_feels_the_audio_and_the_initial_state(model: SpeechLM):
     waves = sounds(LENGTHS)
     before = model(batch_of(model, waves, TEXTS))

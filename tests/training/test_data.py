@@ -20,7 +20,9 @@ def manifest(path: Path, pairs: list[tuple[str | None, str]]) -> str:
 
 
 def names(config: TrainConfig) -> list[str]:
-    return state_names(config, *open_train_and_valid(config))
+    learned, states = state_names(config, *open_train_and_valid(config))
+    assert learned == states
+    return learned
 
 
 def test_the_training_data_says_which_states_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

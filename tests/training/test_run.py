@@ -302,6 +302,29 @@ def test_scripts_run_without_lightning_and_deepspeed(
     assert done.returncode == 0, done.stderr
 
 
+def test_a_new_tasks_state_on_a_frozen_adapter_leaves_all_else_to_the_bit(corpus: Path, run: Path, tmp_path: Path):
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {
+            "audio_filepath": str(corpus / row["audio_filepath"]),
+            "text": row["text"].split()[0],
+            "task": "keyword",
+        }
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {"train_data": tmp_path / "words.jsonl", "init_from": run, "freeze": "adapter", "lr_schedule": "constant"}
+    for name, counts in (("whole", [2]), ("resumed", [1, 2])):
+        for count in counts:
+            assert train_script.main(arguments(corpus, tmp_path / name, epoch_count=count, **flags)) == 0
+    before, after = load_file(run / "best.safetensors"), load_file(tmp_path / "whole/last.safetensors")
+    assert set(after) == {*before, "initial_states.keyword"} and after["initial_states.keyword"].any()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    again = load_file(tmp_path / "resumed/last.safetensors")
+    assert all(torch.equal(again[name], x) for name, x in after.items())
+    assert [row.lr_adapter for row in read_metrics(tmp_path / "whole")] == [None] * 4
+    code = train_script.main(arguments(corpus, tmp_path / "other", freeze="adapter"))
+    assert code == 2  # without --init_from, where it has no effect
+
+
 def test_transcribe_from_python(corpus: Path, run: Path):
     from rwkv_speech import SpeechLM as Public
 

@@ -118,12 +118,19 @@ class SpeechLM(nn.Module):
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
         tensors = named_tensors(self.adapter.state_dict(), dict(self.initial_states.items()))
-        write_checkpoint(path, tensors, self.parts, self.trained_on, metrics, self.ctc)
+        is_same = not any(x.requires_grad for x in self.adapter.parameters())  # what confidence was calibrated with
+        confidence = self.confidence if is_same else None
+        write_checkpoint(path, tensors, self.parts, self.trained_on, metrics, self.ctc, confidence)
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters and the initial states: all that an optimizer may see."""
-        yield from self.adapter.parameters()
-        yield from self.initial_states.values()
+        """The adapter's parameters and the initial states, but for frozen ones: all that an optimizer may see."""
+        yield from (x for x in (*self.adapter.parameters(), *self.initial_states.values()) if x.requires_grad)
+
+    def freeze_all_but(self, task_names: Sequence[str]) -> None:
+        """Let nothing but the states of these tasks be trained."""
+        self.adapter.requires_grad_(False)
+        for name, state in self.initial_states.items():
+            state.requires_grad_(name in task_names)
 
     def initial_state(self, task_names: Sequence[str]) -> State:
         """The learned states at the start of a sequence of each task; the token shifts start at zero.
@@ -140,7 +147,8 @@ class SpeechLM(nn.Module):
         if not task_names:
             return zero
         # In training each state has a part, so that each has a gradient on all ranks and in every step.
-        apart = list(self.initial_states) if torch.is_grad_enabled() else list(dict.fromkeys(task_names))
+        trained = [x for x, state in self.initial_states.items() if state.requires_grad and torch.is_grad_enabled()]
+        apart = list(dict.fromkeys([*trained, *task_names]))
         if len(apart) == 1:  # read in place, not copied
             return zero._replace(wkv=self.initial_states[apart[0]][:, None].expand_as(zero.wkv))
         rows = [apart.index(name) for name in task_names]

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from rwkv_speech.config import TrainConfig, numbers
+from rwkv_speech.config import FREEZE_ADAPTER, TrainConfig, numbers
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
 from rwkv_speech.data.source import Columns, Source
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.checkpoint import Trained
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.tasks import BY_LANG, DEFAULT, Naming
 from rwkv_speech.training.progress import say
@@ -46,10 +47,13 @@ def naming_of(config: TrainConfig) -> Naming:
     return Naming(config.task, by_lang=config.state_by == BY_LANG)
 
 
-def state_names(config: TrainConfig, train: "Source | Stream", valid: Source | None) -> list[str]:
-    """The states to learn: those of the training data and of --states; says how many utterances each has.
+def state_names(
+    config: TrainConfig, train: "Source | Stream", valid: Source | None, start: Trained | None = None
+) -> tuple[list[str], list[str]]:
+    """The states to learn, those of the training data and of --states, and the states that the model has in all.
 
-    Raises UserError for validation data of another task.
+    These are more where the adapter stays what it is in `start`, and with it all of its states. Says how many
+    utterances each has, and what is left out. Raises UserError for validation data of a task that has no state.
     """
     extra = config.states.split(",") if config.states else []
     is_stream = config.train_data.startswith(PREFIX)
@@ -59,13 +63,18 @@ def state_names(config: TrainConfig, train: "Source | Stream", valid: Source | N
         say(
             "states: " + ", ".join(f"{name}" if is_stream else f"{name} ({found[name]:,} utterances)" for name in names)
         )
-    strange = sorted(set(_counted(config, valid)) - set(names)) if valid is not None else []
+    others = sorted(set(start.initial_states) - set(names)) if start else []
+    kept = others if config.freeze == FREEZE_ADAPTER else []
+    if others:
+        what = "keeps its states" if kept else "--freeze none: leaves out its states, which the training data lacks:"
+        say(f"{config.init_from}: {what} {', '.join(others)}")
+    strange = sorted(set(_counted(config, valid)) - {*names, *kept}) if valid is not None else []
     if strange:
         raise UserError(
             f"--valid_data: found utterances of the task {strange[0]!r}, expected those of the training data, "
             f"{', '.join(names)}; add some to --train_data, or leave them out"
         )
-    return names
+    return names, sorted({*names, *kept})
 
 
 def _counted(config: TrainConfig, source: Source) -> Counter[str]:

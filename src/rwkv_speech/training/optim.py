@@ -30,12 +30,13 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over exactly the trained tensors; weight decay pulls at the adapter only."""
-    return torch.optim.AdamW(
-        [
-            {"params": list(adapter), "lr": lr_adapter, "weight_decay": weight_decay, "name": "adapter"},
-            {"params": list(initial_state), "lr": lr_state, "weight_decay": 0.0, "name": "state"},
-        ],
-        betas=betas,
-        eps=eps,
+    """AdamW over exactly the tensors that are not frozen; weight decay pulls at the adapter only."""
+    groups = (
+        {"params": _trained(adapter), "lr": lr_adapter, "weight_decay": weight_decay, "name": "adapter"},
+        {"params": _trained(initial_state), "lr": lr_state, "weight_decay": 0.0, "name": "state"},
     )
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps)
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [x for x in parameters if x.requires_grad]
