@@ -35,7 +35,8 @@ from transformers import WavLMConfig, WavLMModel
 from benchmarks.common import RESULTS, cpu_name, interleaved, relative_rms, write_result
 from benchmarks.encoder import resident
 from rwkv_speech.audio import SAMPLE_RATE, length_mask
-from rwkv_speech.batch import Batch
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.loader import collate
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder, normalise
 from rwkv_speech.models.parts import Parts
@@ -148,15 +149,12 @@ class Bench:
         nn.init.normal_(self.model.initial_states["asr"], 0, 0.1)
         num_samples, text_lengths = case.lengths()
         waveforms = 0.1 * torch.randn(case.utterances, int(num_samples.max()))
-        ids = torch.randint(1, case.lm.vocab, (int(text_lengths.sum()),))
-        # As batches come from the loader: lengths and text on the host.
-        audio = (waveforms * length_mask(num_samples, waveforms.shape[1])).to(device)
-        names = [str(i) for i in range(case.utterances)]
-        tasks, langs, texts = ["asr"] * len(names), [None] * len(names), [""] * len(names)
-        indices = list(range(len(names)))
-        self.batch = Batch(
-            indices, names, tasks, list[str | None](langs), audio, num_samples, ids, text_lengths, texts, []
-        )
+        ids = torch.randint(1, case.lm.vocab, (int(text_lengths.sum()),)).split(text_lengths.tolist())
+        samples = [
+            Sample(str(i), waveform[:length], "", text.tolist(), length / SAMPLE_RATE, i, "asr")
+            for i, (waveform, length, text) in enumerate(zip(waveforms, num_samples.tolist(), ids, strict=True))
+        ]
+        self.batch = collate(samples).to(device)
         self.targets = self.batch.num_targets
         self.marks: list[list[float]] = []
         self.cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -18,9 +18,10 @@ class Sample:
     """One utterance: `waveform` (S,) float32 at 16 kHz, normalised text, ids (no end of text), seconds.
 
     `index` is its place in the data set; `task` and `lang` say what is to be made of it, and its language if known.
-    `normalised` says whether the waveform has zero mean and unit variance. From a feature cache come the encoder's
-    `frames` (F, D) instead, and the waveform is empty; so it is where text is read in place of audio, its `input_ids`.
-    `turn` counts from 1 within a conversation, and is 0 in none.
+    `source_text` is what is spoken where that is not the text, in `source_lang`; all `answers` are right, if there are
+    any; `prompt_ids` are read before the audio. `normalised` says whether the waveform has zero mean and unit variance.
+    From a feature cache come the encoder's `frames` (F, D) instead, and the waveform is empty; so it is where text is
+    read in place of audio, its `input_ids`. `turn` counts from 1 within a conversation, and is 0 in none.
     """
 
     id: str
@@ -35,6 +36,10 @@ class Sample:
     frames: Tensor | None = None
     input_ids: tuple[int, ...] | None = None
     turn: int = 0
+    source_lang: str | None = None
+    source_text: str | None = None
+    answers: tuple[str, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -65,6 +70,7 @@ class Batch:
     frames      (B, F_max, D) the encoder's frames in the feature cache's type, zero after each utterance's own F; where
                 they are given, the waveforms are (B, 0)
     frame_lengths (B,) int64, F of each
+    prompt_ids  what each reads before the audio
     input_ids   what each reads in place of audio, None for audio; or None where all of them hear
     turns       of each its number in its conversation, from 1, and 0 in none; those above 1 go on in the sequence of
                 the one before them. None where there is no conversation
@@ -74,6 +80,10 @@ class Batch:
     ids: list[str]
     tasks: list[str]
     langs: list[str | None]
+    source_langs: list[str | None]
+    source_texts: list[str | None]
+    answers: list[tuple[str, ...]]
+    prompt_ids: list[tuple[int, ...]]
     waveforms: Tensor
     num_samples: Tensor
     text_ids: Tensor
@@ -114,6 +124,10 @@ class Batch:
                 None if x is None else x[: int(lengths[i])],
                 read[i],
                 turns[i],
+                self.source_langs[i],
+                self.source_texts[i],
+                self.answers[i],
+                self.prompt_ids[i],
             )
             for i, x in enumerate(frames)
         ]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,26 @@ def test_fit_counts_the_frames_of_the_encoder_s_own_rate():
     slow = Fit(ctx_len=25 + 1 + 4, stack=2, framing=Framing((640,), (640,), 0.0))
     assert slow.fault(2.0, 4) is None and slow.fault(2.0, 5) and slow.longest == 2.4
     assert Fit(30, 2, HOPS).fault(2.0, 4) and Fit(30, 2, HOPS).longest == 1.2
+
+
+def test_what_is_said_of_texts_goes_into_the_batch(source: FileSource, tokenizer: WorldTokenizer):
+    plain = source.utterance(0)
+    rows = [
+        replace(plain, text="four", answers=("four", "4"), prompt="Answer:", source_text="2 + 2"),
+        replace(plain, text="vier", source_lang="en", source_text="four"),
+    ]
+    samples = [SpeechDataset(FileSource(rows), tokenizer)[i] for i in range(2)]
+    batch = collate(samples)
+    assert batch.answers == [("four", "4"), ()] and batch.texts == ["four", "vier"]
+    assert (batch.source_langs, batch.source_texts) == ([None, "en"], ["2 + 2", "four"])
+    assert batch.prompt_ids == [tuple(tokenizer.encode("Answer:")), ()]
+    for one, sample in zip(batch.samples(), samples, strict=True):
+        assert isinstance(sample, Sample)
+        assert replace(one, waveform=sample.waveform) == sample
+
+
+def test_a_prompt_takes_room_like_a_text(source: FileSource, tokenizer: WorldTokenizer):
+    row = replace(source.utterance(0), text="ab", prompt="abc")  # 0.05 s: 2 frames, 1 position for rounding
+    for ctx_len, fits in ((7, False), (8, True)):
+        found = SpeechDataset(FileSource([row]), tokenizer, fit=Fit(ctx_len, 1))[0]
+        assert isinstance(found, Sample) == fits

@@ -52,6 +52,17 @@ def test_tasks_are_counted_by_language():
     assert HuggingFaceSource(rows.select([2]), Columns()).tasks() == {(None, "fr"): 1}
 
 
+def test_source_takes_what_is_said_of_texts():
+    rows = make_rows(answer=[["four", "4"], None, []], transcript=["2 + 2", "x", None], source_lang=["en"] * 3)
+    source = HuggingFaceSource(rows, Columns(), label_mode="lower")
+    found = [source.utterance(i) for i in range(3)]
+    assert [(x.text, x.answers, x.source_text, x.source_lang) for x in found] == [
+        ("four", ("four", "4"), "2 + 2", "en"),
+        ("text 1", (), "x", "en"),
+        ("text 2", (), None, "en"),
+    ]
+
+
 def test_durations_are_nan_where_unknown():
     rows = make_rows(4, duration=[0.5, None, -1.0, 2.0])
     np.testing.assert_array_equal(

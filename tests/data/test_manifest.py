@@ -24,6 +24,26 @@ def test_read_manifest_reads_every_key(tmp_path: Path):
     assert second == Utterance("b", str(outside), "", None, 0.0, "en", "asr")
 
 
+def test_read_manifest_reads_what_is_said_of_texts(tmp_path: Path):
+    audio = {"audio_filepath": write_audio(tmp_path / "a.wav").name}
+    rows = [
+        {**audio, "text": "das Wetter", "lang": "de", "source_lang": "en", "source_text": "the weather"},
+        {**audio, "text": "das Wetter", "transcript": "the weather", "prompt": "another corpus' own"},
+        {**audio, "text": "two plus two", "answer": "four", "prompt": "Answer:"},
+        {**audio, "answer": ["four", "4"], "text": "ignored", "transcript": "two plus two", "prompt": None},
+        {**audio, "answer": "", "transcript": [5], "prompt": {"a": 1}},
+    ]
+    found = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
+    said = [(x.text, x.source_lang, x.source_text, x.answers, x.prompt) for x in found]
+    assert said == [
+        ("das Wetter", "en", "the weather", (), ""),
+        ("das Wetter", None, "the weather", (), ""),
+        ("four", None, "two plus two", ("four",), "Answer:"),
+        ("four", None, "two plus two", ("four", "4"), ""),
+        ("", None, None, ("",), ""),
+    ]
+
+
 def test_read_manifest_takes_byte_order_mark_crlf_and_null(tmp_path: Path):
     write_audio(tmp_path / "a.wav")
     line = json.dumps({"audio_filepath": "a.wav", "text": "x", "duration": None, "lang": None})

@@ -56,6 +56,10 @@ ROWS: list[dict[str, Any] | str | bytes] = [
     '{"audio_filepath": "a.wav", "text": "x", "text": "the last one counts"}',
     '{"audio_filepath": "a.wav", "text": "x", "other": NaN, "more": Infinity, "big": ' + "9" * 400 + "}",
     row(text="long " * 200),
+    row(answer="four", prompt="Answer:", transcript="2 + 2"),
+    row(source_lang="en", source_text="the weather", prompt={"a": 1}, transcript=[1]),
+    *[row(answer=["four", "4"], source_text="2 + 2")] * 3,
+    *[{"audio_filepath": "b.wav", "answer": f"{i}"} for i in range(9)],
     *[row("b.wav", offset=i, duration=i + 0.5) for i in range(30)],
 ]
 
@@ -80,6 +84,10 @@ def test_plain_lines_are_never_parsed_one_by_one(folder: Path, monkeypatch: pyte
     lines = [json.dumps(row(text="} {", duration=i + 1, other={"b": []}), ensure_ascii=False) for i in range(40)]
     (folder / "m.jsonl").write_bytes("".join(line + end for line in lines).encode())
     assert len(open_table(folder / "m.jsonl")) == 40
+    for answer in ("four", ["four", "4"]):
+        lines = [json.dumps(row(answer=answer, prompt="Say it:")), json.dumps(row())] * 20
+        (folder / "m.jsonl").write_bytes("".join(line + end for line in lines).encode())
+        assert len({x.answers for x in utterances(open_table(folder / "m.jsonl"))}) == 2
 
 
 def complaint(manifest: Path, read: Any) -> str:
@@ -236,6 +244,20 @@ def test_tables_are_manifests_too(folder: Path, monkeypatch: pytest.MonkeyPatch,
     found = utterances(open_table(write_table_file(folder / name, pa.table(columns))))
     lines = [row(duration=1, offset=0), row("b.wav", text="grüße"), row(text="y", duration=3, offset=2.5)]
     assert found == read_manifest(write_manifest(folder / "m.jsonl", *lines))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_hold_answers(folder: Path, name: str):
+    for answers in (["four", None, "5"], [["four", "4"], None, ["5"]]):
+        columns = {"audio_filepath": ["a.wav"] * 3, "text": ["x", "y", None], "answer": answers, "prompt": [1, 2, 3]}
+        lines = [{key: values[i] for key, values in columns.items()} for i in range(3)]
+        found = utterances(open_table(write_table_file(folder / name, pa.table(columns))))
+        assert found == read_manifest(write_manifest(folder / "m.jsonl", *lines))
+    bad = pa.table({"audio_filepath": ["a.wav"] * 2, "answer": pa.array([[], None], pa.list_(pa.string()))})
+    found = complaint(write_table_file(folder / name, bad), open_table)
+    assert "row 1: 'answer' is []" in found and "row 2: lacks 'text'" in found
+    numbers = write_table_file(folder / name, pa.table({"audio_filepath": ["a.wav"], "answer": [4]}))
+    assert "column 'answer' holds int64; expected strings or lists of them" in complaint(numbers, open_table)
 
 
 @pytest.mark.parametrize("name", TABLES)

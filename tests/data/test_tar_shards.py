@@ -47,6 +47,14 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_shard_says_of_texts_what_a_manifest_does(tmp_path: Path):
+    told = {"answer": ["four", "4"], "transcript": "2 + 2", "prompt": "Answer:", "source_lang": "en"}
+    write_tar(tmp_path / "a.tar", {"a.flac": audio(), "a.json": json.dumps(told).encode()})
+    found = open_tar(f"tar:{tmp_path}").utterance(0)
+    assert (found.text, found.answers, found.source_text) == ("four", ("four", "4"), "2 + 2")
+    assert (found.prompt, found.source_lang) == ("Answer:", "en")
+
+
 def test_every_utterance_is_what_tarfile_reads(shards: Path):
     source = open_source(f"tar:{shards}")
     assert len(source) == 12

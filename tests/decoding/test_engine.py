@@ -136,6 +136,17 @@ def test_prompts_before_and_after_the_audio_are_read(ending: SpeechLM):
     assert len({done.hypotheses[0].logprobs for done in (plain, prompted, other)}) == 3
 
 
+def test_each_utterance_may_have_a_prompt(ending: SpeechLM):
+    prompts = ["", " the weather", "", " good good"]
+    chosen = [
+        replace(sample, prompt_ids=tuple(ending.tokenizer.encode(prompt)))
+        for sample, prompt in zip(samples(sounds([3_000] * 4)), prompts, strict=True)
+    ]
+    found = decode(Engine(ending, GREEDY, slots=4), requests(chosen))
+    for sample, prompt in zip(chosen, prompts, strict=True):
+        assert found[sample.index].hypotheses[0].ids == oracle(ending, sample, 24, prompt).ids
+
+
 def test_what_holds_no_audio_token_is_done_at_once(ending: SpeechLM):
     engine = Engine(ending, GREEDY, slots=1)
     for request in requests(samples(sounds(NOTHING))):

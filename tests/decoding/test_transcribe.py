@@ -3,6 +3,7 @@
 import io
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -21,7 +22,7 @@ from rwkv_speech.decoding.coverage import halves
 from rwkv_speech.decoding.engine import Done, Request
 from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.options import Options
-from rwkv_speech.decoding.results import Row, write_rows
+from rwkv_speech.decoding.results import Row, read_rows, write_rows
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM, transcribe, transcribe_batch, transcribe_batches
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
@@ -167,6 +168,16 @@ def test_rows_say_whose_text_it_is(model: SpeechLM, waves: list[Tensor], tmp_pat
     write_rows(tmp_path / "r.jsonl", [rows[1], rows[0]])
     first, second = (tmp_path / "r.jsonl").read_text().splitlines()
     assert '"id": "u0", "index": 10' in first and '"index": 11' in second
+
+
+def test_rows_carry_what_is_said_of_texts(model: SpeechLM, waves: list[Tensor], tmp_path: Path):
+    [sample] = samples(waves[:1])
+    told = {"source_lang": "en", "source_text": "2 + 2", "answers": ("four", "4")}
+    prompted = replace(sample, **told, prompt_ids=tuple(model.tokenizer.encode("Say it:")))
+    rows = transcribe_batch(model, collate([prompted]), Options.given(max_new_tokens=4, **ONCE))
+    assert {name: getattr(rows[0], name) for name in told} == told and rows[0].prompt == "Say it:"
+    write_rows(tmp_path / "r.jsonl", rows)
+    assert read_rows(tmp_path / "r.jsonl") == rows
 
 
 def test_a_task_without_a_state_lists_those_there_are(model: SpeechLM, waves: list[Tensor]):

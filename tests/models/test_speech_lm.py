@@ -55,20 +55,20 @@ def batch_of(model: SpeechLM, waves: list[Tensor], texts: list[str], tasks: list
     )
 
 
-def naive_loss(model: SpeechLM, wave: Tensor, text: str, task: str = "asr") -> Tensor:
+def naive_loss(model: SpeechLM, wave: Tensor, text: str, task: str = "asr", prompt: str = "") -> Tensor:
     """One utterance, unpacked and unpadded, the adapter written out: the definition."""
     frames, [length] = model.encoder(wave[None], torch.tensor([len(wave)]))
     stack, adapter = model.adapter.stack, dict(model.adapter.named_parameters())
     tokens = [frames[0, i : i + stack].flatten() for i in range(0, int(length) - stack + 1, stack)]
-    parts = []
+    parts = [model.lm.emb(torch.tensor(model.tokenizer.encode(prompt), dtype=torch.int64))]
     if tokens:
         hidden = F.linear(torch.stack(tokens), adapter["0.weight"], adapter["0.bias"]).relu()
-        parts = [F.linear(hidden, adapter["2.weight"], adapter["2.bias"])]
+        parts.append(F.linear(hidden, adapter["2.weight"], adapter["2.bias"]))
     ids = model.tokenizer.encode(text)
     parts.append(model.lm.emb(torch.tensor([SEPARATOR_ID, *ids])))
     state = model.lm.zero_state(1)._replace(wkv=model.initial_states[task][:, None])
     logits = model.lm(inputs_embeds=torch.cat(parts)[None], state=state).logits[0]
-    return F.cross_entropy(logits[len(tokens) :], torch.tensor([*ids, EOS_ID]), reduction="sum")
+    return F.cross_entropy(logits[-len(ids) - 1 :], torch.tensor([*ids, EOS_ID]), reduction="sum")
 
 
 def test_loss_equals_each_utterance_written_out(model: SpeechLM):
@@ -79,6 +79,15 @@ def test_loss_equals_each_utterance_written_out(model: SpeechLM):
     assert batch.num_targets == sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_prompts_stand_before_the_audio(model: SpeechLM):
+    waves, prompts = sounds(LENGTHS), ["", "ü is", " good", "a"]
+    samples = batch_of(model, waves, TEXTS).samples()
+    prompted = [replace(x, prompt_ids=tuple(model.tokenizer.encode(y))) for x, y in zip(samples, prompts, strict=True)]
+    each = zip(waves, TEXTS, ["asr"] * 4, prompts, strict=True)
+    expected = sum(naive_loss(model, *row) for row in each)
+    torch.testing.assert_close(model(collate(prompted)), expected, rtol=1e-5, atol=0)
 
 
 def test_each_utterance_starts_from_its_own_tasks_state(tiny_parts: Parts):

@@ -147,13 +147,17 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     def _sample(self, epoch: int, index: int) -> Sample | BadSample:
         found = self.source.utterance(index)
         text = normalise_label(found.text, self._label_mode)
-        ids = self._tokenizer.encode(text)
+        ids, prompt_ids = self._tokenizer.encode(text), tuple(self._tokenizer.encode(found.prompt))
+        num_ids = len(ids) + len(prompt_ids)
         speed = self._augment.speed(epoch, index) if self._augment else 1.0
         # A known duration saves the decoding of what is left out anyway.
-        if found.duration is not None and (fault := self._fault(found.duration / speed, ids)):
+        if found.duration is not None and (fault := self._fault(found.duration / speed, num_ids)):
             return BadSample(index, found.id, fault, too_long=True)
         state = self._naming.state(found.task, found.lang)
-        sample = Sample(found.id, torch.empty(0), text, ids, 0.0, index, state, found.lang)
+        sample = Sample(
+            found.id, torch.empty(0), text, ids, 0.0, index, state, found.lang,
+            source_lang=found.source_lang, source_text=found.source_text, answers=found.answers, prompt_ids=prompt_ids,
+        )  # fmt: skip
         try:
             if self._cache:
                 return self._cached_sample(self._cache, sample)
@@ -165,7 +169,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         if self._augment:
             waveform = self._augment(waveform, epoch, index)
         duration = len(waveform) / SAMPLE_RATE
-        if fault := self._fault(duration, ids):
+        if fault := self._fault(duration, num_ids):
             return BadSample(index, found.id, fault, too_long=True)
         if self._normalise:
             waveform = normalise(waveform)
@@ -173,23 +177,24 @@ class SpeechDataset(Dataset[Sample | BadSample]):
 
     def _cached_sample(self, cache: FeatureCache, sample: Sample) -> Sample | BadSample:
         """Add the duration and the kept frames; raises AudioError, and UserError if there are none."""
+        num_ids = len(sample.ids) + len(sample.prompt_ids)
         kept = cache.get(recording_key(self.source, sample.index))
         if kept is None:
             # Broken recordings and those that are too long are not kept.
             waveform = self.source.load(sample.index)
-            if fault := self._fault(len(waveform) / SAMPLE_RATE, sample.ids):
+            if fault := self._fault(len(waveform) / SAMPLE_RATE, num_ids):
                 return BadSample(sample.index, sample.id, fault, too_long=True)
             raise UserError(
                 f"--feature_cache: {cache.folder} lacks the frames of {sample.id}; expected all of them: start again, "
                 "and what is missing is computed"
             )
         duration = kept.num_samples / SAMPLE_RATE
-        if fault := self._fault(duration, sample.ids):
+        if fault := self._fault(duration, num_ids):
             return BadSample(sample.index, sample.id, fault, too_long=True)
         return replace(sample, duration=duration, frames=kept.frames)
 
-    def _fault(self, seconds: float, ids: list[int]) -> str | None:
-        return self._fit.fault(seconds, len(ids)) if self._fit else None
+    def _fault(self, seconds: float, num_ids: int) -> str | None:
+        return self._fit.fault(seconds, num_ids) if self._fit else None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class FileSource:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every utterance's metadata and the size of its file."""
         return digest(
-            (found.id, found.text, found.offset, found.duration, found.lang, found.task, _size(found.audio))
+            (
+                *(found.id, found.text, found.offset, found.duration, found.lang, found.task, _size(found.audio)),
+                *filter(None, (found.source_lang, found.source_text, found.answers, found.prompt)),
+            )
             for found in self._utterances
         )
 

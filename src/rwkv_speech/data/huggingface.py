@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.config import ACCEPTED_FORMS
+from rwkv_speech.data.manifest import TEXTS, row_faults, texts_of, tidied
 from rwkv_speech.data.source import Columns, TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import normalise_label
@@ -39,7 +40,8 @@ LIBRISPEECH_SPLITS = {
 class HuggingFaceSource:
     """Rows of a dataset; `label_mode` is applied to the text at once, for sets that are all in capitals.
 
-    Further columns are taken where they are there: `id`, `duration` (s), `lang`, `task`, `speaker_id` or `speaker`.
+    Further columns are taken where they are there: `id`, `duration` (s), `lang`, `task`, `speaker_id` or `speaker`, and
+    what a manifest may say of the texts: `source_lang`, `source_text`, `transcript`, `answer`, `prompt`.
     Raises UserError that lists the columns when one of `columns` is missing or of another type.
     """
 
@@ -61,8 +63,8 @@ class HuggingFaceSource:
         self._audio = dataset.select_columns([columns.audio])
         first = self._audio[0][columns.audio]
         self._holds_bytes = isinstance(first, dict) and first["bytes"] is not None
-        known = [columns.text, *(name for name in ("id", "duration", "lang", "task") if name in features)]
-        self._rows = dataset.select_columns([name for name in known if name != columns.audio])
+        known = [columns.text, *(name for name in ("id", "duration", "lang", "task", *TEXTS) if name in features)]
+        self._rows = dataset.select_columns([name for name in dict.fromkeys(known) if name != columns.audio])
         named = next((name for name in ("speaker_id", "speaker") if name in features), None)
         self._speakers = dataset[named] if named else None
 
@@ -72,18 +74,23 @@ class HuggingFaceSource:
     def utterance(self, index: int) -> Utterance:
         """Give the metadata of one row; its audio is not read."""
         row: dict[str, Any] = self._rows[index]
-        duration = row.get("duration")
+        duration, texts = row.get("duration"), self._texts(row)
         is_known = isinstance(duration, (int, float)) and duration > 0
         return Utterance(
             id=str(row["id"]) if row.get("id") is not None else f"{self._label}#{index}",
             audio=None if self._holds_bytes else self._path(index),
-            text=normalise_label(row[self._columns.text], self._label_mode),
             duration=float(duration) if is_known and duration is not None else None,
             lang=_string_or_none(row.get("lang")),
             task=_string_or_none(row.get("task")),
             speaker=self._speaker(index),
             identity=f"{self._audio._fingerprint}#{index}" if self._holds_bytes else None,
+            **{**texts, "text": normalise_label(texts["text"], self._label_mode)},
         )
+
+    def _texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the row says of its texts; a value that a manifest could not hold is left out."""
+        found = tidied({name: row[name] for name in TEXTS if name in row} | {"text": row[self._columns.text]})
+        return texts_of({name: value for name, value in found.items() if not row_faults({name: value}, required=())})
 
     def _speaker(self, index: int) -> str | None:
         found = self._speakers[index] if self._speakers is not None else None

@@ -12,8 +12,12 @@ from rwkv_speech.errors import UserError
 JSON_SUFFIXES = frozenset({".jsonl", ".json"})
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker")
+# Other corpora have keys of these names that hold other things: what is no string there is left out.
+LENIENT = ("prompt", "transcript")
+STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker", "source_lang", "source_text", *LENIENT)
 SECONDS = ("duration", "offset")
+ANSWER = "answer"
+TEXTS = ("text", "source_lang", "source_text", ANSWER, *LENIENT)
 REQUIRED = ("audio_filepath", "text")
 _MAX_ERRORS_SHOWN = 20
 
@@ -22,8 +26,9 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """Read a manifest of JSON lines.
 
     Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s), `lang`, `task`,
-    `id`, `speaker`, which may be a number; others are ignored. An id that is not given is the path, with `@offset` for
-    a segment; rows of the same recording share it.
+    `id`, `speaker`, which may be a number, `source_lang`, and `source_text` or `transcript`; others are ignored. In
+    place of `text` there may be an `answer`, a string or several in a list, and beside it a `prompt`. An id that is not
+    given is the path, with `@offset` for a segment; rows of the same recording share it.
 
     Raises UserError that lists every bad line with its number.
     """
@@ -74,30 +79,48 @@ def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
     return Utterance(
         id=row.get("id", f"{name}@{offset:g}" if offset else name),
         audio=os.path.join(folder, name),
-        text=row["text"],
         duration=float(row["duration"]) if "duration" in row else None,
         offset=offset,
         lang=row.get("lang"),
         task=row.get("task"),
         speaker=row.get("speaker"),
+        **texts_of(row),
     )
 
 
-def with_speaker(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose speaker is text: a whole number becomes it, and what is neither is left out."""
-    speaker = row.get("speaker")
-    if speaker is None or isinstance(speaker, str):
-        return row
-    rest = {key: value for key, value in row.items() if key != "speaker"}
-    is_number = isinstance(speaker, int) and not isinstance(speaker, bool)
-    return {**rest, "speaker": str(speaker)} if is_number else rest
+def texts_of(row: dict[str, Any]) -> dict[str, Any]:
+    """An utterance's fields that hold its texts: with answers, `text` is what is spoken unless another key says it."""
+    spoken, answers = row.get("source_text", row.get("transcript")), tuple(row.get(ANSWER, ()))
+    found = {"source_lang": row.get("source_lang"), "source_text": spoken}
+    if not answers:
+        return {**found, "text": row["text"]}
+    if spoken is None:
+        found["source_text"] = row.get("text")
+    return {**found, "text": answers[0], "answers": answers, "prompt": row.get("prompt", "")}
+
+
+def tidied(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose speaker is text, and whose answers are a list; what else these and lenient keys hold is left out."""
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in LENIENT:
+        if not isinstance(row.get(key, ""), str):
+            del row[key]
+    speaker = row.get("speaker", "")
+    if isinstance(speaker, int) and not isinstance(speaker, bool):
+        row["speaker"] = str(speaker)
+    elif not isinstance(speaker, str):
+        del row["speaker"]
+    if isinstance(row.get(ANSWER), str):
+        row[ANSWER] = [row[ANSWER]]
+    return row
 
 
 def row_faults(row: dict[str, Any], required: Sequence[str] = REQUIRED) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
-    reasons = [f"lacks {key!r}" for key in required if key not in row]
+    reasons = [f"lacks {key!r}" for key in required if key not in row and (key != "text" or ANSWER not in row)]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
+    reasons += [_answer_fault(row[ANSWER])] if ANSWER in row else []
     return [reason for reason in reasons if reason]
 
 
@@ -132,8 +155,7 @@ def _parse_line(line: bytes, required: Sequence[str]) -> tuple[dict[str, Any], l
         return {}, [f"is not JSON ({error})"]
     if not isinstance(row, dict):
         return {}, [f"is not a JSON object but {type(row).__name__}"]
-    row = {key: value for key, value in row.items() if value is not None}
-    row = with_speaker(row)
+    row = tidied(row)
     return row, row_faults(row, required)
 
 
@@ -142,6 +164,12 @@ def _string_fault(key: str, value: object) -> str:
         return f"{key!r} is {value!r}, expected a string"
     if any("\ud800" <= character <= "\udfff" for character in value):
         return f"{key!r} holds a lone surrogate, expected valid Unicode"
+    return ""
+
+
+def _answer_fault(value: object) -> str:
+    if not isinstance(value, list) or not value or any(_string_fault(ANSWER, answer) for answer in value):
+        return f"{ANSWER!r} is {value!r}, expected a string of valid Unicode or a list of such strings, not empty"
     return ""
 
 

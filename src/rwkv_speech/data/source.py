@@ -31,8 +31,11 @@ _WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DO
 class Utterance:
     """What is known of one recording without decoding it.
 
-    `offset` and `duration` (s) choose a segment of the file. `audio` is an absolute path, or None where the
-    source keeps the bytes itself; `identity` then names them, if it can: it changes whenever they may have changed.
+    `text` is what is learned: a transcript, a translation, or the first of the `answers`, all of which are right.
+    `source_text` is what is spoken where that is something else, and `source_lang` its language; `prompt` is read
+    before the audio. `offset` and `duration` (s) choose a segment of the file. `audio` is an absolute path, or None
+    where the source keeps the bytes itself; `identity` then names them, if it can: it changes whenever they may have
+    changed.
     """
 
     id: str
@@ -44,6 +47,10 @@ class Utterance:
     task: str | None = None
     speaker: str | None = None
     identity: str | None = None
+    source_lang: str | None = None
+    source_text: str | None = None
+    answers: tuple[str, ...] = ()
+    prompt: str = ""
 
 
 @dataclass(frozen=True)

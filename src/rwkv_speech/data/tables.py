@@ -25,7 +25,9 @@ from torch import Tensor
 
 from rwkv_speech.audio import load_audio
 from rwkv_speech.data.manifest import (
+    ANSWER,
     BYTE_ORDER_MARK,
+    LENIENT,
     SECONDS,
     STRINGS,
     TABLE_SUFFIXES,
@@ -42,8 +44,9 @@ from rwkv_speech.data.source import TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
-_FORMAT = 3
-_SCHEMA = pa.schema([*((name, pa.string()) for name in STRINGS), *((name, pa.float64()) for name in SECONDS)])
+_FORMAT = 4
+_ANSWERS = pa.field(ANSWER, pa.list_(pa.string()))
+_SCHEMA = pa.schema([*((name, pa.string()) for name in STRINGS), *((name, pa.float64()) for name in SECONDS), _ANSWERS])
 _LINE = pa.field("line", pa.int32())
 _BLOCK = 16 << 20
 _ROWS = 65_536
@@ -251,22 +254,37 @@ def _parse_at_once(block: bytes) -> pa.RecordBatch | None:
         return None
     try:
         block.decode()  # pyarrow looks at the encoding of what it keeps only
-        table = pyarrow.json.read_json(
-            pa.BufferReader(block),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"),
-        )
-    except (ValueError, pa.ArrowException):
+    except ValueError:
         return None
-    (rows,) = table.combine_chunks().to_batches()
-    return rows if len(rows) == lines and _is_sound(rows) else None
+    for answers in (_ANSWERS, pa.field(ANSWER, pa.string())):
+        schema = pa.schema([*list(_SCHEMA)[:-1], answers])
+        options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        try:
+            table = pyarrow.json.read_json(pa.BufferReader(block), parse_options=options)
+        except (ValueError, pa.ArrowException):
+            continue
+        (rows,) = table.combine_chunks().to_batches()
+        if answers != _ANSWERS:
+            rows = pa.RecordBatch.from_arrays([*rows.columns[:-1], _as_lists(rows.column(ANSWER))], schema=_SCHEMA)
+        return rows if len(rows) == lines and _is_sound(rows) else None
+    return None
+
+
+def _as_lists(strings: pa.StringArray) -> pa.ListArray:
+    """Each string as a list of one, null where it is null."""
+    return pa.ListArray.from_arrays(
+        pa.array(range(len(strings) + 1), pa.int32()), strings.cast(pa.string()), mask=strings.is_null()
+    )
 
 
 def _is_sound(rows: pa.RecordBatch) -> bool:
     """Whether `row_faults` would find nothing in any row."""
-    if rows.column("audio_filepath").null_count or rows.column("text").null_count:
+    text, answers = rows.column("text"), rows.column(ANSWER)
+    if rows.column("audio_filepath").null_count or pc.list_flatten(answers).null_count:
         return False
     duration, offset = rows.column("duration"), rows.column("offset")
     fits = [pc.greater(duration, 0), pc.less(duration, 1e9), pc.greater_equal(offset, 0), pc.less(offset, 1e9)]
+    fits += [pc.or_(text.is_valid(), answers.is_valid()), pc.greater(pc.list_value_length(answers), 0)]
     # A value that is not there is null here, and passes.
     return all(pc.all(fit, min_count=0).as_py() for fit in fits)
 
@@ -310,14 +328,30 @@ def _column(batch: pa.RecordBatch, wanted: pa.Field, manifest: Path) -> pa.Array
         return pa.nulls(len(batch), wanted.type)
     found = batch.column(wanted.name)
     kind = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
-    are_strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    are_strings = _are_strings(kind)
     are_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if wanted.name == "speaker":  # as manifest.with_speaker
+    if wanted.name == "speaker":  # as manifest.tidied
         is_name = are_strings or pa.types.is_integer(kind)
         return found.cast(wanted.type) if is_name else pa.nulls(len(batch), wanted.type)
-    if not (pa.types.is_null(kind) or (are_strings if wanted.name in STRINGS else are_numbers)):
-        raise UserError(
-            f"manifest {manifest}: column {wanted.name!r} holds {found.type}; expected "
-            f"{'strings' if wanted.name in STRINGS else 'numbers of seconds'}"
-        )
+    if wanted.name in LENIENT and not are_strings:
+        return pa.nulls(len(batch), wanted.type)
+    if wanted.name == ANSWER:
+        if are_strings:
+            return _as_lists(found)
+        fits, expected = _are_lists(kind), "strings or lists of them"
+    elif wanted.name in STRINGS:
+        fits, expected = are_strings, "strings"
+    else:
+        fits, expected = are_numbers, "numbers of seconds"
+    if not (fits or pa.types.is_null(kind)):
+        raise UserError(f"manifest {manifest}: column {wanted.name!r} holds {found.type}; expected {expected}")
     return found.cast(wanted.type, safe=False)
+
+
+def _are_strings(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _are_lists(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and _are_strings(kind.value_type)

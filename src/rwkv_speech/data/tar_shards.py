@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_speech.audio import AudioError, audio_seconds, load_audio
-from rwkv_speech.data.manifest import row_faults, summary, with_speaker
+from rwkv_speech.data.manifest import ANSWER, TEXTS, row_faults, summary, texts_of, tidied
 from rwkv_speech.data.source import AUDIO_SUFFIXES, TaskCounts, Utterance, digest
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512
 # Behind its end mark an archive is filled up to a record, of 10 KB customarily.
@@ -68,12 +68,12 @@ class TarSource:
         return Utterance(
             id=row.get("id") or f"{Path(shard.path).name}/{row['key']}",
             audio=None,
-            text=row["text"],
             duration=row.get("duration"),
             lang=row.get("lang"),
             task=row.get("task"),
             speaker=row.get("speaker"),
             identity=json.dumps([shard.path, *shard.stamp, row["offset"], row["size"]]),
+            **texts_of(row),
         )
 
     def load(self, index: int) -> Tensor:
@@ -244,7 +244,9 @@ def _scan(path: str) -> list[dict[str, Any]]:
         rows = [_row(key, entry, file) for key, entry in used.items() if entry.audio]
     problems += [f"{key}: has a text but no audio" for key, entry in used.items() if not entry.audio]
     problems += [
-        f"{row['key']}: has no text, neither KEY.txt nor 'text' in KEY.json" for row in rows if "text" not in row
+        f"{row['key']}: has no text, neither KEY.txt nor 'text' or {ANSWER!r} in KEY.json"
+        for row in rows
+        if "text" not in row and ANSWER not in row
     ]
     if problems:
         raise UserError(summary(f"{path}: {len(problems)} members do not fit", problems))
@@ -290,8 +292,8 @@ def _add(entry: _Entry, member: tarfile.TarInfo, file: BinaryIO) -> None:
     found: Any = {"text": content.strip()} if suffix == ".txt" else json.loads(content)
     if not isinstance(found, dict):
         raise ValueError(f"is not a JSON object but {type(found).__name__}")
-    known = ("text", "duration", "lang", "task", "id", "speaker")
-    found = with_speaker({name: found[name] for name in known if found.get(name) is not None})
+    known = ("duration", "lang", "task", "id", "speaker", *TEXTS)
+    found = tidied({name: found[name] for name in known if name in found})
     if faults := row_faults(found, required=()):
         raise ValueError("; ".join(faults))
     # KEY.json's text goes before KEY.txt's, whichever comes first.

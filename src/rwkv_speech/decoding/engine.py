@@ -218,7 +218,7 @@ class Engine:
 
     def _reading(self, request: Request) -> Reading:
         before = self._before if request.before is None else self._model.tokenizer.encode(request.before)
-        return Reading(request.sample.task, before, self._after, request.start)
+        return Reading(request.sample.task, [*before, *request.sample.prompt_ids], self._after, request.start)
 
     def _rows(self, request: Request) -> int:
         """The free rows that a request waits for."""

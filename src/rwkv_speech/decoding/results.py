@@ -92,9 +92,10 @@ def shifted(transcript: Transcript, seconds: float) -> Transcript:
 class Row:
     """An utterance of a data set, its reference and its hypothesis; `index` is its place in the set.
 
-    `turn` is its number in its conversation, from 1. What is not known is None: who speaks, the file with the audio, in
-    which it starts at `offset` seconds, what the CTC head alone makes of it, and the words of the hypothesis, each with
-    its probability.
+    `ref` is the first of the `answers`, if there are any, which are all right; `source_text` is what is spoken, in
+    `source_lang`, where that is not `ref`; `prompt` was read before the audio, and `turn` is its number in its
+    conversation, from 1. What is not known is None: who speaks, the file with the audio, in which it starts at `offset`
+    seconds, what the CTC head alone makes of it, and the words of the hypothesis, each with its probability.
     """
 
     id: str
@@ -111,6 +112,10 @@ class Row:
     ctc: str | None = None
     words: list[tuple[str, float]] | None = None
     turn: int | None = None
+    source_lang: str | None = None
+    source_text: str | None = None
+    answers: tuple[str, ...] = ()
+    prompt: str = ""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -137,6 +142,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             found = json.loads(line)
             row = Row(**{name: found[name] for name in names if name in found})
+            row = replace(row, answers=tuple(row.answers))
             if not all(isinstance(text, str) for text in (row.id, row.ref, row.hyp)):
                 raise TypeError("a text is none")
         except (ValueError, TypeError, KeyError) as error:

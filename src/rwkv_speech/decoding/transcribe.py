@@ -149,10 +149,10 @@ def transcribe_batches(
     for is_heard, group in itertools.groupby(parts, lambda part: part[0]):
         found = itertools.chain.from_iterable(samples for _, samples in group)
         if is_heard:
-            yield from _heard(transcriber, itertools.chain.from_iterable(found), options)
+            yield from _heard(model, transcriber, itertools.chain.from_iterable(found), options)
         else:
             for sample, turn in converse(model, found, options, slots, given_history):
-                yield replace(_row(sample), hyp=turn.text, cut=turn.cut)
+                yield replace(_row(model, sample), hyp=turn.text, cut=turn.cut)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:
@@ -170,21 +170,31 @@ def _parts(batch: Batch) -> Iterator[tuple[bool, list[list[Sample]]]]:
             yield is_heard, part
 
 
-def _row(sample: Sample) -> Row:
+def _row(model: speech_lm.SpeechLM, sample: Sample) -> Row:
     """What is known of an utterance before it is decoded."""
     known = sample.id, sample.index, sample.text, "", sample.lang, sample.task, sample.duration, False
-    return Row(*known, turn=sample.turn or None)
+    return Row(
+        *known,
+        turn=sample.turn or None,
+        source_lang=sample.source_lang,
+        source_text=sample.source_text,
+        answers=sample.answers,
+        prompt=model.tokenizer.decode(sample.prompt_ids),
+    )
 
 
-def _heard(transcriber: Transcriber, samples: Iterable[Sample], options: Options) -> Iterator[Row]:
+def _heard(
+    model: speech_lm.SpeechLM, transcriber: Transcriber, samples: Iterable[Sample], options: Options
+) -> Iterator[Row]:
     """The rows of utterances that stand alone."""
     rows: dict[int, Row] = {}
 
     def recordings() -> Iterator[Recording]:
         for sample in samples:
-            rows[sample.index] = _row(sample)
+            rows[sample.index] = _row(model, sample)
             blocks = lambda samples=sample.waveform: [samples]  # noqa: E731
-            yield Recording(sample.index, sample.id, blocks, sample.task, sample.lang, sample.normalised)
+            known = sample.task, sample.lang, sample.normalised, sample.prompt_ids
+            yield Recording(sample.index, sample.id, blocks, *known)
 
     for recording, found in transcriber.run(recordings()):
         assert isinstance(found, Transcript)

@@ -7,7 +7,7 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,10 @@ _CONTEXT_TEMPERATURE, _CONTEXT_TOKENS = 0.5, 223
 
 @dataclass(frozen=True)
 class Recording:
-    """What is to be transcribed: `blocks()` gives its samples at 16 kHz, or AudioError; `key` is the caller's."""
+    """What is to be transcribed: `blocks()` gives its samples at 16 kHz, or AudioError; `key` is the caller's.
+
+    `prompt_ids` are read before the audio.
+    """
 
     key: Any
     name: str
@@ -48,6 +51,7 @@ class Recording:
     task: str
     language: str | None = None
     normalised: bool = False
+    prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -165,7 +169,7 @@ class Transcriber:
         recording, seconds = work.recording, len(piece.waveform) / SAMPLE_RATE
         sample = Sample(
             recording.name, piece.waveform, "", [], seconds, piece.start, recording.task, recording.language,
-            recording.normalised,
+            recording.normalised, prompt_ids=recording.prompt_ids,
         )  # fmt: skip
         request = Request(
             key=_Place(work, piece, attempt, halved),

@@ -209,6 +209,7 @@ class SpeechLM(nn.Module):
             if turns[row] <= 1:
                 sequences.append([])
                 task_names.append(task)
+            before = (*before, *batch.prompt_ids[row])
             sequences[-1] += self.prefix(num_audio[row] if ids is None else ids, task, before)
             sequences[-1].append(splice.Text(text.tolist()))
         return sequences, self.initial_state(task_names)

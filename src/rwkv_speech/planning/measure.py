@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from rwkv_speech import tiny
 from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.batch import Batch
+from rwkv_speech.batch import Batch, Sample
+from rwkv_speech.data.loader import collate
 from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import parts
@@ -72,13 +73,12 @@ class MicroBatch(NamedTuple):
 
     def on_meta(self, encoder: SpeechEncoder) -> Batch:
         """Waveforms and frames without values; lengths and text on the host, as always."""
-        U, num_samples = self.utterances, torch.full((self.utterances,), round(self.seconds * SAMPLE_RATE))
-        lengths = encoder.frame_lengths(num_samples)
-        waveforms = torch.empty(U, int(num_samples[0]), device="meta")
-        text_ids, text_lengths = torch.ones(U * self.text_tokens, dtype=torch.int64), torch.full((U,), self.text_tokens)
-        data = Batch([0] * U, [""] * U, ["asr"] * U, [None] * U, waveforms, num_samples, text_ids, text_lengths, [], [])
-        frames = torch.empty(U, int(lengths[0]), encoder.width, device="meta")
-        return replace(data, frames=frames, frame_lengths=lengths)
+        num_samples = round(self.seconds * SAMPLE_RATE)
+        num_frames = int(encoder.frame_lengths(torch.tensor([num_samples])))
+        with torch.device("meta"):
+            waveform, frames = torch.empty(num_samples), torch.empty(num_frames, encoder.width)
+        sample = Sample("", waveform, "", [1] * self.text_tokens, self.seconds, 0, "asr", frames=frames)
+        return collate([sample] * self.utterances)
 
 
 @dataclass(frozen=True)
