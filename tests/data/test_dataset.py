@@ -227,5 +227,5 @@ def test_what_is_said_of_texts_goes_into_the_batch(source: FileSource, tokenizer
 def test_a_prompt_takes_room_like_a_text(source: FileSource, tokenizer: WorldTokenizer):
     row = replace(source.utterance(0), text="ab", prompt="abc")  # 0.05 s: 2 frames, 1 position for rounding
     for ctx_len, fits in ((7, False), (8, True)):
-        found = SpeechDataset(FileSource([row]), tokenizer, fit=Fit(ctx_len, 1))[0]
+        found = SpeechDataset(FileSource([row]), tokenizer, fit=Fit(ctx_len, 1, HOPS))[0]
         assert isinstance(found, Sample) == fits

@@ -7,7 +7,7 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
