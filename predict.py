@@ -33,6 +33,8 @@ def predict(config: PredictConfig) -> int:
     before_prediction(config)
     if config.stream:
         return predict_stream(config)
+    if config.session:
+        return predict_session(config)
     formats = output_formats(config.output_format)
     inputs, faults = find_inputs(named_inputs(config))
     check_outputs(config, inputs, formats)
@@ -81,6 +83,31 @@ def predict_stream(config: PredictConfig) -> int:
     options = Options.of(config)
     opened = stream(load(config), options, config.commit, pace, config.stream_rate, config.micro_bsz, config.task)
     transcribe_live(opened, sys.stdin.buffer, sys.stdout)
+    return 0
+
+
+def predict_session(config: PredictConfig) -> int:
+    """Print the answers to the next turns of a conversation, which is saved after each of them."""
+    from rwkv_speech.checks import named_inputs
+    from rwkv_speech.data.inputs import find_inputs
+    from rwkv_speech.decoding.options import Options
+    from rwkv_speech.decoding.session import Said, Session
+
+    inputs, faults = find_inputs(named_inputs(config))
+    if faults:  # what comes after would answer something else
+        return report(faults)
+    session, options = Session.begun(load(config), config.task, config.session), Options.of(config)
+
+    def say(said: Said) -> None:
+        for part in session.answer(said, options):
+            print(part, end="", flush=True)
+        print()
+        session.save(config.session)
+
+    for found in inputs:
+        say(found.load())
+    for line in filter(str.strip, config.text.splitlines()):
+        say(line)
     return 0
 
 

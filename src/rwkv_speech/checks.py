@@ -67,10 +67,12 @@ def before_prediction(config: PredictConfig) -> None:
     read_phrases(config)
     _check_checkpoint(config, config.checkpoint)
     _check_model_files(config)
-    if not (named_inputs(config) or config.stream):
+    if not (named_inputs(config) or config.stream or config.text.strip()):
         raise UserError("found no input, expected audio files, folders, patterns or manifests: predict.py a.wav b.mp3")
     if config.output_format:
         _check_folder("output_dir", config.output_dir)
+    if config.session:
+        _check_folder("session", os.path.dirname(os.path.abspath(config.session)))
 
 
 def named_inputs(config: PredictConfig) -> list[str]:

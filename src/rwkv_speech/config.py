@@ -469,7 +469,17 @@ class _StreamFlags:
 
 
 @dataclass(frozen=True)
-class PredictConfig(_StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
+class _SessionFlags:
+    group: ClassVar[str] = "conversation"
+    session: str = flag(
+        "",
+        "file of a conversation, which is made if it is missing: the audio files are its next turns, one after another",
+    )
+    text: str = flag("", "turns that are typed, one a line, after those of the audio files", needs="session")
+
+
+@dataclass(frozen=True)
+class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
     """predict.py"""
 
     group: ClassVar[str] = "run"
@@ -492,6 +502,10 @@ class PredictConfig(_StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
         _check_one_device(self)
         if self.stream and (self.inputs or self.file_path or self.output_format):
             raise UserError("--stream: found files or --output_format with it; leave out the one or the other")
+        if self.session:
+            for name in ("stream", "output_format", "word_timestamps", "draft", "verbose"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: has no effect with --session; leave one of them out")
         if self.max_words_per_line and self.max_line_width:
             raise UserError("--max_words_per_line: has no effect with --max_line_width; leave one of them out")
 

@@ -161,3 +161,31 @@ def test_output_that_nobody_reads_ends_the_command_quietly(run: Path, audio: Pat
     )
     os.close(write)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_conversation_goes_on_in_its_file(run: Path, audio: Path, capsys):
+    assert call(run, "--session", "all.session", "one.wav", "rec/y", "--text", "the weather\n\nis good") == 0
+    whole = capsys.readouterr().out
+    assert whole.count("\n") == 5
+    for words in (["one.wav"], ["rec/y/one.wav", "rec/y/three.wav"], ["--text", "the weather"], ["--text", "is good"]):
+        assert call(run, "--session", "parts.session", *words) == 0
+    assert capsys.readouterr().out == whole
+    assert Path("parts.session").read_bytes() == Path("all.session").read_bytes()
+    model = Public.from_pretrained(run)
+    session = model.session(path="all.session")
+    assert session.num_turns == 5 and session.say(Path("one.wav"), max_new_tokens=4).text != whole.splitlines()[0]
+
+
+def test_mistakes_in_a_conversation(run: Path, audio: Path, capsys):
+    assert call(run, "--session", "a.session", "text.wav") == 2
+    assert "text.wav" in capsys.readouterr().err and not Path("a.session").exists()
+    assert call(run, "--session", "a.session", "none.wav", "one.wav") == 1
+    assert "none.wav: no such file" in capsys.readouterr().err and not Path("a.session").exists()
+    assert call(run, "--session", "text.wav", "one.wav") == 2
+    assert "text.wav: cannot be read as a session" in capsys.readouterr().err
+    assert call(run, "--text", "the weather") == 2
+    assert "--text: found without --session" in capsys.readouterr().err
+    assert call(run, "--session", "a.session", "one.wav", "--output_format", "srt") == 2
+    assert "--output_format: has no effect with --session" in capsys.readouterr().err
+    assert call(run, "--session", "a.session") == 2
+    assert "found no input" in capsys.readouterr().err

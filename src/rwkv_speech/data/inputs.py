@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from rwkv_speech.audio import load_audio
 from rwkv_speech.data.manifest import BYTE_ORDER_MARK, JSON_SUFFIXES, parse_lines
 from rwkv_speech.data.source import AUDIO_SUFFIXES
 from rwkv_speech.errors import printable
@@ -32,6 +35,10 @@ class Input:
     def label(self) -> str:
         """What it is called on the screen."""
         return printable(self.audio) + (f"@{self.offset:g}" if self.offset else "")
+
+    def load(self) -> Tensor:
+        """Decode it to float32 (S,), 16 kHz mono; raises AudioError."""
+        return load_audio(self.audio, self.offset, self.duration)
 
 
 def find_inputs(names: Iterable[str]) -> tuple[list[Input], list[str]]:

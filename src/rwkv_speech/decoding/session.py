@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,10 @@ from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.files import write_atomically
+from rwkv_speech.models.checkpoint import ordered
 from rwkv_speech.models.speech_lm import BETWEEN_TURNS, SpeechLM
 from rwkv_speech.models.state import State
+from rwkv_speech.tasks import Naming
 
 Said = Tensor | np.ndarray | Path | str
 FORMAT = "rwkv_speech-session-1"
@@ -53,6 +56,18 @@ class Session:
             self._state = State(*(x.clone() for x in model.initial_state([task])))
         self.num_turns = 0
 
+    @classmethod
+    def begun(cls, model: SpeechLM, task: str = "", path: str | Path = "") -> "Session":
+        """The session that `path` holds, or where there is none yet a new one of `task`; raises UserError as `load`.
+
+        Without a name it is that of the state `chat`, or of the one that texts have which name no task.
+        """
+        if path and os.path.lexists(path):
+            return cls.load(path, model, task)
+        names = list(model.initial_states)
+        wanted = task or ("chat" if "chat" in names else "")
+        return cls(model, Naming.among(names, wanted).state(None, None))
+
     @property
     def state(self) -> State:
         """A copy of what is remembered; B = 1."""
@@ -64,7 +79,7 @@ class Session:
         The `options` are those of `SpeechLM.transcribe`. Raises AudioError for what cannot be decoded, and UserError
         for an option that is unknown or out of range.
         """
-        answer = self.stream(said, **options)
+        answer = self.answer(said, Options.given(**options))
         while True:
             try:
                 next(answer)
@@ -72,15 +87,18 @@ class Session:
                 turn: Turn = end.value
                 return turn
 
-    @torch.no_grad()
-    def stream(self, said: Said, **options: Any) -> Generator[str, None, Turn]:
+    def stream(self, said: Said, **options: Any) -> Iterator[str]:
         """The same in parts as they are written, one of them for a beam search and the best of several samples.
 
         The turn is remembered when the last part has been taken.
         """
-        chosen = Options.given(**options)
-        engine, decoder = Engine(self._model, chosen, slots=1), self._model.tokenizer.incremental()
-        engine.submit(self.request(said, chosen))
+        return self.answer(said, Options.given(**options))
+
+    @torch.no_grad()
+    def answer(self, said: Said, options: Options) -> Generator[str, None, Turn]:
+        """What `stream` gives, and at its end the turn."""
+        engine, decoder = Engine(self._model, options, slots=1), self._model.tokenizer.incremental()
+        engine.submit(self.request(said, options))
         known, done = 0, list[Done]()
         while not done:
             done = engine.poll()
@@ -122,7 +140,8 @@ class Session:
         """Write what is remembered, whole or not at all."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in self._state._asdict().items()}
         known = {"format": FORMAT, "task": self.task, "num_turns": str(self.num_turns)}
-        content = save(tensors, known | {"made_with": json.dumps(self._made_with), "sha256": _digest(tensors)})
+        known |= {"made_with": json.dumps(self._made_with), "sha256": _digest(tensors)}
+        content = ordered(save(tensors, known))
         write_atomically(Path(path), lambda temporary: temporary.write_bytes(content))
 
     @classmethod

@@ -76,12 +76,11 @@ class SpeechLM(speech_lm.SpeechLM):
         return stream(self, Options.given(**options), commit, pace, sample_rate, batch_size, task, hold)
 
     def session(self, task: str = "", path: str | Path = "") -> Session:
-        """A new conversation, or the one that `path` holds; `task` names its learned state, `chat` if there is one."""
-        if path:
-            return Session.load(path, self, task)
-        names = list(self.initial_states)
-        wanted = task or ("chat" if "chat" in names else "")
-        return Session(self, Naming.among(names, wanted).state(None, None))
+        """A new conversation, or the one that the file `path` holds, if it is there already.
+
+        `task` names its learned state, by default `chat` if there is one.
+        """
+        return Session.begun(self, task, path)
 
 
 def transcribe(

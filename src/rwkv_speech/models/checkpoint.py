@@ -97,11 +97,11 @@ def write_checkpoint(
         metadata["trained_on"] = json.dumps(asdict(trained_on))
     if confidence is not None:
         metadata["confidence"] = json.dumps(dict(confidence))
-    content = _ordered(save(tensors, metadata))
+    content = ordered(save(tensors, metadata))
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def _ordered(content: bytes) -> bytes:
+def ordered(content: bytes) -> bytes:
     """A safetensors file with its header sorted: the same tensors and metadata are then the same bytes every time."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
