@@ -346,6 +346,12 @@ class DecodeFlags(Flags):
     length_penalty: float | None = flag(
         None, "alpha of ((5 + length) / 6)^alpha; empty: by length", at_least=0, at_most=1
     )
+    ctc_weight: float = flag(
+        0.0,
+        "weight of the CTC head's log-probability in choosing among the texts of --beam or --best_of",
+        at_least=0,
+        at_most=10,
+    )
     temperature: str = flag(
         "0,0.2,0.4,0.6,0.8,1.0",
         "temperatures, each of which is tried where the text of the one before fails a threshold; 0: greedy or beam",

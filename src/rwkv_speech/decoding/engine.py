@@ -20,6 +20,7 @@ from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader, Reading
+from rwkv_speech.decoding.rescoring import Rank, by_score, rank_of
 from rwkv_speech.decoding.strategy import Hypothesis, Scores, Strategy, Track
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -73,9 +74,10 @@ class _Job:
     found: list[Hypothesis] = field(default_factory=list)
     passes: int = 1  # the prefill
     state: State | None = None  # after it, where that is wanted
+    rank: Rank = by_score
 
     def done(self) -> Done:
-        best_first = sorted(self.found, key=lambda text: -text.score)
+        best_first = sorted(self.found, key=self.rank, reverse=True)
         return Done(self.request, best_first, self.ctc, self.passes, self.state)
 
 
@@ -90,6 +92,8 @@ class Engine:
     def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8) -> None:
         if options.draft and model.ctc is None:
             raise UserError("--draft 1: the weights have no CTC head, whose text it verifies; train one with --ctc 1")
+        if options.ctc_weight and model.ctc is None:
+            raise UserError("--ctc_weight: the weights have no CTC head to listen; train one with --ctc 1")
         self._model, self._options = model, options
         rows = slots * options.beam
         self._state = model.lm.zero_state(rows)
@@ -208,7 +212,8 @@ class Engine:
                 here = slice(row, row + 1)
                 mine = State(*(x[:, here] for x in state))
                 kept = State(*(x.clone() for x in mine)) if request.start else None
-                self._read.append((_Job(request, one.ctc, state=kept), logits[here], mine))
+                rank = rank_of(self._model, request.sample.task, one.ctc, self._options.ctc_weight)
+                self._read.append((_Job(request, one.ctc, state=kept, rank=rank), logits[here], mine))
         return [Done(request, [Hypothesis((), (), (), False)], one.ctc, 0) for request, one in empty]
 
     def _kind(self, request: Request) -> tuple[Any, ...]:

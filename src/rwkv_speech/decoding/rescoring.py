@@ -1,0 +1,44 @@
+"""Which of several texts is taken: the language model's score, and how well the CTC head hears the text."""
+
+# F frames · K labels of the CTC head
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rwkv_speech import tasks
+from rwkv_speech.decoding.strategy import Hypothesis
+from rwkv_speech.models.ctc import BLANK, CtcSpec
+from rwkv_speech.models.speech_lm import SpeechLM
+
+Rank = Callable[[Hypothesis], tuple[float, float]]  # the higher the better
+
+
+def by_score(text: Hypothesis) -> tuple[float, float]:
+    """The order in which a search found the texts likely."""
+    return text.score, 0.0
+
+
+def rank_of(model: SpeechLM, task: str, ctc: Tensor | None, weight: float) -> Rank:
+    """The order of the texts of a piece with log-probabilities `ctc` (F, K); only what is said can be heard.
+
+    Source: joint CTC/attention decoding, Watanabe et al. 2017, in its rescoring form.
+    """
+    head = model.ctc
+    if not weight or head is None or ctc is None or tasks.base_of(task) != tasks.DEFAULT:
+        return by_score
+
+    def rank(text: Hypothesis) -> tuple[float, float]:
+        heard = log_prob(ctc, head.spec, model.tokenizer.decode(text.ids))
+        return text.score + weight * heard / max(1, len(text.ids)), text.score
+
+    return rank
+
+
+def log_prob(ctc: Tensor, spec: CtcSpec, text: str) -> float:
+    """The log-probability of a text's characters in (F, K), those without a label left out; -inf if too many."""
+    labels = torch.tensor([label for label in spec.encode(text) if label != spec.star], dtype=torch.int64)
+    sizes = torch.tensor([len(ctc)]), torch.tensor([len(labels)])
+    return -float(functional.ctc_loss(ctc[:, None].float(), labels[None], *sizes, blank=BLANK, reduction="sum"))
