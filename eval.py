@@ -1,4 +1,4 @@
-"""Score trained weights: corpus WER and CER of every data set, and the speed; or compare two results."""
+"""Score trained weights: what each task of every data set is measured by, and the speed; or compare two results."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def score_all(config: EvalConfig) -> None:
     weights = "untrained" if config.untrained else str(find_checkpoint(config.checkpoint or config.proj_dir))
     then = {} if config.untrained else load_trained(weights).metrics  # of the training
     epoch = f", epoch {then['epoch']}" if "epoch" in then else ""
-    print(f"weights: {weights}{epoch}" + (f", WER in training {100 * then['wer']:.2f} %" if "wer" in then else ""))
+    print(f"weights: {weights}{epoch}" + (f", in training {then['validation']}" if "validation" in then else ""))
     with tqdm(total=0, unit="utterance", disable=None, leave=False) as bar:
 
         def show(progress: Progress) -> None:

@@ -31,7 +31,7 @@ import sys
 
 run = pathlib.Path(sys.argv[1])
 newest = lambda name: max(run.glob(f"eval-{name}-test-*.json"), key=lambda path: path.stat().st_mtime)
-untrained, trained = (json.loads(newest(name).read_text())["wer"] for name in ("untrained", "best"))
+untrained, trained = (json.loads(newest(name).read_text())["tasks"]["asr"]["wer"] for name in ("untrained", "best"))
 print(f"== WER on unseen speakers: {100 * untrained:.2f} % untrained, {100 * trained:.2f} % trained")
 PYTHON_END
 

@@ -73,6 +73,7 @@ def test_no_circles():
         ("pyarrow", "data"),
         ("matplotlib", "reports"),
         ("jinja2", "reports"),
+        ("sacrebleu", "scoring"),
     ],
 )
 def test_a_library_has_one_home(library: str, home: str):
@@ -165,6 +166,7 @@ TESTED_IN = {
     "ops.wkv6_chunked": "ops/test_wkv6.py",
     "ops.wkv6_ref": "ops/test_wkv6.py",
     "reports.render": "reports/test_page.py",
+    "scoring.measure": "scoring/test_measures.py",
     **dict.fromkeys(("synthetic.grammar", "synthetic.lexicon"), "synthetic/test_world.py"),
     **dict.fromkeys(
         "synthetic.corpus synthetic.make_corpus synthetic.voices synthetic.rooms synthetic.speech_pool "

@@ -283,12 +283,18 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
         1, "keep a checkpoint of every this many epochs, beside the best and the last", at_least=1, resume=True
     )
     keep_best: int = flag(
-        0, "keep the checkpoints of this many epochs of lowest WER, too", at_least=0, resume=True, needs="valid_data"
+        0, "keep the checkpoints of this many epochs of lowest error, too", at_least=0, resume=True, needs="valid_data"
     )
     patience: int = flag(
-        0, "stop after this many validations without a lower WER; 0: never", at_least=0, resume=True, needs="valid_data"
+        0,
+        "stop after this many validations without a lower error; 0: never",
+        at_least=0,
+        resume=True,
+        needs="valid_data",
     )
-    min_delta: float = flag(0.0, "by how much a WER must be lower to count", at_least=0, resume=True, needs="patience")
+    min_delta: float = flag(
+        0.0, "by how much an error must be lower to count", at_least=0, resume=True, needs="patience"
+    )
     resume: str = flag(
         "yes",
         "yes: resume the run in --proj_dir where it stopped; no: start from the beginning, in a new folder if there "

@@ -23,7 +23,7 @@ def test_aligned_words_are_both_texts_and_count_as_jiwer_does(seed: int):
         assert " ".join(word for kind, _, word in utterance.words if kind != "del") == hyp
         assert all((a == b) == (kind == "equal") for kind, a, b in utterance.words)
         if ref:
-            assert utterance.wer == jiwer.wer(ref, hyp)
+            assert utterance.error == jiwer.wer(ref, hyp)
     found, counts = jiwer.process_words(refs, hyps), Counter(kind for u in utterances for kind, _, _ in u.words)
     assert counts["sub"] == found.substitutions and counts["ins"] == found.insertions
     assert counts["del"] == found.deletions and counts["equal"] == found.hits
@@ -31,7 +31,8 @@ def test_aligned_words_are_both_texts_and_count_as_jiwer_does(seed: int):
 
 def test_words_against_an_empty_reference_are_insertions():
     (utterance,) = align(rows_of([""], ["two words"]))
-    assert align([]) == [] and utterance.words == (("ins", "", "two"), ("ins", "", "words")) and utterance.wer == 2.0
+    assert align([]) == [] and utterance.words == (("ins", "", "two"), ("ins", "", "words")) and utterance.error == 2.0
+    assert utterance.verdict == "2 errors"
 
 
 def test_most_frequent_errors_come_first_and_equal_ones_in_the_alphabets_order():

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech.decoding.results import Row, read_rows
+from rwkv_speech.scoring.error_rates import ErrorRates
 from rwkv_speech.scoring.metrics import score_rows
 from rwkv_speech.scoring.result import Evaluation, duration_bin
 from rwkv_speech.scoring.speed import Speed
@@ -21,15 +22,21 @@ def evaluation(*texts: tuple[str, str], **others: object) -> Evaluation:
     return Evaluation("set", [row(i, *pair) for i, pair in enumerate(texts)], SPEED, **others)  # type: ignore[arg-type]
 
 
+def rates(found: Evaluation) -> ErrorRates:
+    measure = found.tasks["asr"].measure
+    assert isinstance(measure, ErrorRates)
+    return measure
+
+
 def test_every_utterance_is_scored_also_those_of_one_id_and_text():
-    found = evaluation(("a b", "a b"), ("a b", "a c"), ("a b", "")).scores
+    found = rates(evaluation(("a b", "a b"), ("a b", "a c"), ("a b", ""))).scores
     assert (found.num_utterances, found.words.ref_length, found.wer) == (3, 6, 0.5)
 
 
 def test_the_form_of_the_texts_decides_and_is_named():
     pairs = (("The colour, twenty!", "the color 20"),)
     wers = {form: evaluation(*pairs, form=form) for form in ("casefold", "whisper-english", "none")}
-    assert [x.scores.wer for x in wers.values()] == [2 / 3, 0.0, 1.0]
+    assert [rates(x).scores.wer for x in wers.values()] == [2 / 3, 0.0, 1.0]
     for form, found in wers.items():
         assert found.summary()["normalizer"] == form and f"normalizer {form}" in found.report()
 
@@ -38,21 +45,23 @@ def test_groups_are_scored_by_the_sums_of_their_counts():
     rows = [
         row(0, "eins zwei", "eins", lang="de", speaker="x", seconds=1.0),
         row(1, "one", "one", lang="en", speaker="y", seconds=7.0),
-        row(2, "two three four", "too", lang="en", speaker="x", seconds=70.0, task="st"),
+        row(2, "two three four", "too", lang="en", speaker="x", seconds=70.0, task="asr_en"),
         row(3, "unknown", "", lang=None, speaker="y"),
     ]
     found = Evaluation("set", rows, SPEED)
-    tables = {name: {group: scores.wer for group, scores in table.items()} for name, table in found.tables.items()}
+    task = found.tasks["asr"]
+    tables = {name: {group: x.error for group, (_, x) in table.items()} for name, table in task.tables.items()}
     assert tables == {
         "duration": {"0 to 2 s": 0.5, "2 to 5 s": 1.0, "5 to 10 s": 0.0, "30 s and more": 1.0},
         "language": {"de": 0.5, "en": 0.75},
         "speaker": {"x": 0.8, "y": 0.5},
-        "task": {"asr": 0.5, "st": 1.0},
+        "task": {"asr": 0.5, "asr_en": 1.0},
     }
-    assert found.tables["language"]["en"] == score_rows(rows[1:3])
+    count, english = task.tables["language"]["en"]
+    assert count == 2 and isinstance(english, ErrorRates) and english.scores == score_rows(rows[1:3])
     assert "WER by language: de 50.00 %, en 75.00 %" in found.report()
-    assert found.interval.units == "speakers" and "of 2 speakers" in found.report()
-    assert evaluation(("a", "a"), ("b", "b")).tables == {}
+    assert task.interval.units == "speakers" and "of 2 speakers" in found.report()
+    assert evaluation(("a", "a"), ("b", "b")).tasks["asr"].tables == {}
 
 
 def test_bins_of_durations_meet():
@@ -64,15 +73,22 @@ def test_bins_of_durations_meet():
 def test_the_ctc_head_alone_is_scored_where_each_row_has_its_text():
     rows = [row(0, "a b", "a b", ctc="A, x"), row(1, "c d", "c", ctc="c d")]
     found = Evaluation("set", rows, SPEED)
-    assert found.summary()["ctc"] == {"wer": 0.25, "hits": 3, "substitutions": 1, "insertions": 0, "deletions": 0}
+    assert found.summary()["tasks"]["asr"]["ctc"] == {
+        "wer": 0.25,
+        "hits": 3,
+        "substitutions": 1,
+        "insertions": 0,
+        "deletions": 0,
+    }
     assert "WER of the CTC head alone 25.00 %" in found.report()
-    assert Evaluation("set", [*rows, row(2, "e", "e")], SPEED).ctc is None
-    assert evaluation(("a", "a")).summary()["ctc"] is None
+    assert Evaluation("set", [*rows, row(2, "e", "e")], SPEED).tasks["asr"].ctc is None
+    assert evaluation(("a", "a")).summary()["tasks"]["asr"]["ctc"] is None
 
 
 def test_references_without_words_have_no_rate():
     found = evaluation(("", "eight words here"), ("...", ""))
-    assert found.summary()["wer"] is None and found.summary()["words"]["insertions"] == 3
+    numbers = found.summary()["tasks"]["asr"]
+    assert numbers["wer"] is None and numbers["words"]["insertions"] == 3
     assert "WER is not defined: the references have no words; 3 were recognised" in found.report()
     assert "WER 3" not in found.report()
 
@@ -82,9 +98,10 @@ def test_write_keeps_all_rows_and_numbers(tmp_path: Path):
     texts, numbers = found.write(tmp_path, "x")
     assert read_rows(texts) == found.rows
     summary = json.loads(numbers.read_text())
-    assert summary["wer"] == 0.5 and summary["speed"] == SPEED.summary()
-    low, high = summary["interval"]["ci95min"], summary["interval"]["ci95max"]
-    assert (low + high) / 2 == pytest.approx(0.5, abs=0.02) and high - low == 2 * summary["interval"]["ci95"]
+    numbers = summary["tasks"]["asr"]
+    assert numbers["wer"] == numbers["error"] == 0.5 and summary["speed"] == SPEED.summary()
+    low, high = numbers["interval"]["ci95min"], numbers["interval"]["ci95max"]
+    assert (low + high) / 2 == pytest.approx(0.5, abs=0.02) and high - low == 2 * numbers["interval"]["ci95"]
     assert found.report().endswith("note: something")
 
 
@@ -95,11 +112,38 @@ def test_probabilities_of_words_are_judged_where_each_row_has_its_words():
         row(2, "y", "", words=[]),
     ]
     found = Evaluation("set", rows, SPEED)
-    assert found.reliability is not None
-    assert (found.reliability.words, found.reliability.wrong, found.reliability.auc) == (3, 1, 1.0)
-    assert found.reliability.ece == pytest.approx((0.1 + 0.3 + 0.2) / 3)
+    judged = found.tasks["asr"].reliability
+    assert judged is not None and (judged.words, judged.wrong, judged.auc) == (3, 1, 1.0)
+    assert judged.ece == pytest.approx((0.1 + 0.3 + 0.2) / 3)
     assert "confidence of words: ECE 0.200, AUC 1.000" in found.report()
-    assert found.summary()["confidence"]["bins"][4] == {"words": 1, "confidence": 0.3, "right": 0.0}
+    assert found.summary()["tasks"]["asr"]["confidence"]["bins"][4] == {"words": 1, "confidence": 0.3, "right": 0.0}
     for others in ([*rows, row(3, "e", "e")], [row(4, "e", "", words=[])]):
-        assert Evaluation("set", others, SPEED).reliability is None
+        assert Evaluation("set", others, SPEED).tasks["asr"].reliability is None
         assert "confidence" not in Evaluation("set", others, SPEED).report()
+
+
+MIXED = [
+    row(0, "one two", "one too", lang="en"),
+    row(1, "uno dos", "uno dos", lang="es", task="st_es", source_lang="en"),
+    row(2, "un deux", "un deux trois", lang="fr", task="st_fr", source_lang="en"),
+    row(3, "the red one", "a red", task="qa", answers=("the red one", "red")),
+    row(4, "happy", "angry", task="emotion"),
+    row(5, "angry", "Angry.", task="emotion"),
+]
+
+
+def test_a_mixed_set_has_a_block_for_each_task(tmp_path: Path):
+    found = Evaluation("set", MIXED, SPEED)
+    assert [(task, len(x.rows), x.measure.name) for task, x in found.tasks.items()] == [
+        ("asr", 1, "WER"), ("st", 2, "chrF"), ("qa", 1, "F1"), ("emotion", 2, "accuracy"),
+    ]  # fmt: skip
+    shown = found.report()
+    assert "set: 6 utterances of 4 tasks" in shown and "  asr: 1 utterances, 2 words, normalizer casefold" in shown
+    assert (
+        "WER 50.00 % ±" in shown and "(means over 2 directions)" in shown and "chrF by direction: en-es 100.00" in shown
+    )
+    assert "F1 100.00 % ± 0.00 %   exact match 100.00 %" in shown and "accuracy 50.00 % ±" in shown
+    tasks = json.loads(found.write(tmp_path, "x")[1].read_text())["tasks"]
+    assert tasks["asr"]["wer"] == 0.5 and tasks["qa"]["exact_match"] == 1.0 and tasks["emotion"]["accuracy"] == 0.5
+    assert tasks["st"]["by"]["direction"]["en-es"]["chrf"] == 100.0 and tasks["st"]["interval"]["of"] == "1 - chrF"
+    assert "ctc" in tasks["st"] and tasks["st"]["ctc"] is None

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -13,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 Point = tuple[float, float]
 
 # Matplotlib draws in stand-in colours, which then become the style sheet's: one chart serves a light and a dark page.
-_INK, _SOFT, _LINE, *_SERIES = _COLOURS = ("#000001", "#000002", "#000003", "#000004", "#000005")
-_VARIABLES = dict(zip(_COLOURS, ("--ink", "--soft", "--line", "--s0", "--s1"), strict=True))
+_INK, _SOFT, _LINE, *_SERIES = _COLOURS = [f"#00000{i}" for i in range(1, 10)]
+_VARIABLES = dict(zip(_COLOURS, ("--ink", "--soft", "--line", *(f"--s{i}" for i in range(6))), strict=True))
+_DASHES = ("-", "--", ":", "-.")
 # "default" first: a matplotlibrc of the user or the working directory has no effect.
 _STYLE = {
     "svg.fonttype": "none",
@@ -54,8 +56,8 @@ def line_chart(
 ) -> Markup:
     """An SVG element, the same bytes for the same data; empty without a finite point.
 
-    `lines` are points (x, y) in the order of x, by name: one or two. `trend` draws a line faint and over it the mean
-    of each point's neighbourhood, 1/20 of the line wide.
+    `lines` are points (x, y) in the order of x, by name; the seventh has the colour of the first. `trend` draws a line
+    faint and over it the mean of each point's neighbourhood, 1/20 of the line wide.
     """
     arrays = {name: np.asarray(points, dtype=np.float64).reshape(-1, 2) for name, points in lines.items()}
     finite = {name: points[np.isfinite(points).all(axis=1)] for name, points in arrays.items()}
@@ -66,13 +68,13 @@ def line_chart(
         figure = Figure(figsize=(5.4, 2.6), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y")
-        for (name, points), colour in zip(drawn.items(), _SERIES, strict=False):
+        for (name, points), colour, dashes in zip(drawn.items(), cycle(_SERIES), cycle(_DASHES), strict=False):
             half = len(points) // 40
             if trend and half:
                 axes.plot(*points.T, color=colour, linewidth=0.8, alpha=0.35, label="one step")
                 name, points = "mean of 5 %", smoothed(points, half)
             marker = "o" if len(points) <= _MARKED else ""
-            axes.plot(*points.T, color=colour, linewidth=1.5, marker=marker, markersize=4, label=name)
+            axes.plot(*points.T, color=colour, linewidth=1.5, linestyle=dashes, marker=marker, markersize=4, label=name)
         low, high = axes.dataLim.intervaly
         if 0 <= low < high / 2:
             axes.set_ylim(bottom=0)
@@ -80,7 +82,7 @@ def line_chart(
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(axes.lines) > 1:
-            figure.legend(loc="outside upper right", ncols=2)
+            figure.legend(loc="outside upper right", ncols=min(4, len(axes.lines)))
         return _inline(figure, title)
 
 

@@ -3,12 +3,13 @@
 (async () => {
   const STEP = 50, LONGEST = 400, MARKS = /[\u0001-\u0003]/g;
   const KIND = { "\u0001": "sub", "\u0002": "ins", "\u0003": "del" };
+  const NAMES = ["duration", "direction", "language", "speaker", "task", "turn"];
   const get = (id) => document.getElementById(id);
   const packed = Uint8Array.from(atob(get("data").textContent), (x) => x.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const data = await new Response(stream).json();
   const size = data.id.length, all = Int32Array.from({ length: size }, (_, i) => i);
-  const groups = ["duration", "speaker", "language", "task"].filter((name) => data[name]);
+  const groups = NAMES.filter((name) => data[name]);
   let texts = null, shown = [], drawn = 0;
 
   const make = (tag, name, text) => {
@@ -42,10 +43,9 @@
 
   const utterance = (i) => {
     const box = make("div", "utterance"), head = make("span", "soft"), words = make("div", "words");
-    const facts = [...(data.refs[i] ? [`WER ${Math.round((100 * data.edits[i]) / data.refs[i])} %`] : []),
-      `${data.edits[i]} ${data.edits[i] === 1 ? "error" : "errors"}`, `${data.seconds[i].toFixed(1)} s`];
-    for (const name of groups.slice(1))
-      if (data[name].of[i] >= 0) facts.push(data[name].names[data[name].of[i]]);
+    const facts = [data.verdict[i], `${data.seconds[i].toFixed(1)} s`];
+    for (const name of groups)
+      if (name !== "duration" && data[name].of[i] >= 0) facts.push(data[name].names[data[name].of[i]]);
     head.append(make("bdi", "", data.id[i]), " · " + facts.join(", ") + " ");
     words.dir = "auto";
     const tokens = data.words[i] ? data.words[i].split(" ") : [];
@@ -54,7 +54,7 @@
     if (data.audio[i]) box.append(player(i));
     box.append(words);
     if (tokens.length > LONGEST) box.append(make("span", "soft", `and ${tokens.length - LONGEST} more`));
-    if (data.ctc) box.append(make("div", "soft", "CTC head alone: " + data.ctc[i]));
+    if (data.ctc && data.ctc[i]) box.append(make("div", "soft", "CTC head alone: " + data.ctc[i]));
     return box;
   };
 
@@ -71,7 +71,7 @@
     if (terms.length && !texts) texts = data.words.map((x, i) => `${data.id[i]} ${x.replace(MARKS, " ")}`.toLowerCase());
     const tests = [];
     for (const term of terms) tests.push((i) => texts[i].includes(term));
-    if (kind === "wrong" || kind === "right") tests.push((i) => (data.edits[i] > 0) === (kind === "wrong"));
+    if (kind === "wrong" || kind === "right") tests.push((i) => data.wrong[i] === (kind === "wrong"));
     else if (kind) {
       const mark = Object.keys(KIND).find((x) => KIND[x] === kind);
       tests.push((i) => data.words[i].startsWith(mark) || data.words[i].includes(" " + mark));
@@ -86,7 +86,7 @@
     draw();
   };
 
-  for (const name of ["duration", "speaker", "language", "task"]) {
+  for (const name of NAMES) {
     if (groups.includes(name))
       get(name).append(new Option("all", ""), ...data[name].names.map((text, number) => new Option(text, number)));
     else get(name).parentElement.remove();

@@ -1,17 +1,19 @@
 """A finished run as one page, `report.html`, which needs no network and runs no script."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv_speech.decoding.results import read_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
-from rwkv_speech.reports.record import VALIDATION, LogRow, read_metrics, read_run
-from rwkv_speech.reports.render import frequent, render, worst
+from rwkv_speech.reports.record import VALIDATION, LogRow, TaskRow, read_metrics, read_run, read_tasks
+from rwkv_speech.reports.render import frequent, render, transcripts, worst
+from rwkv_speech.scoring.error_rates import ErrorRates
 from rwkv_speech.scoring.errors import align
-from rwkv_speech.scoring.metrics import score_rows
+from rwkv_speech.scoring.measure import Measure, percent
+from rwkv_speech.scoring.measures import by_task, mean_error, measures
 
 REPORT = "report.html"
 # Column of the metrics, what it is called, its unit, what it is multiplied by.
@@ -35,18 +37,51 @@ def write_report(folder: Path) -> Path:
         raise UserError(
             f"{folder}: found neither metrics nor {VALIDATION}, expected the --proj_dir of a run; train there first"
         )
-    utterances = align(texts)
+    found = measures(texts)
+    utterances = align(texts, found=found)
+    # A run of an earlier version knew WER alone.
+    errors = [x for row in metrics if (x := row.wer if row.error is None else row.error) is not None]
     content = {
         "name": folder.resolve().name,
-        "wers": [row.wer for row in metrics if row.wer is not None],
-        "scores": score_rows(texts) if texts else None,
-        "charts": list(_charts(metrics)),
+        "headline": _headline(found, errors, any(row.wer is not None for row in metrics)),
+        "found": [(task, f"{len(rows):,}", found[task].report()) for task, rows in by_task(texts).items()],
+        "scores": only.scores if isinstance(only := _only(found), ErrorRates) else None,
+        "charts": [*_charts(metrics), *_task_charts(read_tasks(folder))],
         "worst": worst(utterances),
-        "frequent": list(frequent(utterances)),
+        "frequent": list(frequent(transcripts(texts, utterances, found))),
         "tables": [_speed(metrics), *_circumstances(run)],
     }
     write_text_atomically(folder / REPORT, render("report.html.jinja", content))
     return folder / REPORT
+
+
+def _only(found: Mapping[str, Measure]) -> Measure | None:
+    """The measure of a run of one task."""
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _headline(found: Mapping[str, Measure], errors: Sequence[float], words: bool) -> tuple[str, str]:
+    """The last validation's main number, of several tasks their mean error, and what to know of it; of `words` WER."""
+    only = _only(found)
+    if not (errors or found):
+        return "no validation", "train with --valid_data to see error rates here"
+    name = only.name if only else "WER" if words else "mean error"
+    shown = only.shown if only else percent
+    if not errors:
+        return f"{name} {shown(mean_error(found))}", "of the texts below"
+    return f"{name} {shown(errors[-1])}", f"last of {len(errors)} validations; best {shown(min(errors))}"
+
+
+def _task_charts(rows: Sequence[TaskRow]) -> Iterator[tuple[str, str]]:
+    """The errors of tasks, where they are not word errors alone."""
+    from rwkv_speech.reports.charts import Point, line_chart
+
+    if any(row.wer is None for row in rows) or len({row.task for row in rows}) > 1:
+        lines: dict[str, list[Point]] = {}
+        for row in rows:
+            lines.setdefault(row.task, []).append((row.epoch, 100 * row.error))
+        title = "Errors by task"
+        yield title, line_chart(title, "epoch", "WER, 1 - chrF, 1 - F1, 1 - accuracy, %", lines)
 
 
 def _charts(rows: Sequence[LogRow]) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,15 @@
 """What the pages of a run and of an evaluation have in common: how they are rendered, and which errors they list."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from rwkv_speech.decoding.results import Row
+from rwkv_speech.scoring.error_rates import ErrorRates
 from rwkv_speech.scoring.errors import Utterance, most_frequent
+from rwkv_speech.scoring.measure import Measure
+from rwkv_speech.tasks import base_of
 
 _WORST = 25
 _MOST_FREQUENT = 15
@@ -50,13 +54,20 @@ def _word(word: str) -> str:
 
 
 def worst(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Those with the highest WER."""
-    return sorted((u for u in utterances if u.edits), key=in_order_of_errors)[:_WORST]
+    """Those with the largest error."""
+    return sorted((u for u in utterances if u.error), key=in_order_of_errors)[:_WORST]
 
 
 def in_order_of_errors(utterance: Utterance) -> tuple[float, int, str]:
     """A key that sorts the worst utterances first."""
-    return -utterance.wer, -utterance.edits, utterance.name
+    return -utterance.error, -utterance.edits, utterance.name
+
+
+def transcripts(
+    rows: Sequence[Row], utterances: Sequence[Utterance], measures: Mapping[str, Measure]
+) -> list[Utterance]:
+    """The utterances whose words are scored."""
+    return [x for row, x in zip(rows, utterances, strict=True) if isinstance(measures[base_of(row.task)], ErrorRates)]
 
 
 def frequent(utterances: Sequence[Utterance]) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str | int, ...]]]]:

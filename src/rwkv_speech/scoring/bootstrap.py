@@ -1,18 +1,20 @@
-"""How far a WER may be off by the choice of the utterances: bootstrap intervals, of one system and of two.
+"""How far a rate may be off by the choice of the utterances: bootstrap intervals, of one system and of two.
 
 After Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation" (ICASSP 2004), in the
-form of Kaldi's compute-wer-bootci: mean and 1.96 standard deviations of the WER of resampled corpora.
+form of Kaldi's compute-wer-bootci: mean and 1.96 standard deviations of the rate of resampled corpora.
 """
 
-# U units that are resampled: speakers or utterances · K kinds of them · R replications
+# U units that are resampled: speakers or utterances · K numbers of each that are added up · R replications
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwkv_speech.scoring.metrics import Longs
+Floats = NDArray[np.float64]
+Numbers = NDArray[np.int64] | Floats
+Rates = Callable[[Numbers], Floats]  # (R, K) -> (R,)
 
 REPLICATIONS = 10_000
 _NORMAL_95 = 1.96
@@ -36,49 +38,48 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two systems on the same utterances: the interval of B's WER less A's, and the shares of replications won."""
+    """Two systems on the same utterances: the interval of B's rate less A's, and the shares of replications won."""
 
     difference: Interval
     a_wins: float
     b_wins: float
 
 
-def interval(edits: Longs, ref_words: Longs, speakers: Sequence[str | None], seed: int = 0) -> Interval:
-    """The interval of the WER of utterances with so many edits and reference words, both (U,).
+def interval(counts: Numbers, rates: Rates, speakers: Sequence[str | None], seed: int = 0) -> Interval:
+    """The interval of the rate of utterances with these counts (U, K), which `rates` makes of sums (R, K).
 
     Speakers are resampled with all their utterances where each is known, else utterances.
     """
-    units, name = _units(np.stack([edits, ref_words], 1), speakers)
-    drawn = _resampled(units, seed)
-    return _interval(drawn[:, 0] / np.maximum(1, drawn[:, 1]), name, len(units))
+    units, name = _units(counts, speakers)
+    return _interval(rates(_resampled(units, seed)), name, len(units))
 
 
-def paired(a: Longs, b: Longs, ref_words: Longs, speakers: Sequence[str | None], seed: int = 0) -> Paired:
-    """Compare the edits of two systems, each (U,), on the same utterances, which are resampled as in `interval`."""
-    units, name = _units(np.stack([a, b, ref_words], 1), speakers)
-    edits_a, edits_b, words = _resampled(units, seed).T
-    difference = (edits_b - edits_a) / np.maximum(1, words)
+def paired(a: Numbers, b: Numbers, rates: Rates, speakers: Sequence[str | None], seed: int = 0) -> Paired:
+    """Compare the counts of two systems, each (U, K), on the same utterances, which are resampled as in `interval`."""
+    units, name = _units(np.concatenate([a, b], 1), speakers)
+    sums_a, sums_b = np.split(_resampled(units, seed), 2, axis=1)
+    difference = rates(sums_b) - rates(sums_a)
     return Paired(
         _interval(difference, name, len(units)), float((difference > 0).mean()), float((difference < 0).mean())
     )
 
 
-def _interval(rates: NDArray[np.float64], units: str, num_units: int) -> Interval:
+def _interval(rates: Floats, units: str, num_units: int) -> Interval:
     return Interval(float(rates.mean()), _NORMAL_95 * float(rates.std()), units, num_units)
 
 
-def _units(counts: Longs, speakers: Sequence[str | None]) -> tuple[Longs, str]:
-    """What is resampled, (U, ...), and its name."""
+def _units(counts: Numbers, speakers: Sequence[str | None]) -> tuple[Numbers, str]:
+    """What is resampled, (U, K), and its name."""
     if None in speakers or len(set(speakers)) < 2:
         return counts, "utterances"
     _, numbers = np.unique(np.array(speakers, dtype=object), return_inverse=True)
-    sums = np.zeros((numbers.max() + 1, counts.shape[1]), np.int64)
+    sums = np.zeros((numbers.max() + 1, counts.shape[1]), counts.dtype)
     np.add.at(sums, numbers, counts)
     return sums, "speakers"
 
 
-def _resampled(units: Longs, seed: int) -> Longs:
-    """The sums over U units drawn with replacement, REPLICATIONS times, (R, ...).
+def _resampled(units: Numbers, seed: int) -> Floats:
+    """The sums over U units drawn with replacement, REPLICATIONS times, (R, K).
 
     Units of the same counts are of one kind: how often each kind is drawn is multinomial, which takes as much time for
     a million utterances as for thousands.
@@ -87,7 +88,8 @@ def _resampled(units: Longs, seed: int) -> Longs:
     generator = np.random.default_rng(seed)
     rows = max(1, _AT_ONCE // len(kinds))
     sums = [
-        generator.multinomial(len(units), times / len(units), size=min(rows, REPLICATIONS - start)) @ kinds
+        generator.multinomial(len(units), times / len(units), size=min(rows, REPLICATIONS - start))
+        @ kinds.astype(float)
         for start in range(0, REPLICATIONS, rows)
     ]
     return np.concatenate(sums)

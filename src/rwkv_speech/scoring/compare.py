@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from rwkv_speech.decoding.results import Row, read_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.scoring.bootstrap import REPLICATIONS, Paired, paired
-from rwkv_speech.scoring.metrics import Scores, tally_rows
-from rwkv_speech.scoring.result import percent
+from rwkv_speech.scoring.measure import Measure, percent
+from rwkv_speech.scoring.measures import by_task, measure
+from rwkv_speech.tasks import base_of
 from rwkv_speech.text import NORMALIZERS
 
 _SHOWN = 5
@@ -22,19 +23,64 @@ _VALIDATION = "validation.jsonl"
 
 @dataclass(frozen=True)
 class Change:
-    """An utterance in which two results have different numbers of wrong words."""
+    """An utterance in which two results have different errors: a number of words, else from 0 to 1."""
 
     id: str
+    task: str
     ref: str
     a: str
     b: str
-    edits_a: int
-    edits_b: int
+    error_a: float
+    error_b: float
 
     @property
-    def difference(self) -> int:
-        """By how many wrong words B is worse."""
-        return self.edits_b - self.edits_a
+    def difference(self) -> float:
+        """By how much B is worse."""
+        return self.error_b - self.error_a
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """A task's measures of A and B, and how they differ."""
+
+    a: Measure
+    b: Measure
+    paired: Paired
+    num_utterances: int
+
+    @property
+    def difference(self) -> float:
+        """B's main number less A's."""
+        return (self.b.error - self.a.error) * (1 if self.a.is_error else -1)
+
+    def summary(self) -> dict[str, Any]:
+        """All numbers, for JSON: those of the interval are of B's error less A's."""
+        interval = self.paired.difference
+        return {
+            "measure": self.a.name,
+            "num_utterances": self.num_utterances,
+            "a": self.a.numbers(),
+            "b": self.b.numbers(),
+            "difference": self.b.error - self.a.error,
+            "ci95": interval.ci95,
+            "ci95min": interval.ends[0],
+            "ci95max": interval.ends[1],
+            "resampled": interval.units,
+            "units": interval.num_units,
+            "replications": REPLICATIONS,
+            "a_wins": self.paired.a_wins,
+            "b_wins": self.paired.b_wins,
+        }
+
+    def lines(self) -> list[str]:
+        """What eval.py prints."""
+        a, b, interval = self.a, self.b, self.paired.difference
+        return [
+            f"{a.name} of A {a.shown(a.error)}, of B {b.shown(b.error)}; B - A {100 * self.difference:+.2f} ± "
+            f"{100 * interval.ci95:.2f}{a.unit}",
+            f"A is better in {percent(self.paired.a_wins)}, B in {percent(self.paired.b_wins)} of {REPLICATIONS:,} "
+            f"bootstrap replications of {interval.num_units:,} {interval.units}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -47,54 +93,37 @@ class Comparison:
 
     files: tuple[Path, Path]
     form: str
-    a: Scores
-    b: Scores
-    paired: Paired
+    tasks: Mapping[str, TaskComparison]
     alone: tuple[int, int]
     changes: Sequence[Change]
 
     def summary(self) -> dict[str, Any]:
         """All numbers, for JSON."""
-        difference = self.paired.difference
         return {
             "a": str(self.files[0]),
             "b": str(self.files[1]),
             "normalizer": self.form,
-            "num_utterances": self.a.num_utterances,
             "alone_a": self.alone[0],
             "alone_b": self.alone[1],
-            "wer_a": self.a.wer,
-            "wer_b": self.b.wer,
-            "difference": self.b.wer - self.a.wer,
-            "ci95": difference.ci95,
-            "ci95min": difference.ends[0],
-            "ci95max": difference.ends[1],
-            "resampled": difference.units,
-            "units": difference.num_units,
-            "replications": REPLICATIONS,
-            "a_wins": self.paired.a_wins,
-            "b_wins": self.paired.b_wins,
+            "tasks": {task: found.summary() for task, found in self.tasks.items()},
         }
 
     def report(self) -> str:
         """What eval.py prints."""
-        difference, (a, b) = self.paired.difference, self.files
+        a, b = self.files
+        lines = [f"A {a}\nB {b}"]
+        if any(self.alone):
+            lines.append(f"  left out: {self.alone[0]:,} that A alone has, {self.alone[1]:,} that B alone has")
+        for task, found in self.tasks.items():
+            lines.append(f"  {task}: {found.num_utterances:,} common utterances, normalizer {self.form}")
+            lines += [f"  {line}" for line in found.lines()]
         worse = [change for change in self.changes if change.difference > 0]
         better = [change for change in reversed(self.changes) if change.difference < 0]
-        lines = [
-            f"A {a}\nB {b}",
-            f"  {self.a.num_utterances:,} common utterances, {self.a.words.ref_length:,} words, normalizer {self.form}",
-            f"  WER of A {percent(self.a.wer)}, of B {percent(self.b.wer)}; "
-            f"B - A {100 * (self.b.wer - self.a.wer):+.2f} ± {percent(difference.ci95)}",
-            f"  A is better in {percent(self.paired.a_wins)}, B in {percent(self.paired.b_wins)} of {REPLICATIONS:,} "
-            f"bootstrap replications of {difference.num_units:,} {difference.units}",
-            f"  B is better in {len(better):,} utterances, worse in {len(worse):,}",
-        ]
-        if any(self.alone):
-            lines.insert(2, f"  left out: {self.alone[0]:,} that A alone has, {self.alone[1]:,} that B alone has")
+        lines.append(f"  B is better in {len(better):,} utterances, worse in {len(worse):,}")
         for head, changes in (("worse in B", worse), ("better in B", better)):
             for change in changes[:_SHOWN]:
-                lines.append(f"  {head}, {change.difference:+d} words: {change.id}")
+                cost = self.tasks[change.task].a.cost(change.difference)
+                lines.append(f"  {head}, {cost}: {change.id}")
                 lines += [
                     f"      {name:<4} {text}" for name, text in (("said", change.ref), ("A", change.a), ("B", change.b))
                 ]
@@ -129,20 +158,22 @@ def compare(a: str, b: str, form: str = NORMALIZERS[0], seed: int = 1) -> Compar
                 f"--compare: {key[0]!r} has the reference {rows_a[key].ref!r:.200} in {files[0]}, but "
                 f"{rows_b[key].ref!r:.200} in {files[1]}; expected results of the same data: score both on one data set"
             )
-    pairs = [(rows_a[key], rows_b[key]) for key in common]
-    tally_a, tally_b = tally_rows([pair[0] for pair in pairs], form), tally_rows([pair[1] for pair in pairs], form)
-    speakers = [pair[0].speaker for pair in pairs]
-    changes = [
-        Change(x.id, x.ref, x.hyp, y.hyp, int(edits_a), int(edits_b))
-        for (x, y), edits_a, edits_b in zip(pairs, tally_a.edits, tally_b.edits, strict=True)
-        if edits_a != edits_b
-    ]
+    tasks, changes = dict[str, TaskComparison](), list[Change]()
+    for task, rows in by_task([rows_a[key] for key in common]).items():
+        keys = [key for key in common if base_of(rows_a[key].task) == task]
+        others = [replace(rows_a[key], hyp=rows_b[key].hyp) for key in keys]
+        one, other = measure(task, rows, form), measure(task, others, form)
+        speakers = [row.speaker for row in rows]
+        tasks[task] = TaskComparison(one, other, paired(one.counts, other.counts, one.rates, speakers, seed), len(keys))
+        changes += [
+            Change(x.id, task, x.ref, x.hyp, y.hyp, float(error_a), float(error_b))
+            for x, y, error_a, error_b in zip(rows, others, one.costs, other.costs, strict=True)
+            if error_a != error_b
+        ]
     return Comparison(
         files,
         form,
-        tally_a.scores(),
-        tally_b.scores(),
-        paired(tally_a.edits, tally_b.edits, tally_a.ref_words, speakers, seed),
+        tasks,
         (len(rows_a) - len(common), len(rows_b) - len(common)),
         sorted(changes, key=lambda change: (-change.difference, change.id)),
     )

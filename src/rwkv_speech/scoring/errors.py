@@ -1,13 +1,16 @@
 """What hypotheses got wrong, word by word."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import jiwer
 
 from rwkv_speech.decoding.results import Row
+from rwkv_speech.scoring.measure import Measure
+from rwkv_speech.scoring.measures import measures
+from rwkv_speech.tasks import base_of
 from rwkv_speech.text import NORMALIZERS, normalizer
 
 _KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del"}
@@ -15,36 +18,38 @@ _KINDS = {"equal": "equal", "substitute": "sub", "insert": "ins", "delete": "del
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance's words as (kind, reference word, hypothesis word), kind one of equal, sub, ins, del."""
+    """One utterance's words as (kind, reference word, hypothesis word), kind one of equal, sub, ins, del.
+
+    `error` is that of its task's measure, `verdict` what is said of it.
+    """
 
     name: str
     words: tuple[tuple[str, str, str], ...]
+    error: float
+    verdict: str
 
     @property
     def edits(self) -> int:
         """Words that are wrong, missing or too many."""
         return sum(kind != "equal" for kind, _, _ in self.words)
 
-    @property
-    def ref_length(self) -> int:
-        """Words of the reference."""
-        return sum(kind != "ins" for kind, _, _ in self.words)
 
-    @property
-    def wer(self) -> float:
-        """As a fraction of the reference's words; of 1 where it has none."""
-        return self.edits / max(1, self.ref_length)
-
-
-def align(rows: Sequence[Row], form: str = NORMALIZERS[0]) -> list[Utterance]:
-    """The aligned words of result rows, in a form of text.NORMALIZERS."""
+def align(
+    rows: Sequence[Row], form: str = NORMALIZERS[0], found: Mapping[str, Measure] | None = None
+) -> list[Utterance]:
+    """The aligned words of result rows, in a form of text.NORMALIZERS; `found` are their measures, if known."""
     if not rows:
         return []
     normalise = normalizer(form)
     refs, hyps = ([" ".join(normalise(getattr(row, name)).split()) for row in rows] for name in ("ref", "hyp"))
-    found = jiwer.process_words(refs, hyps)
-    aligned = zip(rows, found.references, found.hypotheses, found.alignments, strict=True)
-    return [Utterance(row.id, _words(ref, hyp, chunks)) for row, ref, hyp, chunks in aligned]
+    aligned = jiwer.process_words(refs, hyps)
+    judged = {
+        task: zip(x.errors.tolist(), x.verdicts(), strict=True) for task, x in (found or measures(rows, form)).items()
+    }
+    return [
+        Utterance(row.id, _words(ref, hyp, chunks), *next(judged[base_of(row.task)]))
+        for row, ref, hyp, chunks in zip(rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True)
+    ]
 
 
 def _words(ref: list[str], hyp: list[str], chunks: list[jiwer.AlignmentChunk]) -> tuple[tuple[str, str, str], ...]:

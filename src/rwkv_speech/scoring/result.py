@@ -1,6 +1,4 @@
-"""The result of an evaluation: its numbers with their interval, tables by group, what is printed and written."""
-
-# U utterances
+"""The result of an evaluation: each task's numbers, their interval, tables by group; what is printed and written."""
 
 import bisect
 import json
@@ -15,13 +13,17 @@ import numpy as np
 from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.scoring.bootstrap import REPLICATIONS, Interval, interval
-from rwkv_speech.scoring.metrics import Counts, Scores, Tally, tally_rows
+from rwkv_speech.scoring.error_rates import ErrorRates, edits
+from rwkv_speech.scoring.measure import Measure, percent
+from rwkv_speech.scoring.measures import by_task, measure
+from rwkv_speech.scoring.metrics import Counts, Tally
 from rwkv_speech.scoring.reliability import Reliability, reliability, right_words
 from rwkv_speech.scoring.speed import Speed
+from rwkv_speech.scoring.translation import direction
 from rwkv_speech.text import NORMALIZERS, normalizer
 
 _DURATIONS = (2, 5, 10, 20, 30)  # s
-_SHOWN = ("duration", "language", "task", "turn")  # on the screen; speakers may be hundreds
+_SHOWN = ("direction", "duration", "language", "task", "turn")  # on the screen; speakers may be hundreds
 
 
 def duration_bin(seconds: float) -> str:
@@ -33,12 +35,117 @@ def duration_bin(seconds: float) -> str:
 
 
 GROUPS: dict[str, Callable[[Row], str | None]] = {
+    "direction": lambda row: direction(row) if row.source_lang else None,
     "duration": lambda row: duration_bin(row.seconds),
     "language": lambda row: row.lang,
     "speaker": lambda row: row.speaker,
     "task": lambda row: row.task,
     "turn": lambda row: None if row.turn is None else str(row.turn),
 }
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's rows in the set's order, and what they are measured by."""
+
+    task: str
+    rows: Sequence[Row]
+    form: str = NORMALIZERS[0]
+    seed: int = 1
+
+    @cached_property
+    def measure(self) -> Measure:
+        """Of all rows."""
+        return measure(self.task, self.rows, self.form)
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The error's, by speakers where all are known."""
+        return interval(self.measure.counts, self.measure.rates, [row.speaker for row in self.rows], self.seed)
+
+    @cached_property
+    def ctc(self) -> Counts | None:
+        """The words of the CTC head alone, where a transcript is asked for and every row has its text."""
+        normalise, texts = normalizer(self.form), [row.ctc for row in self.rows]
+        known = [normalise(text) for text in texts if text is not None]
+        if len(known) < len(texts) or not isinstance(self.measure, ErrorRates):
+            return None
+        return Tally.of([normalise(row.ref) for row in self.rows], known).scores().words
+
+    @cached_property
+    def reliability(self) -> Reliability | None:
+        """How far the probabilities of a transcript's words can be trusted, where every row has its words."""
+        judged = list[tuple[float, bool]]()
+        if not isinstance(self.measure, ErrorRates):
+            return None
+        for row in self.rows:
+            if row.words is None:
+                return None
+            right = right_words([word for word, _ in row.words], row.ref)
+            judged += [(p, is_right) for (_, p), is_right in zip(row.words, right, strict=True) if is_right is not None]
+        return reliability(*zip(*judged, strict=True)) if judged else None
+
+    @cached_property
+    def tables(self) -> dict[str, dict[str, tuple[int, Measure]]]:
+        """How many utterances each group has, and their measure, by what groups are told apart; of several only."""
+        found = {}
+        for name, group_of in GROUPS.items():
+            groups = [group_of(row) for row in self.rows]
+            if len(names := ordered(groups)) > 1:
+                places = np.array(groups, dtype=object)
+                masks = {group: places == group for group in names}
+                found[name] = {group: (int(mask.sum()), self.measure.part(mask)) for group, mask in masks.items()}
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        low, high = self.interval.ends
+        return {
+            "num_utterances": len(self.rows),
+            "error": self.measure.error,
+            **self.measure.numbers(),
+            "interval": {
+                "of": self.measure.name if self.measure.is_error else f"1 - {self.measure.name}",
+                "ci95": self.interval.ci95,
+                "ci95min": low,
+                "ci95max": high,
+                "resampled": self.interval.units,
+                "units": self.interval.num_units,
+                "replications": REPLICATIONS,
+                "seed": self.seed,
+            },
+            "ctc": {"wer": self.ctc.rate if self.ctc.ref_length else None, **asdict(self.ctc)} if self.ctc else None,
+            "confidence": asdict(self.reliability) if self.reliability else None,
+            "cut_off": sum(row.cut for row in self.rows),
+            "by": {
+                name: {group: {"num_utterances": count, **found.numbers()} for group, (count, found) in table.items()}
+                for name, table in self.tables.items()
+            },
+        }
+
+    def heading(self) -> str:
+        """How much there is of it."""
+        found = self.measure
+        if not isinstance(found, ErrorRates):
+            return f"{len(self.rows):,} utterances"
+        return f"{len(self.rows):,} utterances, {found.scores.words.ref_length:,} words, normalizer {self.form}"
+
+    def lines(self) -> list[str]:
+        """What eval.py prints."""
+        lines = self.measure.lines(self.interval)
+        if self.measure.defined:
+            lines.append(
+                f"± is the 95 % interval of {REPLICATIONS:,} bootstrap replications of {self.interval.num_units:,} "
+                f"{self.interval.units}"
+            )
+        if self.ctc:
+            lines.append(f"WER of the CTC head alone {percent(self.ctc.rate)}   {edits(self.ctc)}")
+        if self.reliability:
+            lines.append(f"confidence of words: {self.reliability.report()}")
+        for name in (name for name in _SHOWN if name in self.tables):
+            shown = ", ".join(f"{group} {found.shown(found.error)}" for group, (_, found) in self.tables[name].items())
+            lines.append(f"{self.measure.name} by {name}: {shown}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -53,102 +160,31 @@ class Evaluation:
     seed: int = 1
 
     @cached_property
-    def tally(self) -> Tally:
-        """What was counted for each row."""
-        return tally_rows(self.rows, self.form)
-
-    @cached_property
-    def scores(self) -> Scores:
-        """Of the whole set."""
-        return self.tally.scores()
-
-    @cached_property
-    def interval(self) -> Interval:
-        """The WER's, by speakers where all are known."""
-        return interval(self.tally.edits, self.tally.ref_words, [row.speaker for row in self.rows], self.seed)
-
-    @cached_property
-    def ctc(self) -> Counts | None:
-        """The words of the CTC head alone, where every row has its text."""
-        normalise, texts = normalizer(self.form), [row.ctc for row in self.rows]
-        known = [normalise(text) for text in texts if text is not None]
-        if len(known) < len(texts):
-            return None
-        return Tally.of([normalise(row.ref) for row in self.rows], known).scores().words
-
-    @cached_property
-    def reliability(self) -> Reliability | None:
-        """How far the probabilities of words can be trusted, where every row has its words, and there are any."""
-        judged = list[tuple[float, bool]]()
-        for row in self.rows:
-            if row.words is None:
-                return None
-            right = right_words([word for word, _ in row.words], row.ref)
-            judged += [(p, is_right) for (_, p), is_right in zip(row.words, right, strict=True) if is_right is not None]
-        return reliability(*zip(*judged, strict=True)) if judged else None
-
-    @cached_property
-    def tables(self) -> dict[str, dict[str, Scores]]:
-        """The scores of each group of utterances, by what the groups are told apart; only where there are several."""
-        found = {}
-        for name, group_of in GROUPS.items():
-            groups = [group_of(row) for row in self.rows]
-            names = sorted({group for group in groups if group is not None}, key=_in_order)
-            if len(names) > 1:
-                places = np.array(groups, dtype=object)
-                found[name] = {group: self.tally.where(places == group).scores() for group in names}
-        return found
+    def tasks(self) -> dict[str, TaskResult]:
+        """Each task's, those of its languages together."""
+        return {task: TaskResult(task, rows, self.form, self.seed) for task, rows in by_task(self.rows).items()}
 
     def summary(self) -> dict[str, Any]:
-        """All numbers, for JSON; a rate is null where the references have no word. Times are under "speed" alone."""
-        scores = self.scores
+        """All numbers, for JSON. Times are under "speed" alone."""
         return {
             "data": self.name,
             "normalizer": self.form,
-            **_numbers(scores),
-            "interval": {
-                "ci95": self.interval.ci95,
-                "ci95min": self.interval.ends[0],
-                "ci95max": self.interval.ends[1],
-                "resampled": self.interval.units,
-                "units": self.interval.num_units,
-                "replications": REPLICATIONS,
-                "seed": self.seed,
-            },
-            "mean_utterance_wer": scores.mean_utterance_wer,
-            "ctc": {"wer": _rate(self.ctc), **asdict(self.ctc)} if self.ctc else None,
-            "confidence": asdict(self.reliability) if self.reliability else None,
-            "cut_off": sum(row.cut for row in self.rows),
-            "by": {name: {group: _numbers(x) for group, x in table.items()} for name, table in self.tables.items()},
+            "tasks": {task: found.summary() for task, found in self.tasks.items()},
             "speed": self.speed.summary(),
         }
 
     def report(self) -> str:
         """What eval.py prints."""
-        s, hours = self.scores, self.speed.audio_seconds / 3600
-        lines = [
-            f"{self.name}: {s.num_utterances:,} utterances, {s.words.ref_length:,} words, {hours:.3f} h, normalizer "
-            f"{self.form}"
-        ]
-        if s.words.ref_length:
-            lines += [
-                f"  WER {percent(s.wer)} ± {percent(self.interval.ci95)}   {_counted(s.words)}",
-                f"  CER {percent(s.cer)}   {_counted(s.characters)}",
-                f"  ± is the 95 % interval of {REPLICATIONS:,} bootstrap replications of {self.interval.num_units:,} "
-                f"{self.interval.units}",
-                f"  mean of per-utterance WER {percent(s.mean_utterance_wer)}   (to compare with older reports)",
-            ]
+        hours = f"{self.speed.audio_seconds / 3600:.3f} h"
+        if len(self.tasks) == 1:
+            ((task, only),) = self.tasks.items()
+            named = "" if task == "asr" else f"{task}, "
+            lines = [f"{self.name}: {named}{only.heading()}, {hours}", *(f"  {line}" for line in only.lines())]
         else:
-            lines.append(f"  WER is not defined: the references have no words; {s.words.insertions:,} were recognised")
-        if self.ctc:
-            lines.append(f"  WER of the CTC head alone {percent(self.ctc.rate)}   {_counted(self.ctc)}")
-        if self.reliability:
-            lines.append(f"  confidence of words: {self.reliability.report()}")
-        for name in (name for name in _SHOWN if name in self.tables):
-            rates = ", ".join(f"{group} {percent(x.wer)}" for group, x in self.tables[name].items())
-            lines.append(f"  WER by {name}: {rates}")
-        lines.append(f"  {self.speed.report()}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+            lines = [f"{self.name}: {len(self.rows):,} utterances of {len(self.tasks)} tasks, {hours}"]
+            for task, found in self.tasks.items():
+                lines += [f"  {task}: {found.heading()}", *(f"    {line}" for line in found.lines())]
+        return "\n".join([*lines, f"  {self.speed.report()}", *(f"  note: {note}" for note in self.notes)])
 
     def write(self, folder: Path, stem: str) -> list[Path]:
         """Texts as `stem`.jsonl, numbers as `stem`.json."""
@@ -158,30 +194,11 @@ class Evaluation:
         return [texts, numbers]
 
 
-def percent(fraction: float) -> str:
-    """A rate as people are shown it."""
-    return f"{100 * fraction:.2f} %"
+def ordered(groups: Sequence[str | None]) -> list[str]:
+    """The names of groups once each: bins of durations by their seconds, others by the alphabet."""
 
+    def key(name: str) -> tuple[int, str]:
+        first = name.split()[0] if name else ""
+        return (int(first) if first.isdecimal() and len(first) < 9 else 0, name)
 
-def _in_order(name: str) -> tuple[int, str]:
-    """Bins of durations by their seconds, other names by the alphabet."""
-    first = name.split()[0] if name else ""
-    return (int(first) if first.isdecimal() and len(first) < 9 else 0, name)
-
-
-def _numbers(scores: Scores) -> dict[str, Any]:
-    return {
-        "wer": _rate(scores.words),
-        "cer": _rate(scores.characters),
-        "num_utterances": scores.num_utterances,
-        "words": {**asdict(scores.words), "ref_length": scores.words.ref_length},
-        "characters": {**asdict(scores.characters), "ref_length": scores.characters.ref_length},
-    }
-
-
-def _rate(counts: Counts) -> float | None:
-    return counts.rate if counts.ref_length else None
-
-
-def _counted(counts: Counts) -> str:
-    return f"(substitutions {counts.substitutions:,}, insertions {counts.insertions:,}, deletions {counts.deletions:,})"
+    return sorted({group for group in groups if group is not None}, key=key)

@@ -28,7 +28,8 @@ from rwkv_speech.devices import uses_bf16
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import TrainedOn
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.scoring.metrics import Scores, score_rows
+from rwkv_speech.scoring.measure import Measure
+from rwkv_speech.scoring.measures import mean_error, measures
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 from rwkv_speech.training.strategies import strategy_of
 
@@ -71,7 +72,7 @@ class SpeechModule(pl.LightningModule):
         self._rows: dict[tuple[int, int], Row] = {}  # by place in the validation set
         self._bad: list[BadSample] = []  # of this validation, on this rank
         self.validated: list[Row] = []
-        self.scores: Scores | None = None
+        self.measures: dict[str, Measure] = {}  # of the last validation's tasks
 
     def setup(self, stage: str) -> None:
         """Open the list of bad files, which all ranks know and the first writes."""
@@ -104,7 +105,7 @@ class SpeechModule(pl.LightningModule):
         self._cache.refresh()
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        """Weights, optimizer, and what callbacks know, as the best WER; the schedule by epochs, whose steps differ."""
+        """Weights, optimizer, and what callbacks know; the schedule by epochs, whose steps differ."""
         self.load_state_dict(state["state_dict"], strict=False)
         self.trainer.optimizers[0].load_state_dict(state["optimizer_states"][0])
         schedule: Any = self.lr_schedulers()
@@ -286,14 +287,16 @@ class SpeechModule(pl.LightningModule):
             self._rows.update({row.place: row for row in transcribe_batch(self.model, batch)})
 
     def on_validation_epoch_end(self) -> None:
-        """Corpus WER over all ranks; an utterance that two ranks saw counts once."""
+        """What each task is measured by, over all ranks; an utterance that two ranks saw counts once."""
         gathered = {place: row for part in self._gathered(self._rows) for place, row in part.items()}
         self._note_bad(self._bad, self.config.valid_data)
         self._rows, self._bad = {}, []
         with self._said_once():
             self.bad_files.require_used(len(gathered), self.config.valid_data)
         self.validated = [row for _, row in sorted(gathered.items())]
-        self.scores = score_rows(self.validated)
+        self.measures = measures(self.validated)
         # The same number on every rank, so that all decide alike by it.
-        self.log("wer", self.scores.wer, prog_bar=True, rank_zero_only=False)
-        self.log("cer", self.scores.cer)
+        self.log("error", mean_error(self.measures), rank_zero_only=False)
+        for task, found in self.measures.items():
+            numbers = {name: x for name, x in found.numbers().items() if isinstance(x, float)}
+            self.log_dict({name if len(self.measures) == 1 else f"{task}/{name}": x for name, x in numbers.items()})

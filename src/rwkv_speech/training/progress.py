@@ -9,6 +9,8 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
+from rwkv_speech.scoring.measure import percent
+from rwkv_speech.scoring.measures import said
 from rwkv_speech.training.module import SpeechModule
 
 _SECONDS_BETWEEN_LINES = 60.0
@@ -37,8 +39,8 @@ class Progress(TQDMProgressBar):
         known, shown = trainer.callback_metrics, {}
         if "loss" in known:
             shown["loss"] = f"{float(known['loss']):.3f}"
-        if "wer" in known:
-            shown["WER"] = f"{100 * float(known['wer']):.2f} %"
+        if "error" in known:
+            shown["error"] = percent(float(known["error"]))
         return shown
 
     def init_train_tqdm(self) -> Any:
@@ -99,8 +101,8 @@ class Progress(TQDMProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
         speed = self._audio_seconds / max(self._stepped - self._started, 1e-9)
         parts = [f"loss {self._loss_sum / max(self._targets, 1):.3f}", f"{speed:.1f} audio hours per hour"]
-        if pl_module.scores:
-            parts.insert(1, f"WER {100 * pl_module.scores.wer:.2f} %")
+        if pl_module.measures:
+            parts.insert(1, said(pl_module.measures))
         say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}")
         if (skipped := pl_module.bad_files.summary()) and skipped != self._skipped:
             say(skipped)

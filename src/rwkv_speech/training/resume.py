@@ -87,8 +87,8 @@ def why_finished(config: TrainConfig, point: ResumePoint) -> str:
     done, waited = int(point.info["epoch"]), int(point.info["waited"])
     if 0 < config.patience <= waited:
         return (
-            f"{config.proj_dir}: this run has ended early, after epoch {done}: no lower WER in {waited} validations; a "
-            f"--patience above {waited}, or 0, resumes it"
+            f"{config.proj_dir}: this run has ended early, after epoch {done}: no lower error in {waited} validations; "
+            f"a --patience above {waited}, or 0, resumes it"
         )
     if done < config.epoch_count:
         return ""

@@ -27,6 +27,7 @@ from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.cost import memory_advice
 from rwkv_speech.reports.page import write_report
 from rwkv_speech.reports.record import read_metrics, write_run
+from rwkv_speech.scoring.measures import said
 from rwkv_speech.training.callbacks import MetricsTable, Throughput, TrainedWeights
 from rwkv_speech.training.module import SpeechModule
 from rwkv_speech.training.progress import Progress, say
@@ -138,20 +139,20 @@ def fit(
 
 def _score_first(trainer: pl.Trainer, module: SpeechModule) -> None:
     trainer.validate(module, verbose=False)
-    if module.scores:
-        say(f"before training: WER {100 * module.scores.wer:.2f} %")
-    module.scores = None
+    if module.measures:
+        say(f"before training: {said(module.measures)}")
+    module.measures = {}
 
 
 def results(folder: Path) -> str:
-    """Best and last WER of a run, and where its weights are."""
+    """What validation measured of the best and the last weights of a run, and where its weights are."""
     found = {name: load_trained(folder / name).metrics for name in (BEST, LAST) if (folder / name).is_file()}
-    wers = [
-        f"{name.removesuffix('.safetensors')} WER {100 * metrics['wer']:.2f} % (epoch {metrics['epoch']})"
+    scored = [
+        f"{name.removesuffix('.safetensors')} {metrics['validation']} (epoch {metrics['epoch']})"
         for name, metrics in found.items()
-        if "wer" in metrics
+        if "validation" in metrics
     ]
-    return "; ".join([*wers, f"trained weights are in {folder.resolve()}"])
+    return "; ".join([*scored, f"trained weights are in {folder.resolve()}"])
 
 
 @contextmanager

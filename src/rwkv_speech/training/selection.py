@@ -1,4 +1,4 @@
-"""Which checkpoints are worth keeping, and when training has stopped helping; both by word error rate."""
+"""Which checkpoints are worth keeping, and when training has stopped helping; both by the validation's error."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Verdict(NamedTuple):
 
 
 class BestK:
-    """The k checkpoints of lowest WER; the earlier of two that are equal.
+    """The k checkpoints of lowest error; the earlier of two that are equal.
 
     It only ever drops what it has kept, so nobody else's files are lost.
     """
@@ -23,10 +23,10 @@ class BestK:
         self.k = k
         self._kept: list[tuple[float, Path]] = []  # in the order of the offers
 
-    def offer(self, wer: float, path: Path) -> Verdict:
-        """Judge one more checkpoint; one offered under a kept path takes that one's place. A WER of NaN is no WER."""
-        others = [(kept_wer, kept) for kept_wer, kept in self._kept if kept != path]
-        candidates = others if math.isnan(wer) else [*others, (wer, path)]
+    def offer(self, error: float, path: Path) -> Verdict:
+        """Judge one more checkpoint; one offered under a kept path takes that one's place. An error of NaN is none."""
+        others = [(kept_error, kept) for kept_error, kept in self._kept if kept != path]
+        candidates = others if math.isnan(error) else [*others, (error, path)]
         # Stable: of equal ones the earlier comes first.
         best = sorted(candidates, key=lambda item: item[0])[: self.k]
         self._kept = [item for item in candidates if item in best]
@@ -40,31 +40,31 @@ class BestK:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, JSON-ready."""
-        return {"kept": [[wer, str(path)] for wer, path in self._kept]}
+        return {"kept": [[error, str(path)] for error, path in self._kept]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; with a smaller k the next offer drops the surplus."""
-        self._kept = [(float(wer), Path(path)) for wer, path in state["kept"]]
+        self._kept = [(float(error), Path(path)) for error, path in state["kept"]]
 
 
 class EarlyStop:
-    """Says when the WER has not fallen by more than `min_delta` for `patience` validations; a patience of 0: never."""
+    """Says when the error has not fallen by more than `min_delta` for `patience` validations; with 0 never."""
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         self.patience, self.min_delta = patience, min_delta
         self._best = math.inf
         self.waited = 0  # validations since the best
 
-    def should_stop(self, wer: float) -> bool:
-        """Take note of a validation's WER; NaN is no improvement."""
-        if wer < self._best - self.min_delta:
-            self._best, self.waited = wer, 0
+    def should_stop(self, error: float) -> bool:
+        """Take note of a validation's error; NaN is no improvement."""
+        if error < self._best - self.min_delta:
+            self._best, self.waited = error, 0
         else:
             self.waited += 1
         return 0 < self.patience <= self.waited
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, JSON-ready: a best WER of None before the first validation."""
+        """All that a resumed run needs, JSON-ready: a best error of None before the first validation."""
         return {"best": None if math.isinf(self._best) else self._best, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
