@@ -143,7 +143,7 @@ def test_every_field_is_read():
     read |= {
         field
         for path in MODULES
-        for name in ("Scores", "LogRow", "Parts", "State", "Word", "Segment", "Transcript")
+        for name in ("Scores", "LogRow", "TaskRow", "Parts", "State", "Word", "Segment", "Transcript")
         for field in _records(path).get(name, [])
     }
     unread = {

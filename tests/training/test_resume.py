@@ -223,7 +223,7 @@ def test_finished_run_says_so_and_is_left_as_it_is(corpus: Path, tmp_path: Path,
     run = tmp_path / "run"
     argv = arguments(corpus, run, epoch_count=2)
     assert train_script.main(argv) == 0
-    before, wer = results(run), load_trained(run / "last.safetensors").metrics["wer"]
+    before, wer = results(run), load_trained(run / "last.safetensors").metrics["error"]
     capsys.readouterr()
     assert train_script.main(argv) == 0
     shown = capsys.readouterr().out

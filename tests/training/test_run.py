@@ -14,6 +14,7 @@ import soundfile
 import torch
 import train as train_script
 from assertions import assert_rms_close
+from run_files import column
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
@@ -61,7 +62,7 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     assert {"last.safetensors", "best.safetensors", "epoch-1.safetensors", "epoch-2.safetensors", "logs"} <= names
     assert not [name for name in names if name.startswith(".")]
     last = load_trained(run / "last.safetensors")
-    assert last.metrics["epoch"] == 2 and last.metrics["step"] == 4 and last.metrics["wer"] > 0
+    assert last.metrics["epoch"] == 2 and last.metrics["step"] == 4 and last.metrics["error"] > 0
     assert last.parts is not None and last.parts.load_model == "tiny"
     assert len(load_file(run / "last.safetensors")) == 4 + 1  # adapter tensors and the one task's state
     rows = list(csv.DictReader((run / "logs/csv/metrics.csv").open()))
@@ -73,6 +74,33 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     ]  # fmt: skip
     assert {"lr_adapter", "lr_state", "wer", "cer", "target_tokens"} <= set(rows[0])
     assert list((run / "logs/tensorboard").glob("events*"))
+
+
+def test_several_tasks_are_validated_each_by_its_own_measure(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [json.loads(line) for line in (corpus / "valid.jsonl").read_text().splitlines()]
+    tasks = [{"task": "asr"}, {"task": "st", "lang": "es"}, {"task": "topic", "text": "sport"}, {"task": "qa"}]
+    mixed = [
+        {**row, **task, "audio_filepath": str(corpus / row["audio_filepath"])}
+        for row, task in zip(rows, tasks, strict=True)
+    ]
+    (tmp_path / "mixed.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in mixed))
+    flags = {"train_data": tmp_path / "mixed.jsonl", "valid_data": tmp_path / "mixed.jsonl", "lr_adapter": 1e-3}
+    assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
+    shown = capsys.readouterr().out
+    found = list(csv.DictReader((tmp_path / "run/logs/csv/tasks.csv").open()))
+    assert [(row["task"], row["step"], row["num_utterances"]) for row in found] == [
+        (task, "1", "1") for task in ("asr", "st", "topic", "qa")
+    ]
+    assert [name for row in found for name in ("wer", "chrf", "accuracy", "exact_match") if row[name]] == [
+        "wer", "chrf", "accuracy", "exact_match",
+    ]  # fmt: skip
+    error = sum(float(row["error"]) for row in found) / 4
+    metrics = load_trained(tmp_path / "run/best.safetensors").metrics
+    assert metrics["error"] == pytest.approx(error) and f"mean error {100 * error:.2f} % (asr WER " in shown
+    assert column(tmp_path / "run", "error") == [pytest.approx(error)] and not column(tmp_path / "run", "wer")
+    assert "Errors by task" in (tmp_path / "run/report.html").read_text()
 
 
 def test_plan_prints_what_a_run_needs_and_trains_nothing(
@@ -240,8 +268,9 @@ def test_eval_writes_scores_that_jiwer_agrees_with(corpus: Path, run: Path, caps
     rows = [json.loads(line) for line in next(run.glob("eval-best-test-*.jsonl")).read_text().splitlines()]
     summary = json.loads(next(run.glob("eval-best-test-*.json")).read_text())
     assert len(rows) == summary["num_utterances"] == 3
-    assert summary["wer"] == pytest.approx(jiwer.wer([row["ref"] for row in rows], [row["hyp"] for row in rows]))
-    assert f"WER {100 * summary['wer']:.2f} %" in shown and "times real time" in shown
+    numbers = summary["tasks"]["asr"]
+    assert numbers["wer"] == pytest.approx(jiwer.wer([row["ref"] for row in rows], [row["hyp"] for row in rows]))
+    assert f"WER {100 * numbers['wer']:.2f} %" in shown and "times real time" in shown
     assert summary["speed"]["times_real_time"] > 0
 
 
@@ -387,7 +416,7 @@ def test_run_that_ended_early_is_not_gone_on_with(corpus: Path, tmp_path: Path, 
     for _ in range(2):
         assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
         assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 2
-        assert "has ended early, after epoch 2: no lower WER in 1 validations" in capsys.readouterr().out
+        assert "has ended early, after epoch 2: no lower error in 1 validations" in capsys.readouterr().out
     flags["patience"] = 2
     assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
     assert load_trained(tmp_path / "run" / "last.safetensors").metrics["epoch"] == 3

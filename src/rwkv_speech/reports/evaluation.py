@@ -28,7 +28,7 @@ from rwkv_speech.text import normalizer
 # How words that are not equal are marked in the page's data; evaluation.js reads them.
 _SUB, _INS, _DEL = "\x01", "\x02", "\x03"
 _MOST_GROUPS = 1000
-_MOST_OPEN = 12
+_MOST_OPEN = 24
 _MOST_CLASSES = 40
 _BINS = (0, 5, 10, 20, 30, 50, 75, 100)  # %
 

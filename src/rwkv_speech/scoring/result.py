@@ -169,6 +169,7 @@ class Evaluation:
         return {
             "data": self.name,
             "normalizer": self.form,
+            "num_utterances": len(self.rows),
             "tasks": {task: found.summary() for task, found in self.tasks.items()},
             "speed": self.speed.summary(),
         }
