@@ -1,11 +1,17 @@
 """The benchmarks' two sides compute the same; their speeds are no test's business."""
 
+import math
+
 import pytest
 import torch
 from benchmarks import decode
+from benchmarks.first_recipe import Side
 from benchmarks.train_step import SIDES, Bench, Case, random_encoder
 
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.loader import collate
 from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.parts import Parts
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -33,3 +39,15 @@ def test_random_utterances_are_decoded_to_their_limit():
     sizes = RWKV6Sizes(300, 1, 64, 1, 96, 8, 16)
     model = decode.random_model(random_encoder(1, 32, 2, 16), sizes, torch.float32, "cpu")
     assert decode.real_time(model, 2, 3) > 0
+
+
+def test_the_first_recipe_hears_otherwise_each_time_and_ours_does_not(tiny_parts: Parts):
+    waveforms = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
+    samples = [Sample(f"u{i}", waveforms[i], "the", [3, 4], 1.0, i, "asr") for i in range(2)]
+    batch = collate(samples)
+    sides = [Side(tiny_parts, ["asr"], (1e-3, 1e-3), seed=1, first=first) for first in (True, False)]
+    assert torch.equal(sides[0].model.adapter.state_dict()["0.weight"], sides[1].model.adapter.state_dict()["0.weight"])
+    first, ours = ([side.step(batch) for _ in range(2)] for side in sides)
+    assert all(map(math.isfinite, first + ours)) and ours[1] < ours[0]
+    heard = [[side._encode(batch)[0] for _ in range(2)] for side in sides]
+    assert not torch.equal(*heard[0]) and torch.equal(*heard[1])
