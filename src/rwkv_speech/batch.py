@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
 
+# What a turn of a conversation begins with, but for the first, as in the texts of World models; id 0 would end them.
+BETWEEN_TURNS = "\n\n"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -21,7 +24,8 @@ class Sample:
     `source_text` is what is spoken where that is not the text, in `source_lang`; all `answers` are right, if there are
     any; `prompt_ids` are read before the audio. `normalised` says whether the waveform has zero mean and unit variance.
     From a feature cache come the encoder's `frames` (F, D) instead, and the waveform is empty; so it is where text is
-    read in place of audio, its `input_ids`. `turn` counts from 1 within a conversation, and is 0 in none.
+    read in place of audio, its `input_ids`. `turn` counts from 1 within a conversation, and is 0 in none; the
+    first has the others in `then`.
     """
 
     id: str
@@ -40,6 +44,7 @@ class Sample:
     source_text: str | None = None
     answers: tuple[str, ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    then: "tuple[Sample, ...]" = ()
 
     @property
     def length(self) -> int:

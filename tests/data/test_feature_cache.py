@@ -84,7 +84,7 @@ def test_samples_hold_the_encoders_frames(source: FileSource, tokenizer: WorldTo
     for found in (cache, FeatureCache(tmp_path / "cache", "encoder", dtype)):  # as filled, and as read again
         check_samples(source, SpeechDataset(source, tokenizer, cache=found), getattr(torch, dtype))
     assert filled(tmp_path / "cache", SpeechDataset(source, tokenizer), dtype)[1] == 0
-    assert FeatureCache(tmp_path / "cache", "another encoder", dtype).get(recording_key(source, 0)) is None
+    assert FeatureCache(tmp_path / "cache", "another encoder", dtype).get(recording_key(source.utterance(0))) is None
 
 
 def test_kept_recordings_are_not_decoded(
@@ -229,13 +229,13 @@ def test_filling_and_reading_in_workers(source: FileSource, tokenizer: WorldToke
 
 
 def test_keys_name_file_segment_size_and_time(source: FileSource):
-    path, key = source.utterance(0).audio, recording_key(source, 0)
+    path, key = source.utterance(0).audio, recording_key(source.utterance(0))
     same = FileSource([Utterance("other id", path, "other text", source.utterance(0).duration)])
-    assert recording_key(same, 0) == key
+    assert recording_key(same.utterance(0)) == key
     others = [Utterance("a", path, "", 0.1), Utterance("a", path, "", source.utterance(0).duration, 0.1)]
-    assert len({recording_key(FileSource([other]), 0) for other in others} | {key}) == 3
+    assert len({recording_key(other) for other in others} | {key}) == 3
     os.utime(path, (1, 1))
-    assert recording_key(source, 0) != key
-    assert recording_key(FileSource([Utterance("gone", "/gone.wav", "")]), 0) is None
-    assert recording_key(FileSource([Utterance("kept elsewhere", None, "")]), 0) is None
-    assert recording_key(FileSource([Utterance("kept elsewhere", None, "", identity="x")]), 0)
+    assert recording_key(source.utterance(0)) != key
+    assert recording_key(Utterance("gone", "/gone.wav", "")) is None
+    assert recording_key(Utterance("kept elsewhere", None, "")) is None
+    assert recording_key(Utterance("kept elsewhere", None, "", identity="x"))

@@ -44,6 +44,24 @@ def test_read_manifest_reads_what_is_said_of_texts(tmp_path: Path):
     ]
 
 
+def test_read_manifest_reads_conversations(tmp_path: Path):
+    name = write_audio(tmp_path / "a.wav").name
+    turns = [
+        {"audio_filepath": name, "duration": 0.05, "answer": ["fine", "well"], "text": "how are you"},
+        {"input": "and now?" * 15, "text": "the same"},
+        {"audio_filepath": name, "offset": 0.01, "duration": 0.02, "answer": "bye", "lang": "de"},
+    ]
+    rows = [{"turns": turns, "task": "chat", "lang": "en", "id": "x"}, {"turns": turns[1:2], "input": 4}]
+    first, second = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
+    path = str(tmp_path / "a.wav")
+    one, two, three = first.turns
+    known = {"source_text": "how are you", "answers": ("fine", "well"), "then": (two, three)}
+    assert one == Utterance("x", path, "fine", 0.05, lang="en", task="chat", **known)
+    assert two == Utterance(turns[1]["input"], None, "the same", lang="en", task="chat", input_text=turns[1]["input"])
+    assert (three.text, three.offset, three.duration, three.lang, three.task) == ("bye", 0.01, 0.02, "de", "chat")
+    assert first.seconds == pytest.approx(0.07 + 8) and second.then == () and second.input_text
+
+
 def test_read_manifest_takes_byte_order_mark_crlf_and_null(tmp_path: Path):
     write_audio(tmp_path / "a.wav")
     line = json.dumps({"audio_filepath": "a.wav", "text": "x", "duration": None, "lang": None})

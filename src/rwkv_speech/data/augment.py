@@ -76,13 +76,13 @@ class Augmenter:
         """The largest factor that may be drawn."""
         return max(self.settings.speed, default=1.0)
 
-    def speed(self, epoch: int, index: int) -> float:
+    def speed(self, epoch: int, index: int | str) -> float:
         """The factor by which this utterance is faster in this epoch."""
         if not self.settings.speed:
             return 1.0
         return self._draws("speed", epoch, index).choice(self.settings.speed)
 
-    def __call__(self, waveform: Tensor, epoch: int, index: int) -> Tensor:
+    def __call__(self, waveform: Tensor, epoch: int, index: int | str) -> Tensor:
         """(S,) -> (S / speed,), the given tensor unchanged; raises AudioError for noise that cannot be decoded."""
         settings = self.settings
         waveform = change_speed(waveform, self.speed(epoch, index))
@@ -100,7 +100,7 @@ class Augmenter:
             waveform = silence(waveform, _spans(draws, settings.time_masks, longest, len(waveform)))
         return waveform
 
-    def _draws(self, purpose: str, epoch: int, index: int) -> random.Random:
+    def _draws(self, purpose: str, epoch: int, index: int | str) -> random.Random:
         # One stream for each purpose: turning one change on leaves the others as they were.
         return random.Random(f"{self._seed}/{epoch}/{index}/{purpose}")
 

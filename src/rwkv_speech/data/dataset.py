@@ -3,7 +3,7 @@
 # S samples
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, Framing, check_duration
-from rwkv_speech.batch import BadSample, Sample
+from rwkv_speech.batch import BETWEEN_TURNS, BadSample, Sample
 from rwkv_speech.data.augment import Augmenter
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.feature_cache import FeatureCache, recording_key
 from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
-from rwkv_speech.data.source import Part, Source, parts_of
+from rwkv_speech.data.source import Part, Source, Utterance, load_turn, parts_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.tasks import Naming
 from rwkv_speech.text import normalise_label
@@ -146,55 +146,80 @@ class SpeechDataset(Dataset[Sample | BadSample]):
 
     def _sample(self, epoch: int, index: int) -> Sample | BadSample:
         found = self.source.utterance(index)
-        text = normalise_label(found.text, self._label_mode)
-        ids, prompt_ids = self._tokenizer.encode(text), tuple(self._tokenizer.encode(found.prompt))
-        num_ids = len(ids) + len(prompt_ids)
-        speed = self._augment.speed(epoch, index) if self._augment else 1.0
-        # A known duration saves the decoding of what is left out anyway.
-        if found.duration is not None and (fault := self._fault(found.duration / speed, num_ids)):
+        turns = [self._labelled(index, number, turn, found) for number, turn in enumerate(found.turns, start=1)]
+        seconds = [turn.duration if turn.input_text is None else 0.0 for turn in found.turns]
+        # Known durations save the decoding of what is left out anyway.
+        known = [x / self._speed(epoch, turn) for x, turn in zip(seconds, turns, strict=True) if x is not None]
+        if len(known) == len(turns) and (fault := self._fault(sum(known), turns)):
             return BadSample(index, found.id, fault, too_long=True)
-        state = self._naming.state(found.task, found.lang)
-        sample = Sample(
-            found.id, torch.empty(0), text, ids, 0.0, index, state, found.lang,
-            source_lang=found.source_lang, source_text=found.source_text, answers=found.answers, prompt_ids=prompt_ids,
-        )  # fmt: skip
+        heard = list[Sample]()
+        for sample, turn in zip(turns, found.turns, strict=True):
+            result = self._heard(epoch, sample, turn)
+            if isinstance(result, BadSample):
+                return result
+            heard.append(result)
+        if fault := self._fault(sum(turn.duration for turn in heard), heard):
+            return BadSample(index, found.id, fault, too_long=True)
+        if self._cache and any(turn.frames is None and turn.input_ids is None for turn in heard):
+            raise UserError(
+                f"--feature_cache: {self._cache.folder} lacks the frames of {found.id}; expected all of them: start "
+                "again, and what is missing is computed"
+            )
+        return replace(heard[0], then=tuple(heard[1:]))
+
+    def _labelled(self, index: int, number: int, found: Utterance, first: Utterance) -> Sample:
+        """All of a turn but its audio."""
+        text, encode = normalise_label(found.text, self._label_mode), self._tokenizer.encode
+        return Sample(
+            id=f"{first.id}#{number}" if first.then else found.id,
+            waveform=torch.empty(0),
+            text=text,
+            ids=encode(text),
+            duration=0.0,
+            index=index,
+            task=self._naming.state(found.task, found.lang),
+            lang=found.lang,
+            input_ids=None if found.input_text is None else tuple(encode(found.input_text)),
+            turn=number if first.then else 0,
+            source_lang=found.source_lang,
+            source_text=found.source_text,
+            answers=found.answers,
+            prompt_ids=tuple(encode(found.prompt)),
+        )
+
+    def _heard(self, epoch: int, sample: Sample, found: Utterance) -> Sample | BadSample:
+        """With the turn's audio, or with its frames where they are kept."""
+        if sample.input_ids is not None:
+            return sample
+        kept = self._cache.get(recording_key(found)) if self._cache else None
+        if kept is not None:
+            return replace(sample, duration=kept.num_samples / SAMPLE_RATE, frames=kept.frames)
         try:
-            if self._cache:
-                return self._cached_sample(self._cache, sample)
-            waveform = self.source.load(index)
-            check_duration(len(waveform) / SAMPLE_RATE, found.duration, found.id)
+            waveform = self.source.load(sample.index) if sample.turn <= 1 else load_turn(found)
+            check_duration(len(waveform) / SAMPLE_RATE, found.duration, sample.id)
         except AudioError as error:
-            return BadSample(index, found.id, str(error))
+            return BadSample(sample.index, sample.id, str(error))
         # Outside the handler: noise that cannot be decoded is no fault of this utterance.
         if self._augment:
-            waveform = self._augment(waveform, epoch, index)
+            waveform = self._augment(waveform, epoch, _place(sample))
         duration = len(waveform) / SAMPLE_RATE
-        if fault := self._fault(duration, num_ids):
-            return BadSample(index, found.id, fault, too_long=True)
         if self._normalise:
             waveform = normalise(waveform)
         return replace(sample, waveform=waveform, duration=duration, normalised=self._normalise)
 
-    def _cached_sample(self, cache: FeatureCache, sample: Sample) -> Sample | BadSample:
-        """Add the duration and the kept frames; raises AudioError, and UserError if there are none."""
-        num_ids = len(sample.ids) + len(sample.prompt_ids)
-        kept = cache.get(recording_key(self.source, sample.index))
-        if kept is None:
-            # Broken recordings and those that are too long are not kept.
-            waveform = self.source.load(sample.index)
-            if fault := self._fault(len(waveform) / SAMPLE_RATE, num_ids):
-                return BadSample(sample.index, sample.id, fault, too_long=True)
-            raise UserError(
-                f"--feature_cache: {cache.folder} lacks the frames of {sample.id}; expected all of them: start again, "
-                "and what is missing is computed"
-            )
-        duration = kept.num_samples / SAMPLE_RATE
-        if fault := self._fault(duration, num_ids):
-            return BadSample(sample.index, sample.id, fault, too_long=True)
-        return replace(sample, duration=duration, frames=kept.frames)
+    def _speed(self, epoch: int, sample: Sample) -> float:
+        return self._augment.speed(epoch, _place(sample)) if self._augment else 1.0
 
-    def _fault(self, seconds: float, num_ids: int) -> str | None:
-        return self._fit.fault(seconds, num_ids) if self._fit else None
+    def _fault(self, seconds: float, turns: Sequence[Sample]) -> str | None:
+        """Say why the turns are too long for a sequence, beside so many seconds of audio."""
+        texts = [len(turn.ids) + len(turn.prompt_ids) + len(turn.input_ids or ()) for turn in turns]
+        between = (len(turns) - 1) * (1 + len(self._tokenizer.encode(BETWEEN_TURNS)))
+        return self._fit.fault(seconds, sum(texts) + between) if self._fit else None
+
+
+def _place(sample: Sample) -> int | str:
+    """What the changes of its audio depend on: its place in the data set, and in a conversation."""
+    return sample.index if sample.turn <= 1 else f"{sample.index}#{sample.turn}"
 
 
 @dataclass(frozen=True)

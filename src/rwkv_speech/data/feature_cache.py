@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rwkv_speech.data.source import Source
+from rwkv_speech.data.source import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
@@ -32,12 +32,11 @@ SHARD_BYTES = 512 << 20
 _REMEDY = "start again, and what is missing is computed again"
 
 
-def recording_key(source: Source, index: int) -> str | None:
+def recording_key(found: Utterance) -> str | None:
     """Name the recording of an utterance without decoding it, by its file, segment, size and time of change.
 
     None where the file is not there, and for a source that keeps the bytes itself and cannot name them.
     """
-    found = source.utterance(index)
     identity = found.identity
     if found.audio is not None:
         try:

@@ -37,11 +37,12 @@ def fill(
     UserError before it starts if the disk is too small.
     """
     cache.clear_unfinished()
-    keys: dict[int, str] = {}
+    keys: dict[int, list[str | None]] = {}  # of each turn of what lacks any
     for index in range(cut.rank, len(dataset), cut.world_size):
-        key = recording_key(dataset.source, index)  # without one it is broken, or cannot be cached
-        if key is not None and key not in cache:
-            keys[index] = key
+        # Without a key a recording is broken, or cannot be cached; text has none.
+        found = [recording_key(turn) for turn in dataset.source.utterance(index).turns]
+        if any(key is not None and key not in cache for key in found):
+            keys[index] = found
     if not keys:
         return 0
     lacking = list(keys)
@@ -57,11 +58,13 @@ def fill(
     loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **in_processes(workers))
     for batch in loader:
         # Several utterances may be of one recording.
-        new = list({keys[index]: i for i, index in enumerate(batch.indices) if keys[index] not in cache}.values())
+        of_row = [keys[sample.index][max(0, sample.turn - 1)] for sample in batch.samples()]
+        new = {key: i for i, key in enumerate(of_row) if key is not None and key not in cache}
         if new:
-            frames, lengths = encode(batch.waveforms[new], batch.num_samples[new])
-        for row, i in enumerate(new):
-            cache.put(keys[batch.indices[i]], frames[row, : lengths[row]], int(batch.num_samples[i]))
+            rows = list(new.values())
+            frames, lengths = encode(batch.waveforms[rows], batch.num_samples[rows])
+        for row, (key, i) in enumerate(new.items()):
+            cache.put(key, frames[row, : lengths[row]], int(batch.num_samples[i]))
         num_encoded += len(new)
     cache.flush()
     return num_encoded

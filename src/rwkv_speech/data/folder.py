@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.data.manifest import summary
-from rwkv_speech.data.source import AUDIO_SUFFIXES, TaskCounts, Utterance, digest
+from rwkv_speech.data.source import AUDIO_SUFFIXES, TaskCounts, Utterance, digest, load_turn
 from rwkv_speech.errors import UserError
 
 
@@ -29,14 +28,11 @@ class FileSource:
 
     def load(self, index: int) -> Tensor:
         """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
-        found = self._utterances[index]
-        if found.audio is None:
-            raise AudioError(f"{found.id}: has no audio file; expected a path: mend its source")
-        return load_audio(found.audio, found.offset, found.duration)
+        return load_turn(self._utterances[index])
 
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
-        return np.array([found.duration for found in self._utterances], np.float32)
+        return np.array([found.seconds for found in self._utterances], np.float32)
 
     def tasks(self) -> TaskCounts:
         """Give the number of utterances of each task and language, None where they name none."""
@@ -44,13 +40,15 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every utterance's metadata and the size of its file."""
-        return digest(
-            (
-                *(found.id, found.text, found.offset, found.duration, found.lang, found.task, _size(found.audio)),
-                *filter(None, (found.source_lang, found.source_text, found.answers, found.prompt)),
-            )
-            for found in self._utterances
-        )
+        return digest(_content(found) for found in self._utterances)
+
+
+def _content(found: Utterance) -> tuple[object, ...]:
+    """What is learned of an utterance."""
+    turns = tuple(map(_content, found.then))
+    more = found.source_lang, found.source_text, found.answers, found.prompt, found.input_text, turns
+    known = found.id, found.text, found.offset, found.duration, found.lang, found.task, _size(found.audio)
+    return (*known, *filter(None, more))
 
 
 def _size(path: str | None) -> int | None:

@@ -161,8 +161,8 @@ def in_processes(workers: int) -> dict[str, Any]:
 
 
 def collate(samples: Sequence[Sample | BadSample]) -> Batch:
-    """Pad the usable samples into a Batch and pass the others on in `bad`."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
+    """Pad the usable samples into a Batch, conversations turn by turn, and pass the others on in `bad`."""
+    good = [turn for sample in samples if isinstance(sample, Sample) for turn in (sample, *sample.then)]
     kept = next((sample.frames for sample in good if sample.frames is not None), None)
     frames = [] if kept is None else [kept[:0] if sample.frames is None else sample.frames for sample in good]
     read, turns = [sample.input_ids for sample in good], [sample.turn for sample in good]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Other corpora have keys of these names that hold other things: what is no string there is left out.
 LENIENT = ("prompt", "transcript")
-STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker", "source_lang", "source_text", *LENIENT)
+TURNS, _INPUT = "turns", "input"
+STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker", "source_lang", "source_text", TURNS, *LENIENT)
 SECONDS = ("duration", "offset")
 ANSWER = "answer"
 TEXTS = ("text", "source_lang", "source_text", ANSWER, *LENIENT)
@@ -28,7 +30,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s), `lang`, `task`,
     `id`, `speaker`, which may be a number, `source_lang`, and `source_text` or `transcript`; others are ignored. In
     place of `text` there may be an `answer`, a string or several in a list, and beside it a `prompt`. An id that is not
-    given is the path, with `@offset` for a segment; rows of the same recording share it.
+    given is the path, with `@offset` for a segment; rows of the same recording share it. A conversation has in place of
+    audio and text its `turns`, a list of objects with audio as above or an `input` of text, and text or answer.
 
     Raises UserError that lists every bad line with its number.
     """
@@ -42,9 +45,11 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     rows: list[dict[str, Any]] = []
     line_of_id: dict[str, int] = {}
     for number, row, reasons in parse_lines(content, 1):
-        named, given = row.get("audio_filepath"), row.get("id")
-        if isinstance(named, str) and not os.path.isfile(audio := os.path.join(folder, named)):
-            reasons.append(no_audio(audio))
+        given = row.get("id")
+        recordings = [x.get("audio_filepath") for x in (row, *([] if reasons else turns_of(row)))]
+        for audio in (os.path.join(folder, name) for name in recordings if isinstance(name, str)):
+            if not os.path.isfile(audio):
+                reasons.append(no_audio(audio))
         if isinstance(given, str) and line_of_id.setdefault(given, number) != number:
             reasons.append(repeated_id(given, f"line {line_of_id[given]}"))
         if reasons:
@@ -75,6 +80,8 @@ def check(manifest: Path, problems: dict[int, str], count: int, word: str = "lin
 
 def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
     """Make an utterance of a sound row; `folder` is that of the manifest."""
+    if TURNS in row:
+        return _conversation(row, folder)
     name, offset = row["audio_filepath"], float(row.get("offset", 0.0))
     return Utterance(
         id=row.get("id", f"{name}@{offset:g}" if offset else name),
@@ -86,6 +93,25 @@ def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
         speaker=row.get("speaker"),
         **texts_of(row),
     )
+
+
+def _conversation(row: dict[str, Any], folder: Path) -> Utterance:
+    """The first turn, with the others; what the line says of all of them, each has."""
+    shared: dict[str, Any] = {key: row[key] for key in ("lang", "task", "speaker", "source_lang") if key in row}
+    turns = ({**shared, **turn} for turn in turns_of(row))
+    first, *others = (_typed(turn) if _INPUT in turn else to_utterance(turn, folder) for turn in turns)
+    return replace(first, id=row.get("id", first.id), then=tuple(others))
+
+
+def _typed(turn: dict[str, Any]) -> Utterance:
+    """A turn that is read, not heard."""
+    known: dict[str, Any] = {key: turn.get(key) for key in ("lang", "task", "speaker")}
+    return Utterance(turn[_INPUT], None, input_text=turn[_INPUT], **known, **texts_of(turn))
+
+
+def turns_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a sound row; none if it is no conversation."""
+    return [tidied(turn) for turn in json.loads(row.get(TURNS, "[]"))]
 
 
 def texts_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +126,10 @@ def texts_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tidied(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose speaker is text, and whose answers are a list; what else these and lenient keys hold is left out."""
+    """A row whose speaker is text, whose answers are a list, and whose turns are JSON.
+
+    What else speakers and lenient keys hold is left out.
+    """
     row = {key: value for key, value in row.items() if value is not None}
     for key in LENIENT:
         if not isinstance(row.get(key, ""), str):
@@ -112,16 +141,39 @@ def tidied(row: dict[str, Any]) -> dict[str, Any]:
         del row["speaker"]
     if isinstance(row.get(ANSWER), str):
         row[ANSWER] = [row[ANSWER]]
+    if not isinstance(row.get(TURNS, ""), str):  # in a table they are text
+        row[TURNS] = json.dumps(row[TURNS], ensure_ascii=False)
     return row
 
 
 def row_faults(row: dict[str, Any], required: Sequence[str] = REQUIRED) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
+    if TURNS in row:
+        return _conversation_faults(row)
     reasons = [f"lacks {key!r}" for key in required if key not in row and (key != "text" or ANSWER not in row)]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
     reasons += [_answer_fault(row[ANSWER])] if ANSWER in row else []
     return [reason for reason in reasons if reason]
+
+
+def _conversation_faults(row: dict[str, Any]) -> list[str]:
+    """Say what is wrong with a line that has turns."""
+    reasons = list(filter(None, (_string_fault(key, row[key]) for key in STRINGS if key in row)))
+    try:
+        turns = json.loads(row[TURNS]) if not reasons else [{}]
+    except (ValueError, RecursionError):
+        turns = None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return [*reasons, f"{TURNS!r} is {row[TURNS]:.80}, expected a list of objects, not empty"]
+    for number, turn in enumerate(map(tidied, turns) if not reasons else (), start=1):
+        faults = row_faults(turn, ("text",) if _INPUT in turn else REQUIRED)
+        if _INPUT in turn:
+            faults.append(_string_fault(_INPUT, turn[_INPUT]) or ("" if turn[_INPUT] else f"{_INPUT!r} is empty"))
+            faults.append(f"has both {_INPUT!r} and 'audio_filepath'" if "audio_filepath" in turn else "")
+        faults.append(f"has {TURNS!r} itself" if TURNS in turn else "")
+        reasons += [f"turn {number}: {fault}" for fault in faults if fault]
+    return reasons
 
 
 def no_audio(path: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rwkv_speech.audio import AudioError, load_audio
 from rwkv_speech.errors import UserError
 
 # What people record in; headerless .raw is not among them, for its rate is unknown.
@@ -24,6 +25,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 TaskCounts = Counter[tuple[str | None, str | None]]  # (task, language) -> utterances
 _MOST = 1000
+_CHARACTERS_PER_SECOND = 15
 _WEIGHTED = re.compile(r"(?P<spec>.*)@(?P<weight>[+-]?(\d+\.?\d*|\.\d+))", re.DOTALL)
 
 
@@ -35,7 +37,7 @@ class Utterance:
     `source_text` is what is spoken where that is something else, and `source_lang` its language; `prompt` is read
     before the audio. `offset` and `duration` (s) choose a segment of the file. `audio` is an absolute path, or None
     where the source keeps the bytes itself; `identity` then names them, if it can: it changes whenever they may have
-    changed.
+    changed. `input_text` is read in place of audio. A conversation is its first turn, with the others in `then`.
     """
 
     id: str
@@ -51,6 +53,31 @@ class Utterance:
     source_text: str | None = None
     answers: tuple[str, ...] = ()
     prompt: str = ""
+    input_text: str | None = None
+    then: tuple["Utterance", ...] = ()
+
+    @property
+    def turns(self) -> "tuple[Utterance, ...]":
+        """All turns of a conversation; what is none is one."""
+        return (self, *self.then)
+
+    @property
+    def seconds(self) -> float | None:
+        """The duration of all turns, None where it is not known; text counts as if it were spoken."""
+        known = [turn.duration if turn.input_text is None else spoken_seconds(turn.input_text) for turn in self.turns]
+        return None if None in known else sum(filter(None, known))
+
+
+def load_turn(found: Utterance) -> Tensor:
+    """Decode what lies in a file to float32 (S,), 16 kHz mono; raises AudioError."""
+    if found.audio is None:
+        raise AudioError(f"{found.id}: has no audio file; expected a path: mend its source")
+    return load_audio(found.audio, found.offset, found.duration)
+
+
+def spoken_seconds(text: str) -> float:
+    """About as long as it takes to say a text."""
+    return max(1, len(text)) / _CHARACTERS_PER_SECOND
 
 
 @dataclass(frozen=True)

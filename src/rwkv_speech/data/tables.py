@@ -23,7 +23,6 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rwkv_speech.audio import load_audio
 from rwkv_speech.data.manifest import (
     ANSWER,
     BYTE_ORDER_MARK,
@@ -31,6 +30,7 @@ from rwkv_speech.data.manifest import (
     SECONDS,
     STRINGS,
     TABLE_SUFFIXES,
+    TURNS,
     check,
     no_audio,
     parse_lines,
@@ -40,11 +40,11 @@ from rwkv_speech.data.manifest import (
     to_utterance,
     unreadable,
 )
-from rwkv_speech.data.source import TaskCounts, Utterance, digest
+from rwkv_speech.data.source import TaskCounts, Utterance, digest, load_turn
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 
-_FORMAT = 4
+_FORMAT = 5
 _ANSWERS = pa.field(ANSWER, pa.list_(pa.string()))
 _SCHEMA = pa.schema([*((name, pa.string()) for name in STRINGS), *((name, pa.float64()) for name in SECONDS), _ANSWERS])
 _LINE = pa.field("line", pa.int32())
@@ -82,15 +82,14 @@ class TableSource:
         """SHA-256 (hex) of all rows, but for their speakers, of whom nothing is learned."""
         return digest(batch.drop_columns(["speaker"]).serialize().to_pybytes() for batch in self._batches)
 
-    def audio(self, index: int) -> str:
-        """Give the path of one utterance's audio; nothing else of it is read from the disk."""
-        return os.path.join(self._folder, self._row(index).column("audio_filepath")[0].as_py())
+    def audio(self, index: int) -> str | None:
+        """Give the path of one utterance's audio, none of a conversation; nothing else of it is read from the disk."""
+        name = self._row(index).column("audio_filepath")[0].as_py()
+        return None if name is None else os.path.join(self._folder, name)
 
     def load(self, index: int) -> Tensor:
         """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
-        found = self.utterance(index)
-        assert found.audio is not None
-        return load_audio(found.audio, found.offset, found.duration)
+        return load_turn(self.utterance(index))
 
     def durations(self) -> NDArray[np.float32]:
         """Give the seconds of every utterance, (N,), NaN where they are not known."""
@@ -128,7 +127,7 @@ def open_table(path: Path) -> TableSource:
     count = min(len(source), _FILES_LOOKED_FOR)
     problems = []
     for index in np.linspace(0, len(source) - 1, count).astype(int).tolist():
-        if not os.path.isfile(audio := source.audio(index)):
+        if (audio := source.audio(index)) is not None and not os.path.isfile(audio):
             problems.append(f"utterance {index + 1}: {no_audio(audio)}")
     if problems:
         raise UserError(summary(f"manifest {path}: {len(problems)} of {count} utterances looked at are bad", problems))
@@ -239,6 +238,8 @@ def _parse(block: bytes, first: int, problems: dict[int, str]) -> pa.RecordBatch
     parsed = {}
     for number, row, reasons in parse_lines(block, first):
         parsed[number] = {} if reasons else row
+        if TURNS in parsed[number]:
+            parsed[number]["duration"] = to_utterance(row, Path()).seconds
         if reasons:
             problems[number] = "; ".join(reasons)
     return _numbered(pa.RecordBatch.from_pylist(list(parsed.values()), _SCHEMA), np.array(list(parsed)))

@@ -18,13 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE, as_waveform, load_audio
-from rwkv_speech.batch import Sample
+from rwkv_speech.batch import BETWEEN_TURNS, Sample
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models.checkpoint import ordered
-from rwkv_speech.models.speech_lm import BETWEEN_TURNS, SpeechLM
+from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import State
 from rwkv_speech.tasks import Naming
 

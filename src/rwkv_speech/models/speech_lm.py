@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_speech import tasks
-from rwkv_speech.batch import Batch
+from rwkv_speech.batch import BETWEEN_TURNS, Batch
 from rwkv_speech.devices import Compute
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
@@ -28,9 +28,6 @@ from rwkv_speech.models.state import Packing, State
 from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
-
-# What a turn of a conversation begins with, but for the first, as in the texts of World models; id 0 would end them.
-BETWEEN_TURNS = "\n\n"
 
 
 class SpeechLM(nn.Module):

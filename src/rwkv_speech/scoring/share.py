@@ -88,7 +88,7 @@ def decode(
 
 def _completed(row: Row, share: Share) -> Row:
     """With its place in the whole set, and what the source knows besides."""
-    found = share.utterance(row.index)
+    found = share.utterance(row.index).turns[max(0, (row.turn or 0) - 1)]
     return replace(row, index=share.place(row.index), speaker=found.speaker, audio=found.audio, offset=found.offset)
 
 
