@@ -42,8 +42,8 @@ def predict(config: PredictConfig) -> int:
         inputs = [found for found in inputs if not exist(Path(config.output_dir, found.output), formats)]
     if not inputs:
         return report(faults)
-    model = load(config)
-    naming, states = Naming.among(list(model.initial_states), config.task), list[str]()
+    model, task = load(config)
+    naming, states = Naming.among(list(model.initial_states), task), list[str]()
     for found in list(inputs):
         try:
             states.append(naming.state(found.task, found.lang))
@@ -81,7 +81,8 @@ def predict_stream(config: PredictConfig) -> int:
     # What may still change is shown on a terminal alone.
     pace = config.pace or (0.5 if sys.stdout.isatty() and config.commit == "segment" else None)
     options = Options.of(config)
-    opened = stream(load(config), options, config.commit, pace, config.stream_rate, config.micro_bsz, config.task)
+    model, task = load(config)
+    opened = stream(model, options, config.commit, pace, config.stream_rate, config.micro_bsz, task)
     transcribe_live(opened, sys.stdin.buffer, sys.stdout)
     return 0
 
@@ -96,7 +97,8 @@ def predict_session(config: PredictConfig) -> int:
     inputs, faults = find_inputs(named_inputs(config))
     if faults:  # what comes after would answer something else
         return report(faults)
-    session, options = Session.begun(load(config), config.task, config.session), Options.of(config)
+    model, task = load(config)
+    session, options = Session.begun(model, task, config.session), Options.of(config)
 
     def say(said: Said) -> None:
         for part in session.answer(said, options):
@@ -111,14 +113,15 @@ def predict_session(config: PredictConfig) -> int:
     return 0
 
 
-def load(config: PredictConfig) -> "SpeechLM":
-    """The model of the checkpoint, or of the run."""
+def load(config: PredictConfig) -> "tuple[SpeechLM, str]":
+    """The model of the checkpoint, or of the run, and the state for all inputs, "" where each has its own."""
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
 
     parts, compute = Parts.of(config), compute_of(config)
-    return SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
+    model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
+    return model, config.task or model.add_states(config.state)
 
 
 def report(faults: Sequence[str]) -> int:

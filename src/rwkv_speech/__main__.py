@@ -1,13 +1,17 @@
 """`python -m rwkv_speech VERB`: work on runs and checkpoints beside training and decoding."""
 
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rwkv_speech.config import AnswerConfig
 from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.flags import Parser, parse
+
+if TYPE_CHECKING:
+    from rwkv_speech.models.states import States
 
 # Each verb imports what it needs when it runs: --help and wrong words are answered before torch is there.
 
@@ -52,6 +56,56 @@ def _report(given: Namespace) -> Path:
         ) from error
 
 
+def _list_states(given: Namespace) -> None:
+    from rwkv_speech.models.states import described, joined
+
+    print(described(joined(_listed(given.source)).only(_listed(given.tasks))))
+
+
+def _copy_states(given: Namespace) -> Path:
+    from rwkv_speech.models.states import joined
+
+    found = joined(_listed(given.source)).only(_listed(given.tasks))
+    return _new_file(found.named(given.name) if given.name else found, given.file)
+
+
+def _add_states(given: Namespace) -> Path:
+    from rwkv_speech.models.states import add_states, read_states
+
+    found = read_states(given.source, given.name or "asr").only(_listed(given.tasks))
+    return add_states(given.run, found.named(given.name) if given.name else found)
+
+
+def _average_states(given: Namespace) -> Path:
+    from rwkv_speech.models.states import joined, mean
+
+    return _new_file(mean(joined(_listed(given.source)).only(_listed(given.tasks)), given.name), given.file)
+
+
+def _interpolate_states(given: Namespace) -> Path:
+    from rwkv_speech.models.states import interpolated, joined
+
+    found = joined(_listed(given.source)).only(_listed(given.tasks))
+    return _new_file(interpolated(found, given.weight, given.name), given.file)
+
+
+def _remove_states(given: Namespace) -> Path:
+    from rwkv_speech.models.states import remove_states
+
+    return remove_states(given.run, _listed(given.tasks))
+
+
+def _new_file(states: "States", file: Path) -> Path:
+    if file.exists():
+        raise UserError(f"{file}: is there already, expected a new file; to put states into it: states add")
+    states.write(file)
+    return file
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
 def _parser() -> Parser:
     parser = Parser(prog="python -m rwkv_speech", description="Work on runs and checkpoints.")
     parser.set_defaults(verb=None)
@@ -82,7 +136,33 @@ def _parser() -> Parser:
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
     report.set_defaults(verb=_report)
+    _add_states_verbs(verbs.add_parser("states", help="list, copy, add, mix and remove the states of tasks"))
     return parser
+
+
+def _add_states_verbs(parser: ArgumentParser) -> None:
+    """What is done with states; SOURCE and RUN are a run's folder, a checkpoint or a file of states."""
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[Namespace], Path | None], text: str, *words: str, tasks: bool = False) -> Any:
+        found = verbs.add_parser(name, help=text, allow_abbrev=False)
+        for word in words:
+            found.add_argument(word.lower(), metavar=word, type=Path if word != "SOURCE" else str)
+        found.add_argument("--tasks", default="", required=tasks, help="which states, separated by commas; empty: all")
+        found.set_defaults(verb=run)
+        return found
+
+    verb("list", _list_states, "names, sizes and what they were learned with", "SOURCE")
+    copy = verb("copy", _copy_states, "write a file of states, .safetensors, or published, .pth", "SOURCE", "FILE")
+    add = verb("add", _add_states, "put states into a run's best checkpoint or a file of states", "SOURCE", "RUN")
+    for found in (copy, add):
+        found.add_argument("--name", default="", help="another name for the one state")
+    average = verb("average", _average_states, "write the mean of states", "SOURCE", "FILE")
+    mix = verb("interpolate", _interpolate_states, "write what lies between two states", "SOURCE", "FILE", tasks=True)
+    for found in (average, mix):
+        found.add_argument("--name", required=True, help="the new state's name")
+    mix.add_argument("--weight", required=True, type=float, help="of the second state; the first has 1 - weight")
+    verb("remove", _remove_states, "take states out of a checkpoint or a file of states", "RUN", tasks=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,10 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers or report; --help says what each "
-                "does"
+                "VERB: found none, expected average, calibrate, export, make_answers, report or states; --help says "
+                "what each does"
             )
-        print(f"written to {given.verb(given)}")
+        if written := given.verb(given):
+            print(f"written to {written}")
 
     return exit_code(run)
 

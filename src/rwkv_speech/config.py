@@ -38,6 +38,7 @@ DATA_FORMS = {
 }
 ACCEPTED_FORMS = ", ".join(DATA_FORMS)
 TASK_FORM = (re.compile("[a-z][a-z0-9_]*").fullmatch, "a name of lower-case letters, digits and _, such as asr")
+STATE_HELP = "file of states to use beside those of the weights; if it holds one and --task is empty, that is for all"
 _LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
 
 
@@ -415,6 +416,7 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
     task: str = flag("", "state for all utterances, whatever task they name; empty: each its own", form=TASK_FORM)
+    state: str = flag("", STATE_HELP)
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
     normalizer: str = flag(
@@ -508,6 +510,7 @@ class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, Mode
         "state to decode with, whatever task a manifest's lines name; empty: theirs, else the only one, or asr",
         form=TASK_FORM,
     )
+    state: str = flag("", STATE_HELP)
 
     def check(self) -> None:
         """Raises UserError for flags that contradict each other, or have no effect on one device."""

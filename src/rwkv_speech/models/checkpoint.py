@@ -29,7 +29,8 @@ from rwkv_speech.models.parts import Parts, TrainedOn
 FORMAT = "rwkv_speech-2"
 FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
-_ADAPTER, _STATES, _CTC = "adapter.", "initial_states.", "ctc."
+STATES = "initial_states."
+_ADAPTER, _CTC = "adapter.", "ctc."
 _PUBLISHED_ADAPTER = "speech_encoder.adapter."
 _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
 
@@ -75,7 +76,7 @@ class Trained:
 def named_tensors(adapter: Mapping[str, Tensor], initial_states: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trained tensors under their names in own files, on the CPU."""
     tensors = {_ADAPTER + name: x for name, x in adapter.items()}
-    tensors |= {_STATES + task: x for task, x in initial_states.items()}
+    tensors |= {STATES + task: x for task, x in initial_states.items()}
     return {name: x.detach().cpu().clone() for name, x in tensors.items()}
 
 
@@ -130,10 +131,10 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         ) from error
     if metadata.get("format") != FORMAT:
         tensors = _renamed(path, tensors, task)
-    known = (_ADAPTER, _STATES, _CTC) if ctc else (_ADAPTER, _STATES)
+    known = (_ADAPTER, STATES, _CTC) if ctc else (_ADAPTER, STATES)
     adapter, states, head = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        for prefix in (_ADAPTER, _STATES, _CTC)
+        for prefix in (_ADAPTER, STATES, _CTC)
     )
     if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
         raise UserError(
@@ -174,7 +175,7 @@ def _renamed(path: Path, tensors: Mapping[str, Tensor], task: str) -> dict[str, 
         for name, x in tensors.items()
         if not _PUBLISHED_STATE.fullmatch(name)
     }
-    return renamed | ({_STATES + task: torch.stack([layers[i] for i in range(len(layers))])} if layers else {})
+    return renamed | ({STATES + task: torch.stack([layers[i] for i in range(len(layers))])} if layers else {})
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.state import Packing, State
+from rwkv_speech.models.states import States, adapter_sha256, read_states
 from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,28 @@ class SpeechLM(nn.Module):
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
+
+    def add_states(self, path: str | Path) -> str:
+        """Take over the states of a file, in place of those of the same names; the name if it is one, else "".
+
+        An empty path names no file. Raises UserError for states of another base model or adapter.
+        """
+        if not path:
+            return ""
+        own = States(
+            Path("the weights"), dict(self.initial_states.items()), self.parts.base_sha256, self.adapter_sha256
+        )
+        new = read_states(path)
+        new.check_fit(own)
+        device = next(iter(self.initial_states.values())).device
+        for name, x in new.states.items():
+            self.initial_states[name] = nn.Parameter(x.float().to(device))
+        return next(iter(new.states)) if len(new.states) == 1 else ""
+
+    @property
+    def adapter_sha256(self) -> str:
+        """What the states of this adapter are known by."""
+        return adapter_sha256(self.adapter.state_dict())
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""

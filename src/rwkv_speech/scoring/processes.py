@@ -108,15 +108,17 @@ def _decode(config: EvalConfig, device: str, rank: int = 0, world_size: int = 1)
         for spec in data_sets(config)
     ]
     yield Progress(total=sum(map(len, shares)))
-    options, model = Options.of(config), _model(config, device)
+    options, (model, task) = Options.of(config), _model(config, device)
     for share in shares:
-        for found in decode(model, share, config.micro_bsz, options, config.task, config.max_bad):
+        for found in decode(model, share, config.micro_bsz, options, task, config.max_bad):
             yield found if isinstance(found, Part) else Progress(done=found)
 
 
-def _model(config: EvalConfig, device: str) -> SpeechLM:
+def _model(config: EvalConfig, device: str) -> tuple[SpeechLM, str]:
+    """The model, and the state for all utterances, "" where each has its own."""
     parts, compute, task = Parts.of(config), compute_of(config, device), config.task or "asr"
     if config.untrained:
         torch.manual_seed(config.seed)
-        return SpeechLM.build(parts, compute, [task]).eval()
-    return SpeechLM.from_pretrained(find_checkpoint(config.checkpoint or config.proj_dir), parts, compute, task)
+        return SpeechLM.build(parts, compute, [task]).eval(), config.task
+    model = SpeechLM.from_pretrained(find_checkpoint(config.checkpoint or config.proj_dir), parts, compute, task)
+    return model, config.task or model.add_states(config.state)

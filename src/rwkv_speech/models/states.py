@@ -1,0 +1,215 @@
+"""Files of task states: small, and bound to the base model and the adapter that they were learned with.
+
+Own files are safetensors of `initial_states.TASK` (L, H, N, N) with the two SHA-256 as metadata; published ones are
+`.pth` dictionaries of one state, `blocks.{i}.att.time_state` (H, N, N), axes [value, key] as here. BlinkDL's inference
+code has them the other way round: his loader transposes.
+"""
+
+# L layers · H heads · N head size
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rwkv_speech import tasks
+from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_atomically
+from rwkv_speech.models.base import read_tensors
+from rwkv_speech.models.checkpoint import STATES, find_checkpoint, load_trained, ordered, write_checkpoint
+
+FORMAT = "rwkv_speech-states-1"
+_PUBLISHED = re.compile(r"blocks\.(\d+)\.att\.time_state")
+
+
+@dataclass(frozen=True)
+class States:
+    """Task states by name, (L, H, N, N) each, and what they were learned with; "" where a published file is silent."""
+
+    path: Path
+    states: dict[str, Tensor]
+    base_sha256: str
+    adapter_sha256: str
+
+    def only(self, names: Sequence[str]) -> "States":
+        """Those of these names, all by default; raises UserError for one that is not there."""
+        if missing := [name for name in names if name not in self.states]:
+            raise UserError(
+                f"{self.path}: found no state named {missing[0]!r}, expected one of {', '.join(sorted(self.states))}"
+            )
+        return replace(self, states={name: self.states[name] for name in names or self.states})
+
+    def named(self, name: str) -> "States":
+        """The only state under another name; raises UserError for a bad name or several states."""
+        tasks.task_named(name)
+        if len(self.states) != 1:
+            raise UserError(
+                f"--name: found {len(self.states)} states ({', '.join(self.states)}), expected one to rename; choose "
+                "it with --tasks"
+            )
+        return replace(self, states={name: next(iter(self.states.values()))})
+
+    def check_fit(self, other: "States") -> None:
+        """Raises UserError unless these states can be used where the `other` ones are."""
+        for what, mine, theirs in (
+            ("base model", self.base_sha256, other.base_sha256),
+            ("adapter", self.adapter_sha256, other.adapter_sha256),
+        ):
+            if mine and theirs and mine != theirs:
+                raise UserError(
+                    f"{self.path}: its states were learned with the {what} of SHA-256 {mine[:12]}..., expected "
+                    f"{theirs[:12]}... as in {other.path}; take the checkpoint that they are from"
+                )
+        shape = next(iter(other.states.values())).shape
+        for name, state in self.states.items():
+            if state.shape != shape:
+                raise UserError(
+                    f"{self.path}: state {name} has the shape {tuple(state.shape)}, expected {tuple(shape)} as in "
+                    f"{other.path}; take states of the same base model"
+                )
+
+    def write(self, path: Path) -> None:
+        """Write an own file, or the published layout of one state where the name ends in .pth, atomically."""
+        tensors = {name: x.detach().float().cpu().contiguous() for name, x in self.states.items()}
+        if path.suffix == ".pth":
+            if len(tensors) != 1:
+                raise UserError(
+                    f"{path}: found {len(tensors)} states ({', '.join(tensors)}), expected one, for a published file "
+                    "has no names; choose it with --tasks"
+                )
+            layers = {f"blocks.{i}.att.time_state": x.clone() for i, x in enumerate(next(iter(tensors.values())))}
+            write_atomically(path, lambda temporary: torch.save(layers, temporary))
+            return
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .safetensors or .pth file"
+            )
+        about = {"base_sha256": self.base_sha256, "adapter_sha256": self.adapter_sha256}
+        content = ordered(save({STATES + name: x for name, x in tensors.items()}, {"format": FORMAT, **about}))
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def adapter_sha256(adapter: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of an adapter's tensors in float32."""
+    found = hashlib.sha256()
+    for name in sorted(adapter):
+        found.update(name.encode())
+        found.update(adapter[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_states(path: str | Path, task: str = tasks.DEFAULT) -> States:
+    """The states of a run, a checkpoint, an own file of states, or a published one, whose only state is named `task`.
+
+    Raises UserError for a file that holds none.
+    """
+    path = find_checkpoint(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        if about.get("format") == FORMAT:
+            tensors = {name.removeprefix(STATES): x for name, x in read_tensors(path).items()}
+            return States(path, tensors, about.get("base_sha256", ""), about.get("adapter_sha256", ""))
+    elif (layers := _published(path)) is not None:
+        return States(path, {task: layers}, "", "")
+    trained = load_trained(path, task)
+    base = trained.parts.base_sha256 if trained.parts else ""
+    return States(path, dict(trained.initial_states), base, adapter_sha256(trained.adapter))
+
+
+def _published(path: Path) -> Tensor | None:
+    """The state of a published file, (L, H, N, N) float32; None if it is none."""
+    layers = {int(m[1]): x for name, x in read_tensors(path).items() if (m := _PUBLISHED.fullmatch(name))}
+    if not layers:
+        return None
+    if set(layers) != set(range(len(layers))) or len({x.shape for x in layers.values()}) > 1:
+        raise UserError(
+            f"{path}: found states of the layers {sorted(layers)}, expected one of each layer, all of a shape"
+        )
+    return torch.stack([layers[i].float() for i in range(len(layers))])
+
+
+def joined(paths: Sequence[str | Path]) -> States:
+    """The states of several files that fit together; raises UserError where they do not, or share a name."""
+    first, *others = [read_states(path) for path in paths]
+    found = dict(first.states)
+    for other in others:
+        other.check_fit(first)
+        if both := set(found) & set(other.states):
+            raise UserError(
+                f"{other.path}: state {min(both)} is in {first.path} or another of these files, too; copy it under "
+                "another name first"
+            )
+        found |= other.states
+    return replace(first, states=found)
+
+
+def add_states(path: str | Path, new: States) -> Path:
+    """Add states to a checkpoint or an own file of states, which else stays as it is; the file.
+
+    Raises UserError for states of another base model or adapter, and for names that are taken.
+    """
+    there = read_states(path)
+    new.check_fit(there)
+    if taken := sorted(set(new.states) & set(there.states)):
+        raise UserError(
+            f"{there.path}: has a state named {taken[0]!r} already, expected another name; give one with --name, or "
+            "remove the old one first"
+        )
+    return _replaced(there, there.states | new.states)
+
+
+def remove_states(path: str | Path, names: Sequence[str]) -> Path:
+    """Take states out of a checkpoint or an own file of states; the file. Raises UserError if none would be left."""
+    there = read_states(path)
+    gone = there.only(names).states
+    if not names or len(gone) == len(there.states):
+        raise UserError(f"{there.path}: expected --tasks to leave at least one of {', '.join(sorted(there.states))}")
+    return _replaced(there, {name: x for name, x in there.states.items() if name not in gone})
+
+
+def _replaced(there: States, states: Mapping[str, Tensor]) -> Path:
+    """Put other states into a file, all else as it is."""
+    if there.path.suffix != ".safetensors":
+        raise UserError(f"{there.path}: a published file holds one state, expected an own .safetensors file")
+    with safe_open(there.path, "pt") as file:
+        is_states = file.metadata()["format"] == FORMAT
+    if is_states:
+        replace(there, states=dict(states)).write(there.path)
+        return there.path
+    trained = replace(load_trained(there.path), initial_states=dict(states))
+    assert trained.parts is not None
+    about = trained.parts, trained.trained_on, trained.metrics, trained.ctc_head(), trained.confidence
+    write_checkpoint(there.path, trained.named_tensors(), *about)
+    return there.path
+
+
+def mean(states: States, name: str) -> States:
+    """The mean of all the states, summed in float64, under a name."""
+    total = torch.stack([x.double() for x in states.states.values()]).mean(0)
+    return replace(states, states={name: total.float()})
+
+
+def interpolated(states: States, weight: float, name: str) -> States:
+    """(1 - weight) x the first of two states + weight x the second, under a name."""
+    if len(states.states) != 2:
+        raise UserError(f"--tasks: found {', '.join(states.states)}, expected two states, as in --tasks asr,st_fr")
+    first, second = (x.double() for x in states.states.values())
+    return replace(states, states={name: ((1 - weight) * first + weight * second).float()})
+
+
+def described(states: States) -> str:
+    """A line for each state, and what they were learned with."""
+    lines = [
+        f"{name:<16} {tasks.task_named(name).measure:<9} {' x '.join(map(str, x.shape))}, root mean square "
+        f"{float(x.float().square().mean().sqrt()):.4f}"
+        for name, x in sorted(states.states.items())
+    ]
+    known = [("base model", states.base_sha256), ("adapter", states.adapter_sha256)]
+    return "\n".join([*lines, *(f"{what}: {f'SHA-256 {sha[:12]}...' if sha else 'not known'}" for what, sha in known)])
