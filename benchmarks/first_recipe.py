@@ -38,8 +38,6 @@ Encode = Callable[[Batch], tuple[Tensor, Tensor]]
 
 def in_training_mode(encoder: SpeechEncoder) -> Encode:
     """The first implementation's frames: transformers' own model, left in training mode."""
-    if encoder.model.config.model_type == "whisper":  # type: ignore[union-attr]
-        return lambda batch: encoder(batch.waveforms, batch.num_samples, batch.normalised)
     from transformers import AutoModel
 
     model: Any = AutoModel.from_pretrained(encoder.name, dtype=torch.float32).train()
@@ -73,8 +71,9 @@ class Side:
     def __init__(self, parts: Parts, tasks: Sequence[str], rates: tuple[float, float], seed: int, first: bool) -> None:
         torch.manual_seed(seed)
         self.model = SpeechLM.build(parts, task_names=tasks)
-        self._is_first = first
-        self._encode = in_training_mode(self.model.encoder) if first else kept(self.model.encoder)
+        encoder, self._is_first = self.model.encoder, first
+        drops = encoder.model.config.model_type != "whisper"  # type: ignore[union-attr]
+        self._encode = in_training_mode(encoder) if first and drops else kept(encoder)
         states = self.model.initial_states.values()
         self._optimizer = make_optimizer(self.model.adapter.parameters(), states, *rates, WEIGHT_DECAY)
 

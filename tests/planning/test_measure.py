@@ -17,7 +17,7 @@ from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import native
 from rwkv_speech.planning import measure
-from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning
+from rwkv_speech.planning.measure import BASE_MODELS, ENCODERS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning
 
 TINY_ENCODER = make_model("wavlm", "layer", "seven").config.to_json_string()
 FIFTEEN_SECONDS = MicroBatch(16, 15.0, 45)
@@ -193,3 +193,17 @@ def test_a_layer_computed_in_bfloat16_keeps_its_norms_in_float32():
     low_rank, statistics = (5 * s.mix_rank + s.decay_rank) * 2, 2 * 2 * 4 + 2 * 4 * s.H
     by_hand = three.positions(batch) * (channels + s.ffn * 2 + low_rank + statistics)
     assert kept[1] - kept[0] == pytest.approx(by_hand, rel=0.03)
+
+
+@pytest.mark.parametrize(("padding", "positions"), [(None, 525), (30.0, 1500)])
+def test_whisper_hears_ten_seconds_at_their_length_unless_padded(padding: float | None, positions: int):
+    config, utterances = ENCODERS["openai/whisper-large-v3"], 4
+    found = encoding(config, MicroBatch(utterances, 10.0, 1), torch.bfloat16, padding)
+    width, layers = 1280, 32
+    matrices = 2 * positions * layers * 12 * width**2
+    attention = layers * 4 * positions**2 * width
+    convolutions = 2 * positions * 3 * (2 * 128 + width) * width
+    assert found.operations == pytest.approx(utterances * (matrices + attention + convolutions), rel=0.01)
+    sizes = Sizes(BASE_MODELS["3B"], config, encoder_padding=padding)
+    # 500 frames of the true length, a hundred audio tokens of five; and a separator.
+    assert sizes.positions(MicroBatch(utterances, 10.0, 30)) == utterances * (100 + 1 + 30)

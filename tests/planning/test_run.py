@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import train as train_script
 
-from rwkv_speech.planning import cost, tables
+from rwkv_speech.config import TrainConfig
+from rwkv_speech.planning import cost, run, tables
 
 SIZES = ["--plan", "1", "--n_layer", "32", "--n_embd", "2560"]
 
@@ -31,6 +32,16 @@ def test_a_plan_needs_neither_model_nor_data(capsys: pytest.CaptureFixture[str])
     assert "960.0 h of audio in 280,976 utterances, 12.3 s on average" in out
     assert "70,244 micro batches, 4 in an optimizer step; 17,561 steps an epoch" in out
     assert "for 4 utterances of 35.0 s with 140 tokens of text" in out and "needed" in out
+
+
+def test_a_plan_knows_the_published_sizes_of_whisper():
+    notes = list[str]()
+    config = TrainConfig(load_model="missing.pth", n_layer=2, n_embd=64, encoder="openai/whisper-large-v3")
+    found = run._sizes(config, notes).parameters["encoder"]
+    assert notes[-1] == "encoder openai/whisper-large-v3 is not here: planned with its published sizes"
+    # Layers, convolutions, positions and the last norm.
+    layer = 4 * 1280**2 + 3 * 1280 + 2 * 1280 * 5120 + 5120 + 1280 + 4 * 1280
+    assert found == 32 * layer + 1280 * (3 * (128 + 1280) + 2 + 1500 + 2)
 
 
 def test_a_plan_without_data_reads_the_model_s_sizes_from_its_file(capsys: pytest.CaptureFixture[str]):
