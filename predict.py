@@ -43,16 +43,17 @@ def predict(config: PredictConfig) -> int:
     if not inputs:
         return report(faults)
     model, task = load(config)
+    options = Options.of(config)
     naming, states = Naming.among(list(model.initial_states), task), list[str]()
     for found in list(inputs):
         try:
-            states.append(naming.state(found.task, found.lang))
+            states.append(naming.state(found.task, found.lang or options.given_language))
         except UserError as error:
             faults.append(f"{found.label}: {error}")
             inputs.remove(found)
     report(faults)
     layout = Layout(config.max_line_width, config.max_line_count, config.max_words_per_line)
-    transcriber = Transcriber(model, Options.of(config), config.micro_bsz)
+    transcriber = Transcriber(model, options, config.micro_bsz)
     screen = Screen(inputs, len(faults), bool(config.verbose))
 
     def recordings() -> Iterator[Recording]:

@@ -383,6 +383,12 @@ class DecodeFlags(Flags):
     keyword_weight: float = flag(
         2.0, "by which each token of such a phrase is likelier, a log-probability", above=0, at_most=20
     )
+    language: str = flag(
+        "",
+        "language that is spoken where a manifest does not say, as fr: recognition takes its state, if there is one; "
+        "auto: what the state lid finds in each recording",
+        form=(re.compile("auto|[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*").fullmatch, "auto or the code of a language, as fr"),
+    )
     condition_on_previous_text: int = flag(0, "1: the text so far stands before the audio of the next piece", OFF_ON)
     draft: int = flag(0, "1: verify the text of the CTC head instead of making each token; the same text", OFF_ON)
     word_timestamps: int = flag(0, "1: start, end and probability of each word, by the CTC head", OFF_ON)

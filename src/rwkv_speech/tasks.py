@@ -8,6 +8,7 @@ from rwkv_speech.config import TASK_FORM
 from rwkv_speech.errors import UserError
 
 DEFAULT = "asr"
+LANGUAGE = "lid"  # finds the language that is spoken
 BY_LANG = "lang"  # of --state_by
 
 
@@ -32,7 +33,7 @@ KNOWN = {
         Task("st", "bleu", by_lang=True),
         Task("qa", "answer"),
         Task("chat", "answer"),
-        *(Task(name, "accuracy") for name in ("lid", "emotion", "sex", "sound", "keyword", "topic")),
+        *(Task(name, "accuracy") for name in (LANGUAGE, "emotion", "sex", "sound", "keyword", "topic")),
     )
 }
 

@@ -28,7 +28,7 @@ from rwkv_speech.decoding.transcribe import SpeechLM, transcribe, transcribe_bat
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.ctc import CtcSpec
-from rwkv_speech.models.parts import TrainedOn
+from rwkv_speech.models.parts import Parts, TrainedOn
 
 # Of noise nothing else would be left.
 ONCE = {"temperature": 0.0, "vad": "none"}
@@ -321,3 +321,31 @@ def test_rows_come_from_batches_of_any_size(model: SpeechLM, waves: list[Tensor]
     rows = sorted(transcribe_batches(model, several, Options.given(**ONCE)), key=lambda row: row.index)
     assert rows == transcribe_batch(model, collate(samples(waves)), Options.given(**ONCE))
     assert list(transcribe_batches(model, [])) == []
+
+
+def test_the_language_is_found_by_its_state_and_picks_that_of_recognition(
+    tiny_parts: Parts, waves: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    model = SpeechLM.build(tiny_parts, task_names=["asr", "asr_fr", "lid"]).eval()
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for x in model.trained_parameters():
+            x.copy_(0.5 * torch.randn(x.shape, generator=draw))
+    wave, flags = waves[2], {"max_new_tokens": 6, **ONCE}
+    texts = {task: model.transcribe(wave, task=task, **flags)[0] for task in ("asr", "asr_fr", "lid")}
+    assert texts["asr"].ids != texts["asr_fr"].ids != texts["lid"].ids and texts["asr"].language is None
+    found = model.transcribe(wave, language="auto", **flags)[0]
+    assert (found.language, found.ids) == (texts["lid"].text.strip(), texts["asr"].ids)
+    given = model.transcribe(wave, language="fr", **flags)[0]
+    assert (given.language, given.ids) == ("fr", texts["asr_fr"].ids)
+    decode, lid = model.tokenizer.decode, tuple(texts["lid"].ids)
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: " FR\n" if tuple(ids) == lid else decode(ids))
+    found = model.transcribe(wave, language="auto", **flags)[0]
+    assert (found.language, found.ids) == ("FR", texts["asr_fr"].ids)
+    [row] = transcribe_batch(model, collate(samples([wave])), Options.given(language="auto", **flags))
+    assert row.found_lang == "FR"
+
+
+def test_without_a_state_that_finds_languages_auto_is_an_error(model: SpeechLM, waves: list[Tensor]):
+    with pytest.raises(UserError, match="--language: found auto, but the weights have no state 'lid'"):
+        model.transcribe(waves[0], language="auto")

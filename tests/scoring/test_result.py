@@ -147,3 +147,15 @@ def test_a_mixed_set_has_a_block_for_each_task(tmp_path: Path):
     assert tasks["asr"]["wer"] == 0.5 and tasks["qa"]["exact_match"] == 1.0 and tasks["emotion"]["accuracy"] == 0.5
     assert tasks["st"]["by"]["direction"]["en-es"]["chrf"] == 100.0 and tasks["st"]["interval"]["of"] == "1 - chrF"
     assert "ctc" in tasks["st"] and tasks["st"]["ctc"] is None
+
+
+def test_the_language_found_is_compared_with_that_of_the_manifest():
+    rows = [
+        row(0, "a", "a", lang="fr", found_lang="FR"),
+        row(1, "a", "a", lang="es", found_lang="it"),
+        row(2, "b", "b"),
+    ]
+    found = Evaluation("set", rows, SPEED)
+    assert "language found: accuracy 50.00 % of 2 utterances" in found.report()
+    assert found.summary()["tasks"]["asr"]["language_accuracy"] == 0.5
+    assert evaluation(("a", "a")).summary()["tasks"]["asr"]["language_accuracy"] is None

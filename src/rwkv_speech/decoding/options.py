@@ -46,6 +46,16 @@ class Options(DecodeFlags):
         """The first is used, each further one where the text of the one before failed a threshold."""
         return numbers(self.temperature)
 
+    @property
+    def finds_language(self) -> bool:
+        """Whether each recording's language is to be found."""
+        return self.language == "auto"
+
+    @property
+    def given_language(self) -> str | None:
+        """The language of recordings of which nothing else is known."""
+        return None if self.finds_language else self.language or None
+
     def token_limit(self, seconds: float) -> int:
         """The most tokens of the text of so much audio."""
         return self.max_new_tokens or max(_MIN_NEW_TOKENS, int(_TOKENS_PER_SECOND * seconds))

@@ -95,7 +95,8 @@ class Row:
     `ref` is the first of the `answers`, if there are any, which are all right; `source_text` is what is spoken, in
     `source_lang`, where that is not `ref`; `prompt` was read before the audio, and `turn` is its number in its
     conversation, from 1. What is not known is None: who speaks, the file with the audio, in which it starts at `offset`
-    seconds, what the CTC head alone makes of it, and the words of the hypothesis, each with its probability.
+    seconds, what the CTC head alone makes of it, the words of the hypothesis, each with its probability, and
+    `found_lang`, the language that was heard.
     """
 
     id: str
@@ -112,6 +113,7 @@ class Row:
     ctc: str | None = None
     words: list[tuple[str, float]] | None = None
     turn: int | None = None
+    found_lang: str | None = None
     source_lang: str | None = None
     source_text: str | None = None
     answers: tuple[str, ...] = ()

@@ -93,7 +93,7 @@ def transcribe(
     """Each recording's number and transcript, in order, as they are made; a broken one gives a BadSample."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size: found {batch_size!r}, expected a whole number at least 1; leave it out for 8")
-    task = Naming.among(list(model.initial_states), task).state(None, None)
+    task = Naming.among(list(model.initial_states), task).state(None, options.given_language)
     recordings = (recording_of(item, number, task) for number, item in enumerate(audio))
     results: dict[int, Transcript | BadSample] = {}
     wanted = 0
@@ -115,7 +115,7 @@ def stream(
     hold: float = HOLD_SECONDS,
 ) -> Stream:
     """What SpeechLM.stream gives."""
-    task = Naming.among(list(model.initial_states), task).state(None, None)
+    task = Naming.among(list(model.initial_states), task).state(None, options.given_language)
     transcriber = Transcriber(model, options, batch_size)
     listener: Listener
     if commit == "word":
@@ -198,7 +198,9 @@ def _heard(
     for recording, found in transcriber.run(recordings()):
         assert isinstance(found, Transcript)
         words = [(word.word, word.probability) for word in found.words or []] if options.word_timestamps else None
-        yield replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
+        language = found.language if options.finds_language else None
+        row = replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
+        yield replace(row, found_lang=language)
 
 
 def recording_of(audio: Any, number: int, task: str) -> Recording:

@@ -68,6 +68,7 @@ class _Work:
     is_read: bool = False
     error: str = ""
     context: str = ""
+    language: str | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -82,6 +83,7 @@ class _Place:
     piece: Piece
     attempt: int
     halved: "_Halved | None" = None
+    finds_language: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Transcriber:
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
         self._max_seconds = options.max_segment or longest
         self._times = _word_times(model) if options.word_timestamps else None
+        if options.finds_language and tasks.LANGUAGE not in model.initial_states:
+            raise UserError(
+                f"--language: found auto, but the weights have no state {tasks.LANGUAGE!r}, which finds languages; "
+                "expected the code of one, as fr, or train that task, too"
+            )
 
     @torch.no_grad()
     def run(self, recordings: Iterable[Recording]) -> Iterator[tuple[Recording, Transcript | BadSample]]:
@@ -126,9 +133,14 @@ class Transcriber:
         """What cuts a recording into pieces."""
         return Segmenter(self._max_seconds, self._options.vad, self._word_gaps)
 
+    def _begun(self, recording: Recording) -> _Work:
+        """A recording whose language is known, or is to be found in its first piece."""
+        given = self._options.given_language
+        return _Work(recording, language=None if self._options.finds_language else recording.language or given)
+
     def live(self, task: str) -> Callable[[Piece], list[Segment]]:
         """A function that takes the pieces of a recording, one after another, to their segments."""
-        work = _Work(Recording(None, "stream", list, task))
+        work = self._begun(Recording(None, "stream", list, task))
 
         @torch.no_grad()
         def segments_of(piece: Piece) -> list[Segment]:
@@ -144,7 +156,7 @@ class Transcriber:
     def _read(self, recordings: Iterable[Recording], open_works: list[_Work]) -> Iterator[bool]:
         """Submits pieces; stops after each block of audio."""
         for recording in recordings:
-            work = _Work(recording)
+            work = self._begun(recording)
             open_works.append(work)
             segmenter = self.segmenter()
             try:
@@ -161,18 +173,29 @@ class Transcriber:
 
     def _add(self, work: _Work, pieces: Iterable[Piece]) -> None:
         work.waiting.extend(pieces)
-        one_by_one = self._options.condition_on_previous_text
+        finds_language = self._options.finds_language and work.language is None
+        if finds_language and work.waiting and not work.in_flight:
+            self._request(_Place(work, work.waiting[0], 0, finds_language=True), tasks.LANGUAGE)
+        one_by_one = finds_language or self._options.condition_on_previous_text
         while work.waiting and not (one_by_one and work.in_flight):
             self._submit(work, work.waiting.popleft())
 
     def _submit(self, work: _Work, piece: Piece, attempt: int = 0, halved: _Halved | None = None) -> None:
+        task = work.recording.task
+        if work.language and tasks.base_of(task) == tasks.DEFAULT and self._options.language:
+            spoken = tasks.state_name(tasks.DEFAULT, work.language, by_lang=True)
+            task = spoken if spoken in self._model.initial_states else task
+        self._request(_Place(work, piece, attempt, halved), task)
+
+    def _request(self, place: _Place, task: str) -> None:
+        work, piece, attempt = place.work, place.piece, place.attempt
         recording, seconds = work.recording, len(piece.waveform) / SAMPLE_RATE
         sample = Sample(
-            recording.name, piece.waveform, "", [], seconds, piece.start, recording.task, recording.language,
-            recording.normalised, prompt_ids=recording.prompt_ids,
+            recording.name, piece.waveform, "", [], seconds, piece.start, task, work.language, recording.normalised,
+            prompt_ids=recording.prompt_ids,
         )  # fmt: skip
         request = Request(
-            key=_Place(work, piece, attempt, halved),
+            key=place,
             sample=sample,
             limit=self._options.token_limit(seconds),
             temperature=self._options.temperatures[attempt],
@@ -185,6 +208,9 @@ class Transcriber:
         """A decoded piece is kept, unless it is to be decoded again: at a higher temperature, or in two."""
         place: _Place = done.request.key
         place.work.in_flight -= 1
+        if place.finds_language:
+            place.work.language = self._model.tokenizer.decode(done.hypotheses[0].ids).strip()
+            return self._add(place.work, ())
         silence, o = self._silence(done), self._options
         again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
         if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
@@ -293,7 +319,7 @@ class Transcriber:
             segments=segments,
             seconds=work.samples / SAMPLE_RATE,
             task=work.recording.task,
-            language=work.recording.language,
+            language=work.language or None,
             removed_seconds=work.removed / SAMPLE_RATE,
             ctc=join_texts(work.heard[start] for start in sorted(work.heard)) if self._model.ctc else None,
         )

@@ -20,7 +20,7 @@ from rwkv_speech.scoring.metrics import Counts, Tally
 from rwkv_speech.scoring.reliability import Reliability, reliability, right_words
 from rwkv_speech.scoring.speed import Speed
 from rwkv_speech.scoring.translation import direction
-from rwkv_speech.text import NORMALIZERS, normalizer
+from rwkv_speech.text import NORMALIZERS, normalise_score, normalizer
 
 _DURATIONS = (2, 5, 10, 20, 30)  # s
 _SHOWN = ("direction", "duration", "language", "task", "turn")  # on the screen; speakers may be hundreds
@@ -72,6 +72,13 @@ class TaskResult:
             return None
         return Tally.of([normalise(row.ref) for row in self.rows], known).scores().words
 
+    @property
+    def languages(self) -> tuple[int, int] | None:
+        """In how many utterances the right language was found, and in how many of those of known language."""
+        known = [row for row in self.rows if row.found_lang is not None and row.lang is not None]
+        right = sum(normalise_score(row.found_lang or "") == normalise_score(row.lang or "") for row in known)
+        return (right, len(known)) if known else None
+
     @cached_property
     def reliability(self) -> Reliability | None:
         """How far the probabilities of a transcript's words can be trusted, where every row has its words."""
@@ -115,6 +122,7 @@ class TaskResult:
                 "seed": self.seed,
             },
             "ctc": {"wer": self.ctc.rate if self.ctc.ref_length else None, **asdict(self.ctc)} if self.ctc else None,
+            "language_accuracy": self.languages[0] / self.languages[1] if self.languages else None,
             "confidence": asdict(self.reliability) if self.reliability else None,
             "cut_off": sum(row.cut for row in self.rows),
             "by": {
@@ -140,6 +148,9 @@ class TaskResult:
             )
         if self.ctc:
             lines.append(f"WER of the CTC head alone {percent(self.ctc.rate)}   {edits(self.ctc)}")
+        if self.languages:
+            right, known = self.languages
+            lines.append(f"language found: accuracy {percent(right / known)} of {known:,} utterances")
         if self.reliability:
             lines.append(f"confidence of words: {self.reliability.report()}")
         for name in (name for name in _SHOWN if name in self.tables):
