@@ -144,6 +144,7 @@ def test_as_prompt_is_what_the_world_models_know():
         ("continue", ", too", ", too"),
         ("continue", "天", "天"),
         ("{text}", "x", " x"),
+        ("{text}#", "x", "x"),
         ("Q: {text}\\nA: ", "x", " x"),
     ],
 )

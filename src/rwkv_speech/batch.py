@@ -25,7 +25,8 @@ class Sample:
     any; `prompt_ids` are read before the audio. `normalised` says whether the waveform has zero mean and unit variance.
     From a feature cache come the encoder's `frames` (F, D) instead, and the waveform is empty; so it is where text is
     read in place of audio, its `input_ids`. `turn` counts from 1 within a conversation, and is 0 in none; the
-    first has the others in `then`.
+    first has the others in `then`. `teacher_ids` are the prompt that asks the frozen language model for the same text,
+    where training compares with what it says.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     prompt_ids: tuple[int, ...] = ()
     then: "tuple[Sample, ...]" = ()
+    teacher_ids: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -79,6 +81,7 @@ class Batch:
     input_ids   what each reads in place of audio, None for audio; or None where all of them hear
     turns       of each its number in its conversation, from 1, and 0 in none; those above 1 go on in the sequence of
                 the one before them. None where there is no conversation
+    teacher_ids of each the prompt of the frozen language model, empty where it is no teacher; None where it is for none
     """
 
     indices: list[int]
@@ -100,6 +103,7 @@ class Batch:
     frame_lengths: Tensor | None = None
     input_ids: list[tuple[int, ...] | None] | None = None
     turns: list[int] | None = None
+    teacher_ids: list[tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,6 +119,7 @@ class Batch:
         frames = [None] * len(self) if self.frames is None else self.frames
         lengths = self.num_samples if self.frame_lengths is None else self.frame_lengths
         read, turns = self.input_ids or [None] * len(self), self.turns or [0] * len(self)
+        taught = self.teacher_ids or [()] * len(self)
         return [
             Sample(
                 self.ids[i],
@@ -133,6 +138,7 @@ class Batch:
                 self.source_texts[i],
                 self.answers[i],
                 self.prompt_ids[i],
+                taught[i],
             )
             for i, x in enumerate(frames)
         ]

@@ -19,6 +19,7 @@ PROMPT_FORMS = ("user", "instruction", "continue")
 SCHEDULES = ("cosine", "constant")
 FREEZE_ADAPTER = "adapter"
 FROZEN = ("none", FREEZE_ADAPTER)
+LOSSES = ("ce", "kl")
 STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
 VADS = ("silero", "none")
@@ -242,6 +243,19 @@ class _OptimizerFlags:
     beta1: float = flag(0.9, "AdamW's decay of the gradient's average", at_least=0, below=1)
     beta2: float = flag(0.99, "AdamW's decay of the squared gradient's average", at_least=0, below=1)
     adam_eps: float = flag(1e-8, "what AdamW adds to the root of that average", above=0)
+    loss: str = flag(
+        "ce",
+        "ce: cross-entropy; kl: for lines with an answer and a source_text the divergence from what the same frozen "
+        "language model says to the transcript",
+        LOSSES,
+    )
+    kl_temperature: float = flag(2.0, "what softens both distributions of --loss kl", at_least=0.1, at_most=100)
+    kl_form: str = flag(
+        "user",
+        "how that model is asked: user, instruction, continue (the text alone, to be continued), or a template with "
+        "{text}",
+        form=_PROMPT_FORM,
+    )
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no limit", at_least=0)
     seed: int = flag(1, "seed of initial values and of the order of the data", at_least=0, at_most=2**32 - 1)
     ctc: int = flag(
@@ -330,6 +344,14 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
                     "shares out the frozen layers, and ranks would wait for each other for ever; leave it empty and "
                     "score with eval.py afterwards, or use deepspeed_stage_2"
                 )
+        for name, default in (("kl_temperature", 2.0), ("kl_form", "user")):
+            if self.loss != "kl" and getattr(self, name) != default:
+                raise UserError(f"--{name}: found without --loss kl, where it has no effect; add it, or leave this out")
+        if self.loss == "kl" and self.strategy == "deepspeed_stage_3":
+            raise UserError(
+                "--loss: found kl with --strategy deepspeed_stage_3, which shares out the frozen layers: ranks without "
+                "an answer in a batch would keep the others waiting; use deepspeed_stage_2"
+            )
         if self.ctc and self.strategy == "deepspeed_stage_3":
             raise UserError(
                 "--ctc: found 1 with --strategy deepspeed_stage_3, which shares out the frozen encoder; train without "

@@ -57,9 +57,10 @@ def as_prompt(form: str, text: str, before: str = "") -> str:
 
 
 def as_continuation(form: str, answer: str) -> str:
-    """An answer as it follows the prompt of this form: with a blank, but where it goes on in the middle of a word."""
-    asked = not PROMPT_FORMS.get(form, form).rstrip(" ").endswith("{text}")
-    return f" {answer}" if answer and (asked or (answer[0].isalnum() and not UNSPACED.match(answer[0]))) else answer
+    """An answer as it follows the prompt of this form: with a blank after a colon, and between words of the text."""
+    template = PROMPT_FORMS.get(form, form).rstrip(" ")
+    between_words = template.endswith("{text}") and answer[:1].isalnum() and not UNSPACED.match(answer)
+    return f" {answer}" if answer and (between_words or template.endswith(":")) else answer
 
 
 def normalise_score(text: str) -> str:

@@ -229,3 +229,17 @@ def test_a_prompt_takes_room_like_a_text(source: FileSource, tokenizer: WorldTok
     for ctx_len, fits in ((7, False), (8, True)):
         found = SpeechDataset(FileSource([row]), tokenizer, fit=Fit(ctx_len, 1, HOPS))[0]
         assert isinstance(found, Sample) == fits
+
+
+def test_answers_to_transcripts_ask_the_frozen_model(source: FileSource, tokenizer: WorldTokenizer):
+    asked = replace(source.utterance(0), text="four", answers=("four", "4"), prompt="Sum.", source_text="2 + 2")
+    rows = [asked, replace(asked, answers=()), replace(asked, source_text=None)]
+    found = [SpeechDataset(FileSource(rows), tokenizer, teacher_form="user").plain()[i] for i in range(3)]
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    assert tokenizer.decode(samples[0].teacher_ids) == "User: Sum.\n2 + 2\n\nAssistant:"
+    assert [tokenizer.decode(sample.ids) for sample in samples] == [" four", "four", "four"]
+    assert [bool(sample.teacher_ids) for sample in samples] == [True, False, False]
+    batch = collate(samples)
+    assert batch.teacher_ids == [sample.teacher_ids for sample in samples]
+    untaught = SpeechDataset(FileSource(rows), tokenizer)[0]
+    assert isinstance(untaught, Sample) and untaught.teacher_ids == () and untaught.ids == tokenizer.encode("four")

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from assertions import assert_rms_close
 from tiny_models import random_rwkv6_tensors
 from torch import Tensor
 from torch.nn import functional as F
@@ -350,3 +351,39 @@ def test_ctc_head_travels_with_the_checkpoint_and_trains_not(tiny_parts: Parts, 
     assert texts == model.ctc_texts(batch) and any(texts) and texts[2] == ""
     frames, lengths = model.encoder(batch.waveforms, batch.num_samples)
     assert model.ctc_texts(replace(batch, frames=frames, frame_lengths=lengths)) == texts
+
+
+def naive_divergence(model: SpeechLM, wave: Tensor, ids: list[int], asked: list[int], temperature: float) -> Tensor:
+    """KL from the frozen model that reads `asked` and then the text to the student, written out."""
+    frames, [length] = model.encoder(wave[None], torch.tensor([len(wave)]))
+    audio = model.adapter(frames, length[None])[0]
+    embed = model.lm.emb(torch.tensor([SEPARATOR_ID, *ids]))
+    state = model.lm.zero_state(1)._replace(wkv=model.initial_states["asr"][:, None])
+    student = model.lm(inputs_embeds=torch.cat([audio, embed])[None], state=state).logits[0, len(audio) :]
+    teacher = model.lm(torch.tensor([asked + ids])).logits[0, len(asked) - 1 :].detach()
+    p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+    end = model.tokenizer.ids_with(b"\n\n")
+    p = p.index_add(1, torch.tensor([EOS_ID] * len(end)), p[:, end]).index_fill(1, torch.tensor(end), 0.0)
+    return temperature**2 * (torch.special.xlogy(p, p) - p * q.log()).sum()
+
+
+def test_answers_are_compared_with_the_frozen_model_that_reads_the_transcript(tiny_parts: Parts, tmp_path: Path):
+    vocab = Path(tiny_parts.vocab_file).read_text() + "261 '\\n\\n' 2\n262 '.\\n\\n' 3\n"
+    (tmp_path / "vocab.txt").write_text(vocab)
+    model = build(replace(tiny_parts, vocab_file=str(tmp_path / "vocab.txt")))
+    waves, asked = sounds(LENGTHS), [(), (86, 59), (), (9, 10, 11)]
+    batch = batch_of(model, waves, TEXTS)
+    loss = model(replace(batch, teacher_ids=asked), kl_temperature=1.7)
+    texts = [model.tokenizer.encode(text) for text in TEXTS]
+    expected = sum(
+        naive_divergence(model, wave, ids, list(prompt), 1.7) if prompt else naive_loss(model, wave, text)
+        for wave, text, ids, prompt in zip(waves, TEXTS, texts, asked, strict=True)
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    names, parameters = zip(*((name, x) for name, x in model.named_parameters() if x.requires_grad), strict=True)
+    for name, got, want in zip(
+        names, torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert_rms_close(name, got, want, 1e-4)
+    assert all(x.teacher_ids == y for x, y in zip(replace(batch, teacher_ids=asked).samples(), asked, strict=True))
+    assert collate(batch.samples()).teacher_ids is None

@@ -141,27 +141,50 @@ def trained_step(corpus: Path, run: Path, **flags: object) -> dict[str, torch.Te
     return load_file(run / "last.safetensors")
 
 
+_HUGE_STEP = 1e6
+
+
+def descend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One huge step of plain gradient descent leaves the gradient itself in the weights."""
+    from rwkv_speech.training import module as lightning_module
+
+    def descent(adapter, state, *rates):
+        groups = [{"params": list(adapter), "name": "adapter"}, {"params": list(state), "name": "state"}]
+        return torch.optim.SGD(groups, lr=_HUGE_STEP)
+
+    monkeypatch.setattr(lightning_module, "make_optimizer", descent)
+
+
 @pytest.mark.parametrize("form", ["torch", "auto"])
 def test_accumulation_does_not_change_the_gradient(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ):
-    """One huge step of plain gradient descent leaves the gradient itself in the weights."""
-    from rwkv_speech.training import module as lightning_module
-
-    step = 1e6
-
-    def descent(adapter, state, *rates):
-        groups = [{"params": list(adapter), "name": "adapter"}, {"params": list(state), "name": "state"}]
-        return torch.optim.SGD(groups, lr=step)
-
-    monkeypatch.setattr(lightning_module, "make_optimizer", descent)
+    descend(monkeypatch)
     whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, wkv6=form)
     parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, wkv6=form)
     for name, tensor in whole.items():
         assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
         # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
         assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
-        assert float((parts[name] - tensor).abs().max()) <= 1e-5 * step, name
+        assert float((parts[name] - tensor).abs().max()) <= 1e-5 * _HUGE_STEP, name
+
+
+def test_kl_of_answers_and_cross_entropy_of_the_rest_in_one_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    descend(monkeypatch)
+    lines = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    for line in lines[::2]:
+        line |= {"source_text": line.pop("text"), "answer": "yes"}
+    (corpus / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    taught = {"train_data": corpus / "answers.jsonl", "loss": "kl"}
+    whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, **taught)
+    assert "4 of 8 lines looked at are learned by KL, the others by cross-entropy" in capsys.readouterr().out
+    parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, **taught)
+    for name, tensor in whole.items():
+        assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
+    assert train_script.main(arguments(corpus, tmp_path / "none", loss="kl")) == 2
+    assert "none of 8 lines of --train_data has an answer and a source_text" in capsys.readouterr().err
 
 
 def test_frozen_weights_stay_and_the_encoder_stays_in_eval_mode(corpus: Path, tmp_path: Path):

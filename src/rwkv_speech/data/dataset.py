@@ -23,7 +23,7 @@ from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_proces
 from rwkv_speech.data.source import Part, Source, Utterance, load_turn, parts_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.tasks import Naming
-from rwkv_speech.text import normalise_label
+from rwkv_speech.text import as_continuation, as_prompt, normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
 
 _VARIANCE_FLOOR = 1e-7  # as in the encoder
@@ -54,8 +54,9 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
     `naming` says which state an utterance has. A broken recording becomes a BadSample, never an exception; so does one
-    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames. Raises
-    UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
+    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames. With a
+    `teacher_form`, as in text.as_prompt, answers to what has a transcript get `teacher_ids`, and the blank with which a
+    text model begins them. Raises UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         normalise: bool = False,
         augment: Augmenter | None = None,
         cache: FeatureCache | None = None,
+        teacher_form: str = "",
     ) -> None:
         normalise_label("", label_mode)  # an unknown mode fails here, not in a data worker
         if cache and augment and augment.settings.flags_on:
@@ -78,11 +80,13 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             )
         self.source, self._tokenizer = source, tokenizer
         self._label_mode, self._fit, self._naming = label_mode, fit, naming
-        self._normalise, self._augment, self._cache = normalise, augment, cache
+        self._normalise, self._augment, self._cache, self._teacher_form = normalise, augment, cache, teacher_form
 
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
-        return SpeechDataset(self.source, self._tokenizer, self._label_mode, self._fit, naming=self._naming)
+        changed = copy.copy(self)
+        changed._normalise, changed._augment, changed._cache = False, None, None
+        return changed
 
     def with_cache(self, cache: FeatureCache) -> "SpeechDataset":
         """The same utterances with the frames of a cache, which is to be filled first."""
@@ -170,11 +174,12 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     def _labelled(self, index: int, number: int, found: Utterance, first: Utterance) -> Sample:
         """All of a turn but its audio."""
         text, encode = normalise_label(found.text, self._label_mode), self._tokenizer.encode
+        form = self._teacher_form if found.question and not first.then else ""
         return Sample(
             id=f"{first.id}#{number}" if first.then else found.id,
             waveform=torch.empty(0),
             text=text,
-            ids=encode(text),
+            ids=encode(as_continuation(form, text) if form else text),
             duration=0.0,
             index=index,
             task=self._naming.state(found.task, found.lang),
@@ -185,6 +190,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             source_text=found.source_text,
             answers=found.answers,
             prompt_ids=tuple(encode(found.prompt)),
+            teacher_ids=tuple(encode(as_prompt(form, found.question, found.prompt))) if form else (),
         )
 
     def _heard(self, epoch: int, sample: Sample, found: Utterance) -> Sample | BadSample:

@@ -166,6 +166,7 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
     kept = next((sample.frames for sample in good if sample.frames is not None), None)
     frames = [] if kept is None else [kept[:0] if sample.frames is None else sample.frames for sample in good]
     read, turns = [sample.input_ids for sample in good], [sample.turn for sample in good]
+    taught = [sample.teacher_ids for sample in good]
     return Batch(
         indices=[sample.index for sample in good],
         ids=[sample.id for sample in good],
@@ -186,6 +187,7 @@ def collate(samples: Sequence[Sample | BadSample]) -> Batch:
         frame_lengths=torch.tensor([len(rows) for rows in frames], dtype=torch.int64) if frames else None,
         input_ids=read if any(ids is not None for ids in read) else None,
         turns=turns if any(turns) else None,
+        teacher_ids=taught if any(taught) else None,
     )
 
 

@@ -79,6 +79,11 @@ def spoken_seconds(text: str) -> float:
     """About as long as it takes to say a text."""
     return max(1, len(text)) / _CHARACTERS_PER_SECOND
 
+    @property
+    def question(self) -> str:
+        """The transcript of what has an answer, "" where there is none."""
+        return self.source_text or "" if self.answers else ""
+
 
 @dataclass(frozen=True)
 class Columns:

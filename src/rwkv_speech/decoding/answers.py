@@ -11,9 +11,8 @@ import torch
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.strategy import Strategy, Track
 from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.speech_lm import BETWEEN_TURNS
 from rwkv_speech.tokenizer import WorldTokenizer
-
-TURN_END = b"\n\n"  # between two turns, as the World models were taught
 
 
 class Answer(NamedTuple):
@@ -61,7 +60,7 @@ def answers(
         going = [track for _, track in busy]
         for (row, track), choice in zip(busy, strategy.choose(strategy.scores(logits, going), going), strict=True):
             ended = strategy.take(track, choice)
-            said, end, _ = tokenizer.decode_bytes(track.ids).partition(TURN_END)
+            said, end, _ = tokenizer.decode_bytes(track.ids).partition(BETWEEN_TURNS.encode())
             unread[row] = [choice.token]
             if ended or end:
                 tracks[row] = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes, check_tensors, open_base
-from rwkv_speech.models.losses import head_loss_sum
+from rwkv_speech.models.losses import head_kl_sum, head_loss_sum
 from rwkv_speech.models.quantised import Int8Linear
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.ops import rwkv6_cpu
@@ -159,12 +159,17 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss.
+    """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss, or with what a teacher
+    gives (the last arguments of losses.head_kl_sum) the summed divergence from it.
 
     Within one module, since ZeRO-3 has a matrix only while its module runs.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, teacher: tuple[Tensor, Tensor, float] | None = None
+    ) -> Tensor:
+        if teacher is not None:
+            return head_kl_sum(hidden, self.weight, *teacher)
         return super().forward(hidden) if targets is None else head_loss_sum(hidden, self.weight, targets)
 
 

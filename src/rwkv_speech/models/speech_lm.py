@@ -2,6 +2,7 @@
 
 # U utterances · A audio tokens · T positions of the packed batch · V vocabulary · L layers · H heads · N head size
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -208,16 +209,47 @@ class SpeechLM(nn.Module):
         assert self.ctc is not None
         return self.ctc.texts(*self.frames(batch))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, kl_temperature: float = 2.0) -> Tensor:
         """The summed loss of a batch over its `num_targets`, float32.
 
-        With lengths and text on the host, where they are wanted, nothing here waits for the device.
+        It is cross-entropy, but of an utterance with `teacher_ids` the divergence, at this temperature, from what the
+        frozen model says that reads them, end of text included. With lengths and text on the host, where they are
+        wanted, nothing here waits for the device.
         """
         audio, lengths = self.audio_tokens(batch)
         spliced, hidden, _ = self._read(audio, *self._sequences(batch, lengths.tolist()), keep_state=False)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
-        targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[at], at))
-        return self.lm.head(hidden[rows], targets)
+        teacher_ids = batch.teacher_ids or [()] * len(batch)
+        is_taught = torch.tensor([bool(ids) for ids in teacher_ids]).repeat_interleave(batch.text_lengths.cpu() + 1)
+        chosen = at[~is_taught]
+        targets, rows = (x.to(hidden.device, non_blocking=True) for x in (spliced.labels[chosen], chosen))
+        loss = self.lm.head(hidden[rows], targets)
+        if batch.teacher_ids is None:
+            return loss
+        rows = at[is_taught].to(hidden.device, non_blocking=True)
+        return loss + self.lm.head(hidden[rows], teacher=(*self._teacher(batch), kl_temperature))
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return [self.tokenizer.eos_id, *self.tokenizer.ids_with(BETWEEN_TURNS.encode())]
+
+    @torch.no_grad()
+    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of a batch's texts after their `teacher_ids`, read from no state: the hidden states (n, C) at their targets;
+        and the tokens (k,) with which the frozen model ends a text, the end of text first.
+        """
+        texts = batch.text_ids.cpu().split(batch.text_lengths.tolist())
+        sequences: list[list[splice.Segment]] = [
+            [splice.Prompt(ids), splice.Text(text.tolist())]
+            for ids, text in zip(batch.teacher_ids or (), texts, strict=True)
+            if ids
+        ]
+        nothing = self.lm.embed(torch.empty(0, dtype=torch.int64, device=self.lm.emb.weight.device))
+        spliced, hidden, _ = self._read(nothing, sequences, self.lm.zero_state(len(sequences)), keep_state=False)
+        ends = torch.tensor(self._ends)
+        at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
+        rows, ends = (x.to(hidden.device, non_blocking=True) for x in (at, ends))
+        return hidden[rows], ends
 
     def _sequences(self, batch: Batch, num_audio: list[int]) -> tuple[list[list[splice.Segment]], State]:
         """What a batch is read as, the turns of a conversation as one sequence, and the states before it."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rwkv_speech.data.streaming import Stream, StreamedData
 
 PREFIX = "hf-stream:"
+_LOOKED_AT = 1000
 
 
 def open_train_and_valid(config: TrainConfig) -> "tuple[Source | Stream, Source | None]":
@@ -114,10 +115,13 @@ def make_datasets(
         "naming": naming,
         "fit": Fit(config.ctx_len, model.adapter.stack, model.encoder.framing),
         "normalise": normalise,
+        "teacher_form": config.kl_form if config.loss == "kl" else "",
     }
     augment = make_augmenter(config)
     if config.train_data.startswith(PREFIX):
         return _streamed(config, train, functools.partial(SpeechDataset, **settings), augment), validation, None
+    if config.loss == "kl":
+        say(_taught(cast(Source, train)))
     cache = None
     if config.feature_cache:
         cache = FeatureCache(config.feature_cache, model.encoder.fingerprint(), config.feature_dtype)
@@ -125,6 +129,18 @@ def make_datasets(
     if note := data.count_too_long():
         say(note)
     return data, validation, cache
+
+
+def _taught(source: Source) -> str:
+    """Say how much of the data --loss kl is for, looking at some of it; raises UserError if nothing is."""
+    looked_at = range(0, len(source), max(1, len(source) // _LOOKED_AT))
+    count = sum(bool(source.utterance(index).question) for index in looked_at)
+    if not count:
+        raise UserError(
+            f"--loss: kl compares answers with those of the text model, but none of {len(looked_at)} lines of "
+            "--train_data has an answer and a source_text; add them (python -m rwkv_speech make_answers), or take ce"
+        )
+    return f"{count} of {len(looked_at)} lines looked at are learned by KL, the others by cross-entropy"
 
 
 def _streamed(

@@ -266,7 +266,9 @@ class SpeechModule(pl.LightningModule):
         """Add one micro batch's share to the gradients; its summed loss."""
         with self.strategy.micro_batch(self.trainer, last):
             with self._autocast():
-                loss = self.model(batch) if len(batch) else self.strategy.zero_loss(self.model)
+                loss = (
+                    self.model(batch, self.config.kl_temperature) if len(batch) else self.strategy.zero_loss(self.model)
+                )
             self.manual_backward(loss * scale)
         return loss.detach()
 

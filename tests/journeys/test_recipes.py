@@ -1,0 +1,75 @@
+"""The recorded experiments at the real sizes: what their scripts call has flags and values that there are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_speech.config import AnswerConfig, EvalConfig, TrainConfig
+from rwkv_speech.flags import Flags, parse
+
+ROOT = Path(__file__).parents[2]
+# What each takes: the parts of a folder of manifests.
+RECIPES = {"voice-qa.sh": ("train", "valid", "test")}
+
+
+@pytest.fixture
+def pretender(tmp_path: Path) -> Path:
+    """An interpreter that has every module, and prints its arguments, a call in a line, instead of running them."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\nif [ "$1" != -c ]; then printf \'%s\\037\' "$@"; echo; fi\n')
+    path.chmod(0o755)
+    return path
+
+
+def run(script: str, *words: object, cwd: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "venv": "none", **{name: str(value) for name, value in variables.items()}}
+    command = ["sh", str(ROOT / "demo" / script), *map(str, words)]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def parsed(line: str) -> Flags:
+    """What a call of an interpreter asks for."""
+    first, *words = line[:-1].split("\x1f")
+    if first == "-m":
+        assert words[:2] == ["rwkv_speech", "make_answers"]
+        return parse(AnswerConfig, words[2:], "")
+    return parse({"train.py": TrainConfig, "eval.py": EvalConfig}[Path(first).name], words, "")
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_recipes_call_with_flags_that_there_are(script: str, pretender: Path, tmp_path: Path):
+    for part in RECIPES[script]:
+        (tmp_path / f"{part}.jsonl").touch()
+    for op, config in (("train", TrainConfig), ("eval", EvalConfig)):
+        done = run(script, tmp_path, "--seed" if op == "train" else "--beam", 3, cwd=tmp_path, PYTHON=pretender, OP=op)
+        assert done.returncode == 0, done.stderr
+        *_, last = map(parsed, done.stdout.splitlines())
+        assert isinstance(last, config) and 3 in (getattr(last, "seed", 0), getattr(last, "beam", 0))
+    done = run(script, tmp_path / "no", cwd=tmp_path)
+    assert done.returncode == 2 and f"{RECIPES[script][0]}.jsonl" in done.stderr
+
+
+def test_voice_qa_learns_the_answers_that_it_makes(pretender: Path, tmp_path: Path):
+    for part in RECIPES["voice-qa.sh"]:
+        (tmp_path / f"{part}.jsonl").touch()
+    done = run("voice-qa.sh", tmp_path, cwd=tmp_path, PYTHON=pretender, proj_dir=tmp_path / "run")
+    *made, training = map(parsed, done.stdout.splitlines())
+    outputs = [str(tmp_path / f"run/data/{part}.jsonl") for part in ("train", "valid", "test")]
+    assert [getattr(answers, "output", "") for answers in made] == outputs
+    assert isinstance(training, TrainConfig) and training.loss == "kl" and training.valid_data == outputs[1]
+    assert training.train_data.startswith(outputs[0])
+
+
+@pytest.mark.soak
+def test_voice_qa_on_the_tiny_model(tmp_path: Path):
+    make = ["-m", "rwkv_speech.synthetic.make_corpus", "--out", str(tmp_path), "--train", "8", "--valid", "2", "--test"]
+    subprocess.run([sys.executable, *make, "2"], check=True, capture_output=True)
+    tiny = {"load_model": "tiny", "proj_dir": tmp_path / "run", "PYTHON": sys.executable, "device": "cpu",
+            "epoch_count": 1, "micro_bsz": 2, "workers": 0}  # fmt: skip
+    done = run("voice-qa.sh", tmp_path, cwd=tmp_path, **tiny)
+    assert done.returncode == 0 and "written to" in done.stdout, done.stderr
+    done = run("voice-qa.sh", tmp_path, cwd=tmp_path, OP="eval", **tiny)
+    assert done.returncode == 0, done.stderr
