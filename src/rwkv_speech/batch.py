@@ -138,7 +138,7 @@ class Batch:
                 self.source_texts[i],
                 self.answers[i],
                 self.prompt_ids[i],
-                taught[i],
+                teacher_ids=taught[i],
             )
             for i, x in enumerate(frames)
         ]

@@ -57,6 +57,11 @@ class Utterance:
     then: tuple["Utterance", ...] = ()
 
     @property
+    def question(self) -> str:
+        """The transcript of what has an answer, "" where there is none."""
+        return self.source_text or "" if self.answers else ""
+
+    @property
     def turns(self) -> "tuple[Utterance, ...]":
         """All turns of a conversation; what is none is one."""
         return (self, *self.then)
@@ -78,11 +83,6 @@ def load_turn(found: Utterance) -> Tensor:
 def spoken_seconds(text: str) -> float:
     """About as long as it takes to say a text."""
     return max(1, len(text)) / _CHARACTERS_PER_SECOND
-
-    @property
-    def question(self) -> str:
-        """The transcript of what has an answer, "" where there is none."""
-        return self.source_text or "" if self.answers else ""
 
 
 @dataclass(frozen=True)

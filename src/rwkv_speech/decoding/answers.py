@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from rwkv_speech.batch import BETWEEN_TURNS
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.strategy import Strategy, Track
 from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.models.speech_lm import BETWEEN_TURNS
 from rwkv_speech.tokenizer import WorldTokenizer
 
 
