@@ -17,6 +17,7 @@ def score_all(config: EvalConfig) -> None:
     from rwkv_speech.checks import before_evaluation
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
     from rwkv_speech.reports.evaluation import write_evaluation
+    from rwkv_speech.scoring.cascade import cascade
     from rwkv_speech.scoring.evaluate import evaluate, result_stem
     from rwkv_speech.scoring.processes import Progress
 
@@ -38,6 +39,10 @@ def score_all(config: EvalConfig) -> None:
                 paths.append(write_evaluation(result, stem.with_name(f"{stem.name}.html"), weights))
             except ModuleNotFoundError as error:
                 note = f"\n  note: no page, for it needs the package {error.name}: pip install 'rwkv-speech[train]'"
+            if config.cascade:
+                beside = cascade(config, result)
+                paths += beside.write(stem.parent, stem.name.replace("eval-", "cascade-", 1))
+                note += f"\n{beside.report()}"
             bar.write(f"{result.report()}\n  written to {', '.join(map(str, paths))}{note}")
 
 

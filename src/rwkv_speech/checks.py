@@ -55,6 +55,8 @@ def before_evaluation(config: EvalConfig) -> None:
     read_phrases(config)
     if not config.untrained:
         _check_checkpoint(config, config.checkpoint)
+    if config.cascade:
+        find_checkpoint(config.cascade)
     _check_model_files(config)
     _check_data("eval_data", config.eval_data)
     _check_columns(config, _items("eval_data", config.eval_data))

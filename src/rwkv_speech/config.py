@@ -445,6 +445,11 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
     eval_data: str = flag(_LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
     task: str = flag("", "state for all utterances, whatever task they name; empty: each its own", form=TASK_FORM)
     state: str = flag("", STATE_HELP)
+    cascade: str = flag(
+        "",
+        "a run that was trained with --input text: beside each translation or answer stands that of this run, which "
+        "reads what the state asr recognises, and what is really said (source_text)",
+    )
     untrained: int = flag(0, "1: score new, untrained weights instead, for comparison", OFF_ON)
     max_bad: int = flag(0, "how many broken recordings may be skipped before the run stops", at_least=0)
     normalizer: str = flag(

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from rwkv_speech.config import EvalConfig
+from rwkv_speech.data.source import Source
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.devices import accelerator, compute_of
@@ -18,7 +19,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import find_checkpoint
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.scoring.share import Part, Share, decode
+from rwkv_speech.scoring.share import Part, Recast, Role, Share, decode
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,21 @@ def data_sets(config: EvalConfig) -> list[str]:
     return [spec.strip() for spec in config.eval_data.split(",")]
 
 
-def decode_all(config: EvalConfig) -> Iterator[Progress | list[Part]]:
-    """Decode each data set: how far it is, and at the end of a set what each process found in its share.
+def decode_all(config: EvalConfig, role: Role | None = None) -> Iterator[Progress | list[Part]]:
+    """Decode each data set, or with a `role` some of the only one in that: how far it is, and at the end of a set what
+    each process found in its share.
 
     Raises UserError for weights and data that do not fit.
     """
     name, world_size = accelerator(config)
     if world_size == 1:
-        for message in _decode(config, "cuda" if name == "gpu" else "cpu"):
+        for message in _decode(config, role, "cuda" if name == "gpu" else "cpu"):
             yield [message] if isinstance(message, Part) else message
         return
     context = multiprocessing.get_context("spawn")  # neither CUDA nor OpenMP's threads survive a fork
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(target=_work, args=(config, rank, world_size, sender), daemon=True)
+        context.Process(target=_work, args=(config, role, rank, world_size, sender), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     try:
@@ -87,26 +89,29 @@ def _collected(pipes: list[Connection]) -> Iterator[Progress | list[Part]]:
             yield [waiting.popleft() for waiting in parts]
 
 
-def _work(config: EvalConfig, rank: int, world_size: int, sender: Connection) -> None:
+def _work(config: EvalConfig, role: Role | None, rank: int, world_size: int, sender: Connection) -> None:
     """One process of several; Ctrl-C is the business of the one that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gpu = accelerator(config)[0] == "gpu"
     if not gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
-        for message in _decode(config, f"cuda:{rank}" if gpu else "cpu", rank, world_size):
+        for message in _decode(config, role, f"cuda:{rank}" if gpu else "cpu", rank, world_size):
             sender.send(message)
         sender.send(None)
     except UserError as error:
         sender.send(error)
 
 
-def _decode(config: EvalConfig, device: str, rank: int = 0, world_size: int = 1) -> Iterator[Progress | Part]:
+def _decode(
+    config: EvalConfig, role: Role | None, device: str, rank: int = 0, world_size: int = 1
+) -> Iterator[Progress | Part]:
     """One process's share of every data set."""
-    shares = [
-        Share(open_source(spec, audio_column=config.audio_column, text_column=config.text_column), rank, world_size)
+    sources: list[Source] = [
+        open_source(spec, audio_column=config.audio_column, text_column=config.text_column)
         for spec in data_sets(config)
     ]
+    shares = [Share(Recast(source, role) if role else source, rank, world_size) for source in sources]
     yield Progress(total=sum(map(len, shares)))
     options, (model, task) = Options.of(config), _model(config, device)
     for share in shares:

@@ -1,6 +1,6 @@
 """Decode a data set, or one process's share of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,6 +49,49 @@ class Share:
 
     def tasks(self) -> TaskCounts:
         """Give the number of utterances of each task and language in the whole source."""
+        return self.source.tasks()
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the whole source."""
+        return self.source.fingerprint()
+
+
+@dataclass(frozen=True)
+class Role:
+    """What utterances at these `places` of a source are to be: of these `tasks`, to be heard or, with `texts`, read."""
+
+    places: Sequence[int]
+    tasks: Sequence[str]
+    texts: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Recast:
+    """Some utterances of a source in another role: itself a source."""
+
+    source: Source
+    role: Role
+
+    def __len__(self) -> int:
+        return len(self.role.places)
+
+    def utterance(self, index: int) -> Utterance:
+        """Give the metadata of one utterance; one that is heard has the language that is spoken."""
+        found = replace(self.source.utterance(self.role.places[index]), task=self.role.tasks[index])
+        if self.role.texts is None:
+            return replace(found, lang=found.source_lang or found.lang, prompt="")
+        return replace(found, input_text=self.role.texts[index])
+
+    def load(self, index: int) -> Tensor:
+        """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
+        return self.source.load(self.role.places[index])
+
+    def durations(self) -> NDArray[np.float32]:
+        """Give the seconds of every utterance, (N,), NaN where they are not known."""
+        return self.source.durations()[self.role.places]
+
+    def tasks(self) -> TaskCounts:
+        """Give the number of utterances of each task and language of the whole source."""
         return self.source.tasks()
 
     def fingerprint(self) -> str:
