@@ -4,13 +4,8 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 data=${1:-}
 
-for part in train valid; do
-    if [ ! -f "$data/$part.jsonl" ]; then
-        echo "usage: demo/digits.sh FOLDER: expected the manifests train.jsonl and valid.jsonl in FOLDER;" \
-            "'$data/$part.jsonl' is not there" >&2
-        exit 2
-    fi
-done
+. "$root/demo/env.sh"
+needs_manifests "$data" train valid
 export load_model=tiny proj_dir="${proj_dir-$root/output/digits}" train_data="$data/train.jsonl" valid_data="" \
     eval_data="$data/valid.jsonl" epoch_count="${epoch_count-16}" warmup_steps="${warmup_steps-50}"
 OP=train sh "$root/demo/demo-state-tuning.sh"

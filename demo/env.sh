@@ -12,6 +12,19 @@ has_module() {
     "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null
 }
 
+# Ends a script that lacks a manifest: needs_manifests FOLDER train valid ...
+needs_manifests() {
+    folder=$1
+    shift
+    for part in "$@"; do
+        if [ ! -f "$folder/$part.jsonl" ]; then
+            echo "usage: $0 FOLDER: expected $part.jsonl in FOLDER (of the manifests $*);" \
+                "'$folder/$part.jsonl' is not there" >&2
+            exit 2
+        fi
+    done
+}
+
 setup_environment() {
     interpreter=${PYTHON:-python3}
     case ${venv:-auto} in

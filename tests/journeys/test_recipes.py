@@ -11,8 +11,8 @@ from rwkv_speech.config import AnswerConfig, EvalConfig, TrainConfig
 from rwkv_speech.flags import Flags, parse
 
 ROOT = Path(__file__).parents[2]
-# What each takes: the parts of a folder of manifests.
-RECIPES = {"voice-qa.sh": ("train", "valid", "test")}
+PARTS = ("train", "valid", "test")
+FOLDERS = ("voice-qa.sh", "other-audio.sh", "conversation.sh")  # take a folder of manifests
 
 
 @pytest.fixture
@@ -39,25 +39,27 @@ def parsed(line: str) -> Flags:
     return parse({"train.py": TrainConfig, "eval.py": EvalConfig}[Path(first).name], words, "")
 
 
-@pytest.mark.parametrize("script", RECIPES)
+@pytest.mark.parametrize("script", [*FOLDERS])
 def test_recipes_call_with_flags_that_there_are(script: str, pretender: Path, tmp_path: Path):
-    for part in RECIPES[script]:
+    for part in PARTS:
         (tmp_path / f"{part}.jsonl").touch()
+    folder = [tmp_path] if script in FOLDERS else []
     for op, config in (("train", TrainConfig), ("eval", EvalConfig)):
-        done = run(script, tmp_path, "--seed" if op == "train" else "--beam", 3, cwd=tmp_path, PYTHON=pretender, OP=op)
+        done = run(script, *folder, "--seed", 3, cwd=tmp_path, PYTHON=pretender, OP=op, proj_dir=tmp_path / "run")
         assert done.returncode == 0, done.stderr
         *_, last = map(parsed, done.stdout.splitlines())
-        assert isinstance(last, config) and 3 in (getattr(last, "seed", 0), getattr(last, "beam", 0))
-    done = run(script, tmp_path / "no", cwd=tmp_path)
-    assert done.returncode == 2 and f"{RECIPES[script][0]}.jsonl" in done.stderr
+        assert isinstance(last, config) and (last.seed, last.proj_dir) == (3, str(tmp_path / "run"))
+    if folder:
+        done = run(script, tmp_path / "no", cwd=tmp_path)
+        assert done.returncode == 2 and "train.jsonl" in done.stderr
 
 
 def test_voice_qa_learns_the_answers_that_it_makes(pretender: Path, tmp_path: Path):
-    for part in RECIPES["voice-qa.sh"]:
+    for part in PARTS:
         (tmp_path / f"{part}.jsonl").touch()
     done = run("voice-qa.sh", tmp_path, cwd=tmp_path, PYTHON=pretender, proj_dir=tmp_path / "run")
     *made, training = map(parsed, done.stdout.splitlines())
-    outputs = [str(tmp_path / f"run/data/{part}.jsonl") for part in ("train", "valid", "test")]
+    outputs = [str(tmp_path / f"run/data/{part}.jsonl") for part in PARTS]
     assert [getattr(answers, "output", "") for answers in made] == outputs
     assert isinstance(training, TrainConfig) and training.loss == "kl" and training.valid_data == outputs[1]
     assert training.train_data.startswith(outputs[0])
