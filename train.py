@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> None:
         model = SpeechLM.build(Parts.of(config), compute, states)
         if start:
             model.load_trained(start)
+        model.add_soft_prompts(learned, config.soft_prompt)
         if config.freeze == FREEZE_ADAPTER:
             model.freeze_all_but(learned)
         data, valid, cache = make_datasets(config, model, *sources)

@@ -225,6 +225,12 @@ class _AudioFlags:
 class _OptimizerFlags:
     group: ClassVar[str] = "training"
     init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
+    soft_prompt: int = flag(
+        0,
+        "learned vectors that each new task reads between audio and separator, beside its state",
+        at_least=0,
+        at_most=1000,
+    )
     freeze: str = flag(
         "none",
         "adapter: it stays as in --init_from, whose states are kept, and the states of the training data alone are "

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rwkv_speech.batch import Batch, Sample
 from rwkv_speech.data.loader import collate
+from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import export_published, load_trained
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
@@ -66,6 +67,7 @@ def naive_loss(model: SpeechLM, wave: Tensor, text: str, task: str = "asr", prom
         hidden = F.linear(torch.stack(tokens), adapter["0.weight"], adapter["0.bias"]).relu()
         parts.append(F.linear(hidden, adapter["2.weight"], adapter["2.bias"]))
     ids = model.tokenizer.encode(text)
+    parts += [model.soft_prompts[task]] if task in model.soft_prompts else []
     parts.append(model.lm.emb(torch.tensor([SEPARATOR_ID, *ids])))
     state = model.lm.zero_state(1)._replace(wkv=model.initial_states[task][:, None])
     logits = model.lm(inputs_embeds=torch.cat(parts)[None], state=state).logits[0]
@@ -147,6 +149,30 @@ def test_turns_go_on_in_one_sequence(model: SpeechLM):
     )
     only_text = [replace(middle, turn=1), replace(middle, text="good", ids=model.tokenizer.encode("good"))]
     torch.testing.assert_close(model(collate(only_text)), naive_conversation_loss(model, only_text), rtol=1e-5, atol=0)
+
+
+def test_a_soft_prompt_is_read_between_audio_and_separator(tiny_parts: Parts, tmp_path: Path):
+    """Against the definition, for a task that has one beside one that has none; in training and in decoding."""
+    model = build(tiny_parts, ["asr", "keyword", "topic"])
+    model.add_soft_prompts(["keyword", "topic"], 3)
+    model.add_soft_prompts(["topic"], 9)  # has one already
+    waves, tasks = sounds(LENGTHS), ["topic", "asr", "keyword", "asr"]
+    loss = model(batch_of(model, waves, TEXTS, tasks))
+    each = zip(waves, TEXTS, tasks, strict=True)
+    torch.testing.assert_close(loss, sum(naive_loss(model, *row) for row in each), rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(x.grad is not None and x.grad.any() for x in model.soft_prompts.values())
+    [encoded] = Reader(model.eval()).encode([Sample("a", waves[1], "", [], 1.0, 0, "topic")])
+    logits, _ = Reader(model).prefill([encoded], [Reading("topic")])
+    separator = model.lm.embed(torch.tensor([SEPARATOR_ID]))
+    embeds = torch.cat([encoded.audio, model.soft_prompts["topic"], separator])
+    expected = model.lm(inputs_embeds=embeds[None], state=model.initial_state(["topic"])).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    model.save(tmp_path / "a.safetensors")
+    again = SpeechLM.from_pretrained(tmp_path / "a.safetensors")
+    assert {name: x.tolist() for name, x in again.soft_prompts.items()} == {
+        name: x.tolist() for name, x in model.soft_prompts.items()
+    }
 
 
 def test_but_for_the_states_of_some_tasks_all_can_be_frozen(tiny_parts: Parts):

@@ -130,6 +130,24 @@ def test_a_file_of_states_serves_beside_those_of_the_weights(model: SpeechLM, ru
     assert torch.equal(loaded.initial_states["mine"], model.initial_states["st_es"])
 
 
+def test_a_soft_prompt_goes_with_its_state(model: SpeechLM, tiny_parts: Parts, tmp_path: Path):
+    prompted = SpeechLM.build(tiny_parts, task_names=["asr", "a", "b"])
+    prompted.add_soft_prompts(["a", "b"], 2)
+    prompted.save(tmp_path / "run/best.safetensors")
+    assert states("copy", tmp_path / "run", tmp_path / "a.safetensors", "--tasks", "a", "--name", "c") == 0
+    assert states("add", tmp_path / "a.safetensors", tmp_path / "run") == 0
+    found = load_trained(tmp_path / "run/best.safetensors").soft_prompts
+    assert set(found) == {"a", "b", "c"} and torch.equal(found["c"], prompted.soft_prompts["a"])
+    mix = ["interpolate", tmp_path / "run", tmp_path / "mix.safetensors", "--name", "mix", "--weight", "0.25"]
+    assert states(*mix, "--tasks", "a,asr") == 2  # one has a soft prompt, the other has none
+    assert states(*mix, "--tasks", "a,b") == 0
+    expected = 0.75 * prompted.soft_prompts["a"] + 0.25 * prompted.soft_prompts["b"]
+    torch.testing.assert_close(read_states(tmp_path / "mix.safetensors").soft_prompts["mix"], expected.detach())
+    loaded = SpeechLM.from_pretrained(tmp_path / "run")
+    loaded.add_states(tmp_path / "mix.safetensors")
+    torch.testing.assert_close(loaded.soft_prompts["mix"].detach(), expected.detach())
+
+
 def test_published_states_are_what_blinkdls_loader_makes_of_them(
     model: SpeechLM, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -140,7 +140,7 @@ class OpenPiece:
         return text
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
-        return self._model.lm.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))
+        return self._model.embed(torch.tensor(ids, device=self._model.lm.emb.weight.device))
 
     def _tokens(self, seconds: float) -> int:
         return int(seconds * self._framing.frame_rate) // self._stack

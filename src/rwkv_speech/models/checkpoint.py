@@ -1,8 +1,8 @@
 """Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
 
-Own files hold `adapter.{0,2}.{weight,bias}`, `initial_states.TASK` (L, H, N, N) and, with a CTC head, `ctc.*`;
-published ones, and own ones of format 1, `speech_encoder.adapter.*` and one task's
-`language_model.blocks.{i}.att.time_state` (H, N, N).
+Own files hold `adapter.{0,2}.{weight,bias}`, `initial_states.TASK` (L, H, N, N), `soft_prompts.TASK` (P, C) where a
+task has one, and with a CTC head `ctc.*`; published ones, and own ones of format 1, `speech_encoder.adapter.*` and one
+task's `language_model.blocks.{i}.att.time_state` (H, N, N).
 """
 
 # L layers · H heads · N head size
@@ -10,7 +10,7 @@ published ones, and own ones of format 1, `speech_encoder.adapter.*` and one tas
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rwkv_speech.models.parts import Parts, TrainedOn
 FORMAT = "rwkv_speech-2"
 FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
-STATES = "initial_states."
+STATES, SOFT_PROMPTS = "initial_states.", "soft_prompts."
 _ADAPTER, _CTC = "adapter.", "ctc."
 _PUBLISHED_ADAPTER = "speech_encoder.adapter."
 _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
@@ -52,10 +52,11 @@ class Trained:
     metrics: dict[str, Any]
     ctc: tuple[CtcSpec, dict[str, Tensor]] | None = None
     confidence: dict[str, float] | None = None
+    soft_prompts: dict[str, Tensor] = field(default_factory=dict)  # by task, (P, C), of tasks that have one
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of adapter and states under their names in own files, on the CPU."""
-        return named_tensors(self.adapter, self.initial_states)
+        return named_tensors(self.adapter, self.initial_states, self.soft_prompts)
 
     def ctc_head(self) -> CtcHead | None:
         """The CTC head, frozen, if there is one; raises UserError for one whose tensors are not those of its record."""
@@ -73,10 +74,15 @@ class Trained:
         return head.requires_grad_(False).eval()
 
 
-def named_tensors(adapter: Mapping[str, Tensor], initial_states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def named_tensors(
+    adapter: Mapping[str, Tensor],
+    initial_states: Mapping[str, Tensor],
+    soft_prompts: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """The trained tensors under their names in own files, on the CPU."""
     tensors = {_ADAPTER + name: x for name, x in adapter.items()}
     tensors |= {STATES + task: x for task, x in initial_states.items()}
+    tensors |= {SOFT_PROMPTS + task: x for task, x in (soft_prompts or {}).items()}
     return {name: x.detach().cpu().clone() for name, x in tensors.items()}
 
 
@@ -131,10 +137,10 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         ) from error
     if metadata.get("format") != FORMAT:
         tensors = _renamed(path, tensors, task)
-    known = (_ADAPTER, STATES, _CTC) if ctc else (_ADAPTER, STATES)
-    adapter, states, head = (
+    known = (_ADAPTER, STATES, SOFT_PROMPTS, _CTC) if ctc else (_ADAPTER, STATES, SOFT_PROMPTS)
+    adapter, states, prompts, head = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        for prefix in (_ADAPTER, STATES, _CTC)
+        for prefix in (_ADAPTER, STATES, SOFT_PROMPTS, _CTC)
     )
     if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
         raise UserError(
@@ -142,7 +148,8 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
             f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
         )
     ignored = tuple(name for name in tensors if not name.startswith(known))
-    return Trained(path, adapter, states, parts, trained_on, ignored, metrics, (ctc, head) if ctc else None, confidence)
+    about = parts, trained_on, ignored, metrics, (ctc, head) if ctc else None, confidence
+    return Trained(path, adapter, states, *about, prompts)
 
 
 def add_confidence(path: Path, confidence: Mapping[str, float]) -> None:

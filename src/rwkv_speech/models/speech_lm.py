@@ -30,6 +30,7 @@ from rwkv_speech.models.states import States, adapter_sha256, read_states
 from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
+_SOFT_PROMPT_STD = 0.02  # at the start; the first layer normalises what it reads
 
 
 class SpeechLM(nn.Module):
@@ -52,6 +53,8 @@ class SpeechLM(nn.Module):
         self.initial_states = nn.ParameterDict(
             {name: torch.zeros(sizes.n_layer, sizes.H, sizes.N, sizes.N) for name in task_names}
         )
+        # By task, (P, C): read between audio and separator, where the state before the audio may have faded.
+        self.soft_prompts = nn.ParameterDict()
         self.ctc: CtcHead | None = None  # frozen here: it is trained by itself
         self.confidence: dict[str, float] | None = None  # the weights of decoding.confidence, if it was calibrated
         self.separator_id = _one_token(tokenizer, parts.separator)
@@ -92,6 +95,9 @@ class SpeechLM(nn.Module):
         """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
         if trained.parts is not None:
             self.parts.check_base(trained.parts.base_sha256, trained.path)
+        for name in sorted(set(trained.soft_prompts) & set(self.initial_states)):
+            prompt = torch.empty_like(trained.soft_prompts[name], dtype=torch.float32)
+            self.soft_prompts[name] = nn.Parameter(prompt.to(self.initial_states[name].device))
         parameters = dict(self.named_parameters())
         found = {name: x for name, x in trained.named_tensors().items() if name in parameters}
         wrong = [
@@ -121,14 +127,17 @@ class SpeechLM(nn.Module):
         """
         if not path:
             return ""
-        own = States(
-            Path("the weights"), dict(self.initial_states.items()), self.parts.base_sha256, self.adapter_sha256
-        )
+        known = self.parts.base_sha256, self.adapter_sha256
+        own = States(Path("the weights"), dict(self.initial_states.items()), *known, dict(self.soft_prompts.items()))
         new = read_states(path)
         new.check_fit(own)
         device = next(iter(self.initial_states.values())).device
         for name, x in new.states.items():
             self.initial_states[name] = nn.Parameter(x.float().to(device))
+            if name in new.soft_prompts:
+                self.soft_prompts[name] = nn.Parameter(new.soft_prompts[name].float().to(device))
+            elif name in self.soft_prompts:
+                del self.soft_prompts[name]
         return next(iter(new.states)) if len(new.states) == 1 else ""
 
     @property
@@ -138,20 +147,31 @@ class SpeechLM(nn.Module):
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
-        tensors = named_tensors(self.adapter.state_dict(), dict(self.initial_states.items()))
+        states, prompts = dict(self.initial_states.items()), dict(self.soft_prompts.items())
+        tensors = named_tensors(self.adapter.state_dict(), states, prompts)
         is_same = not any(x.requires_grad for x in self.adapter.parameters())  # what confidence was calibrated with
         confidence = self.confidence if is_same else None
         write_checkpoint(path, tensors, self.parts, self.trained_on, metrics, self.ctc, confidence)
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters and the initial states, but for frozen ones: all that an optimizer may see."""
-        yield from (x for x in (*self.adapter.parameters(), *self.initial_states.values()) if x.requires_grad)
+        """The adapter's parameters and what each task has, but for frozen ones: all that an optimizer may see."""
+        yield from (x for x in (*self.adapter.parameters(), *self.task_parameters()) if x.requires_grad)
+
+    def task_parameters(self) -> Iterator[nn.Parameter]:
+        """The initial states and soft prompts of all tasks."""
+        yield from (*self.initial_states.values(), *self.soft_prompts.values())
+
+    def add_soft_prompts(self, task_names: Sequence[str], length: int) -> None:
+        """Give new soft prompts of so many vectors to those of the tasks that have none."""
+        for name in [name for name in task_names if length and name not in self.soft_prompts]:
+            new = torch.empty(length, self.lm.sizes.C, device=self.initial_states[name].device)
+            self.soft_prompts[name] = nn.init.normal_(new, 0, _SOFT_PROMPT_STD)
 
     def freeze_all_but(self, task_names: Sequence[str]) -> None:
-        """Let nothing but the states of these tasks be trained."""
+        """Let nothing but the states and soft prompts of these tasks be trained."""
         self.adapter.requires_grad_(False)
-        for name, state in self.initial_states.items():
-            state.requires_grad_(name in task_names)
+        for name, x in (*self.initial_states.items(), *self.soft_prompts.items()):
+            x.requires_grad_(name in task_names)
 
     def initial_state(self, task_names: Sequence[str]) -> State:
         """The learned states at the start of a sequence of each task; the token shifts start at zero.
@@ -190,13 +210,31 @@ class SpeechLM(nn.Module):
     def prefix(
         self, heard: int | Sequence[int], task: str, before: Sequence[int] = (), after: Sequence[int] = ()
     ) -> list[splice.Segment]:
-        """What a text follows: the ids `before`, audio, the task's prompt, the ids `after`, the separator.
+        """What a text follows: the ids `before`, audio, the task's prompt, the ids `after`, soft prompt, separator.
 
         `heard` is the number of audio tokens, or the ids of a text that is read in place of audio.
         """
         prompt = self.tokenizer.encode(tasks.task_named(task).prompt)
         middle = splice.Audio(heard) if isinstance(heard, int) else splice.Prompt(heard)
-        return [splice.Prompt(before), middle, splice.Prompt([*prompt, *after, self.separator_id])]
+        learned = self._soft_prompt_ids(task)
+        return [splice.Prompt(before), middle, splice.Prompt([*prompt, *after, *learned, self.separator_id])]
+
+    def _soft_prompt_ids(self, task: str) -> range:
+        """The ids of a task's learned vectors, which follow those of the vocabulary, the tasks one after another."""
+        names = list(self.soft_prompts)
+        sizes = [len(x) for x in self.soft_prompts.values()]
+        number = names.index(task) if task in names else len(names)
+        first = self.lm.sizes.vocab + sum(sizes[:number])
+        return range(first, first + sum(sizes[number : number + 1]))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (n,) of the vocabulary and of soft prompts -> embeddings (n, C)."""
+        beyond = ids - self.lm.sizes.vocab
+        embedded = self.lm.embed(ids.clamp_max(self.lm.sizes.vocab - 1))
+        if not len(self.soft_prompts):
+            return embedded
+        learned = torch.cat(list(self.soft_prompts.values()))[beyond.clamp_min(0)].to(embedded.dtype)
+        return torch.where(beyond[:, None] < 0, embedded, learned)
 
     @property
     def between_turns(self) -> list[int]:
@@ -288,7 +326,7 @@ class SpeechLM(nn.Module):
         spliced = splice.splice(sequences, self.tokenizer.eos_id)
         packing = Packing.of(spliced.cu_seqlens).to(audio.device)
         there = spliced.to(audio.device)
-        x = splice.fill(there, audio, self.lm.embed(there.token_ids))
+        x = splice.fill(there, audio, self.embed(there.token_ids))
         hidden, state = self.lm.hidden(x, state, packing, keep_state)
         return spliced, hidden[0], state
 

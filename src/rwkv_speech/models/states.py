@@ -1,8 +1,8 @@
 """Files of task states: small, and bound to the base model and the adapter that they were learned with.
 
-Own files are safetensors of `initial_states.TASK` (L, H, N, N) with the two SHA-256 as metadata; published ones are
-`.pth` dictionaries of one state, `blocks.{i}.att.time_state` (H, N, N), axes [value, key] as here. BlinkDL's inference
-code has them the other way round: his loader transposes.
+Own files are safetensors of `initial_states.TASK` (L, H, N, N), and `soft_prompts.TASK` where a task has one, with the
+two SHA-256 as metadata; published ones are `.pth` dictionaries of one state, `blocks.{i}.att.time_state` (H, N, N),
+axes [value, key] as here. BlinkDL's inference code has them the other way round: his loader transposes.
 """
 
 # L layers · H heads · N head size
@@ -10,7 +10,7 @@ code has them the other way round: his loader transposes.
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,15 @@ from rwkv_speech import tasks
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models.base import read_tensors
-from rwkv_speech.models.checkpoint import STATES, find_checkpoint, load_trained, ordered, write_checkpoint
+from rwkv_speech.models.checkpoint import (
+    SOFT_PROMPTS,
+    STATES,
+    find_checkpoint,
+    load_trained,
+    named_tensors,
+    ordered,
+    write_checkpoint,
+)
 
 FORMAT = "rwkv_speech-states-1"
 _PUBLISHED = re.compile(r"blocks\.(\d+)\.att\.time_state")
@@ -36,6 +44,7 @@ class States:
     states: dict[str, Tensor]
     base_sha256: str
     adapter_sha256: str
+    soft_prompts: dict[str, Tensor] = field(default_factory=dict)  # by task, of those that have one
 
     def only(self, names: Sequence[str]) -> "States":
         """Those of these names, all by default; raises UserError for one that is not there."""
@@ -43,7 +52,8 @@ class States:
             raise UserError(
                 f"{self.path}: found no state named {missing[0]!r}, expected one of {', '.join(sorted(self.states))}"
             )
-        return replace(self, states={name: self.states[name] for name in names or self.states})
+        states = {name: self.states[name] for name in names or self.states}
+        return replace(self, states=states, soft_prompts={x: y for x, y in self.soft_prompts.items() if x in states})
 
     def named(self, name: str) -> "States":
         """The only state under another name; raises UserError for a bad name or several states."""
@@ -53,7 +63,9 @@ class States:
                 f"--name: found {len(self.states)} states ({', '.join(self.states)}), expected one to rename; choose "
                 "it with --tasks"
             )
-        return replace(self, states={name: next(iter(self.states.values()))})
+        [old] = self.states
+        prompts = {name: self.soft_prompts[old]} if old in self.soft_prompts else {}
+        return replace(self, states={name: self.states[old]}, soft_prompts=prompts)
 
     def check_fit(self, other: "States") -> None:
         """Raises UserError unless these states can be used where the `other` ones are."""
@@ -76,14 +88,14 @@ class States:
 
     def write(self, path: Path) -> None:
         """Write an own file, or the published layout of one state where the name ends in .pth, atomically."""
-        tensors = {name: x.detach().float().cpu().contiguous() for name, x in self.states.items()}
         if path.suffix == ".pth":
-            if len(tensors) != 1:
+            if len(self.states) != 1 or self.soft_prompts:
                 raise UserError(
-                    f"{path}: found {len(tensors)} states ({', '.join(tensors)}), expected one, for a published file "
-                    "has no names; choose it with --tasks"
+                    f"{path}: found {len(self.states)} states ({', '.join(self.states)}), expected one, without a soft "
+                    "prompt: a published file has no names and no prompts; choose it with --tasks"
                 )
-            layers = {f"blocks.{i}.att.time_state": x.clone() for i, x in enumerate(next(iter(tensors.values())))}
+            [state] = self.states.values()
+            layers = {f"blocks.{i}.att.time_state": x.detach().float().cpu().clone() for i, x in enumerate(state)}
             write_atomically(path, lambda temporary: torch.save(layers, temporary))
             return
         if path.suffix != ".safetensors":
@@ -91,7 +103,8 @@ class States:
                 f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .safetensors or .pth file"
             )
         about = {"base_sha256": self.base_sha256, "adapter_sha256": self.adapter_sha256}
-        content = ordered(save({STATES + name: x for name, x in tensors.items()}, {"format": FORMAT, **about}))
+        tensors = {name: x.float() for name, x in named_tensors({}, self.states, self.soft_prompts).items()}
+        content = ordered(save(tensors, {"format": FORMAT, **about}))
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -114,13 +127,16 @@ def read_states(path: str | Path, task: str = tasks.DEFAULT) -> States:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
         if about.get("format") == FORMAT:
-            tensors = {name.removeprefix(STATES): x for name, x in read_tensors(path).items()}
-            return States(path, tensors, about.get("base_sha256", ""), about.get("adapter_sha256", ""))
+            states, prompts = (
+                {name.removeprefix(prefix): x for name, x in read_tensors(path).items() if name.startswith(prefix)}
+                for prefix in (STATES, SOFT_PROMPTS)
+            )
+            return States(path, states, about.get("base_sha256", ""), about.get("adapter_sha256", ""), prompts)
     elif (layers := _published(path)) is not None:
         return States(path, {task: layers}, "", "")
     trained = load_trained(path, task)
     base = trained.parts.base_sha256 if trained.parts else ""
-    return States(path, dict(trained.initial_states), base, adapter_sha256(trained.adapter))
+    return States(path, dict(trained.initial_states), base, adapter_sha256(trained.adapter), trained.soft_prompts)
 
 
 def _published(path: Path) -> Tensor | None:
@@ -138,7 +154,7 @@ def _published(path: Path) -> Tensor | None:
 def joined(paths: Sequence[str | Path]) -> States:
     """The states of several files that fit together; raises UserError where they do not, or share a name."""
     first, *others = [read_states(path) for path in paths]
-    found = dict(first.states)
+    found, prompts = dict(first.states), dict(first.soft_prompts)
     for other in others:
         other.check_fit(first)
         if both := set(found) & set(other.states):
@@ -147,7 +163,8 @@ def joined(paths: Sequence[str | Path]) -> States:
                 "another name first"
             )
         found |= other.states
-    return replace(first, states=found)
+        prompts |= other.soft_prompts
+    return replace(first, states=found, soft_prompts=prompts)
 
 
 def add_states(path: str | Path, new: States) -> Path:
@@ -162,7 +179,9 @@ def add_states(path: str | Path, new: States) -> Path:
             f"{there.path}: has a state named {taken[0]!r} already, expected another name; give one with --name, or "
             "remove the old one first"
         )
-    return _replaced(there, there.states | new.states)
+    return _write_back(
+        replace(there, states=there.states | new.states, soft_prompts=there.soft_prompts | new.soft_prompts)
+    )
 
 
 def remove_states(path: str | Path, names: Sequence[str]) -> Path:
@@ -171,19 +190,19 @@ def remove_states(path: str | Path, names: Sequence[str]) -> Path:
     gone = there.only(names).states
     if not names or len(gone) == len(there.states):
         raise UserError(f"{there.path}: expected --tasks to leave at least one of {', '.join(sorted(there.states))}")
-    return _replaced(there, {name: x for name, x in there.states.items() if name not in gone})
+    return _write_back(there.only([name for name in there.states if name not in gone]))
 
 
-def _replaced(there: States, states: Mapping[str, Tensor]) -> Path:
-    """Put other states into a file, all else as it is."""
+def _write_back(there: States) -> Path:
+    """Put states back into their file, all else as it is."""
     if there.path.suffix != ".safetensors":
         raise UserError(f"{there.path}: a published file holds one state, expected an own .safetensors file")
     with safe_open(there.path, "pt") as file:
         is_states = file.metadata()["format"] == FORMAT
     if is_states:
-        replace(there, states=dict(states)).write(there.path)
+        there.write(there.path)
         return there.path
-    trained = replace(load_trained(there.path), initial_states=dict(states))
+    trained = replace(load_trained(there.path), initial_states=there.states, soft_prompts=there.soft_prompts)
     assert trained.parts is not None
     about = trained.parts, trained.trained_on, trained.metrics, trained.ctc_head(), trained.confidence
     write_checkpoint(there.path, trained.named_tensors(), *about)
@@ -192,16 +211,33 @@ def _replaced(there: States, states: Mapping[str, Tensor]) -> Path:
 
 def mean(states: States, name: str) -> States:
     """The mean of all the states, summed in float64, under a name."""
-    total = torch.stack([x.double() for x in states.states.values()]).mean(0)
-    return replace(states, states={name: total.float()})
+    return _mixed(states, [1 / len(states.states)] * len(states.states), name)
 
 
 def interpolated(states: States, weight: float, name: str) -> States:
     """(1 - weight) x the first of two states + weight x the second, under a name."""
     if len(states.states) != 2:
         raise UserError(f"--tasks: found {', '.join(states.states)}, expected two states, as in --tasks asr,st_fr")
-    first, second = (x.double() for x in states.states.values())
-    return replace(states, states={name: ((1 - weight) * first + weight * second).float()})
+    return _mixed(states, [1 - weight, weight], name)
+
+
+def _mixed(states: States, weights: Sequence[float], name: str) -> States:
+    """The weighted sum of all the states, and of their soft prompts, which all or none of them must have."""
+    tasks.task_named(name)
+    prompts = [states.soft_prompts.get(each) for each in states.states]
+    sizes = {None if x is None else tuple(x.shape) for x in prompts}
+    if len(sizes) > 1:
+        raise UserError(
+            f"{states.path}: of {', '.join(states.states)} some have other soft prompts than others, expected them to "
+            "be alike; mix states that were learned with the same --soft_prompt"
+        )
+
+    def total(tensors: Sequence[Tensor]) -> Tensor:
+        return sum((w * x.double() for w, x in zip(weights, tensors, strict=True)), torch.zeros(())).float()
+
+    learned = [x for x in prompts if x is not None]
+    mixed = {name: total(list(states.states.values()))}
+    return replace(states, states=mixed, soft_prompts={name: total(learned)} if learned else {})
 
 
 def described(states: States) -> str:
@@ -209,6 +245,7 @@ def described(states: States) -> str:
     lines = [
         f"{name:<16} {tasks.task_named(name).measure:<9} {' x '.join(map(str, x.shape))}, root mean square "
         f"{float(x.float().square().mean().sqrt()):.4f}"
+        + (f", soft prompt of {len(states.soft_prompts[name])}" if name in states.soft_prompts else "")
         for name, x in sorted(states.states.items())
     ]
     known = [("base model", states.base_sha256), ("adapter", states.adapter_sha256)]

@@ -197,7 +197,7 @@ class SpeechModule(pl.LightningModule):
         c = self.config
         optimizer = make_optimizer(
             self.model.adapter.parameters(),
-            self.model.initial_states.values(),
+            self.model.task_parameters(),
             c.lr_adapter,
             c.lr_state,
             c.weight_decay,

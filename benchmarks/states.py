@@ -1,0 +1,211 @@
+"""Task states on the quickstart's run: `python -m benchmarks.states --proj_dir output/quickstart`.
+
+Two tasks that the run has not learned, on its own recordings: the last word, and the kind of sentence. Each is learned
+as a state on the frozen adapter, as a state and a soft prompt after the audio, and with the adapter trained again, all
+by the same steps; then with silence before the speech, and for states between two tasks' ones.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import RESULTS, cpu_name, write_result
+from rwkv_speech import SpeechLM
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.batch import Sample
+from rwkv_speech.data.dataset import SpeechDataset, normalise
+from rwkv_speech.data.loader import collate
+from rwkv_speech.data.sources import open_source
+from rwkv_speech.decoding.engine import Engine, Request
+from rwkv_speech.decoding.options import GREEDY
+from rwkv_speech.training.optim import lr_factor, make_optimizer
+
+ASR = "asr"
+_BATCH, _LR_ADAPTER, _LR_STATE = 20, 1e-3, 3e-2
+_FIRST_STEPS, _FIRST_BATCH = 375, 16  # of the quickstart, whose encoder has no cache
+_FIRST_WORDS = {"please": "turn", "turn": "turn", "call": "meet", "ask": "meet", "visit": "meet", "meet": "meet",
+                "who": "where", "where": "where", "when": "where"}  # fmt: skip
+_DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+def kind(text: str) -> str:
+    """A word for the kind of a sentence of the quickstart's grammar."""
+    first = text.split()[0]
+    if text.startswith("the weather"):
+        return "weather"
+    return "zero" if first in _DIGITS else _FIRST_WORDS.get(first, "cat")
+
+
+TASKS: dict[str, Callable[[str], str]] = {"keyword": lambda text: text.split()[-1], "topic": kind}
+VARIANTS = ("state", "state and soft prompt", "adapter trained again")
+
+
+def read(model: SpeechLM, manifest: Path, count: int, seconds: float = 0.0) -> list[Sample]:
+    """The first utterances, as the encoder's frames; `seconds` long with silence before them if they are shorter."""
+    dataset, found = SpeechDataset(open_source(str(manifest)), model.tokenizer), list[Sample]()
+    for sample in (dataset[i] for i in range(min(count, len(dataset)))):
+        assert isinstance(sample, Sample)
+        silence = 1e-4 * torch.randn(max(0, round(seconds * SAMPLE_RATE) - len(sample.waveform)))
+        found.append(encoded(model, replace(sample, waveform=torch.cat([silence, sample.waveform]))))
+    return found
+
+
+@torch.no_grad()
+def encoded(model: SpeechLM, sample: Sample) -> Sample:
+    """With its frames in place of its waveform."""
+    if model.encoder.do_normalize:
+        sample = replace(sample, waveform=normalise(sample.waveform), normalised=True)
+    frames, [length] = model.frames(collate([sample]))
+    return replace(sample, waveform=torch.empty(0), frames=frames[0, : int(length)])
+
+
+def of_task(model: SpeechLM, samples: Sequence[Sample], task: str) -> list[Sample]:
+    """The same recordings with the texts of another task."""
+    texts = [TASKS[task](sample.text) if task in TASKS else sample.text for sample in samples]
+    ids = map(model.tokenizer.encode, texts)
+    return [replace(s, task=task, text=t, ids=list(i)) for s, t, i in zip(samples, texts, ids, strict=True)]
+
+
+def right(model: SpeechLM, samples: Sequence[Sample]) -> float:
+    """The share of the utterances whose whole text is right."""
+    limit = max(len(sample.ids) for sample in samples) + 8
+    engine = Engine(model, GREEDY, _BATCH)
+    done = engine.run(Request(number, sample, limit) for number, sample in enumerate(samples))
+    texts = {found.request.key: model.tokenizer.decode(found.hypotheses[0].ids).strip() for found in done}
+    return sum(texts[number] == sample.text for number, sample in enumerate(samples)) / len(samples)
+
+
+def batches(samples: Sequence[Sample], epochs: int) -> Iterator[list[Sample]]:
+    """Drawn anew in each epoch."""
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(epochs):
+        order = torch.randperm(len(samples), generator=draw).tolist()
+        yield from ([samples[i] for i in order[at : at + _BATCH]] for at in range(0, len(order), _BATCH))
+
+
+def train(model: SpeechLM, samples: Sequence[Sample], epochs: int) -> tuple[float, int]:
+    """Train what is not frozen: the CPU's seconds, and the steps."""
+    steps = epochs * math.ceil(len(samples) / _BATCH)
+    optimizer = make_optimizer(model.adapter.parameters(), model.task_parameters(), _LR_ADAPTER, _LR_STATE, 0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", min(10, steps // 2), steps))
+    start = time.process_time()
+    for chosen in batches(samples, epochs):
+        batch = collate(chosen)
+        (model(batch) / batch.num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(list(model.trained_parameters()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return time.process_time() - start, steps
+
+
+def with_task(run: Path, task: str, variant: str) -> SpeechLM:
+    """The run's model with a new state of a task, and what the variant trains with it."""
+    model = SpeechLM.from_pretrained(run)
+    model.initial_states[task] = torch.nn.Parameter(torch.zeros_like(model.initial_states[ASR]))
+    if variant == "state and soft prompt":
+        model.add_soft_prompts([task], 4)
+    if variant == "adapter trained again":
+        model.initial_states[ASR].requires_grad_(False)
+    else:
+        model.freeze_all_but([task])
+    return model
+
+
+def first_task_seconds(run: Path, data: Path, rounds: int = 6) -> float:
+    """The CPU's seconds of the run's own training, from a few of its steps: encoder, language model, all gradients."""
+    model = SpeechLM.from_pretrained(run)
+    dataset = SpeechDataset(open_source(str(data)), model.tokenizer, normalise=model.encoder.do_normalize)
+    optimizer = make_optimizer(model.adapter.parameters(), model.task_parameters(), 0.0, 0.0, 0.0)
+    start = 0.0
+    for number in range(rounds + 1):  # the first warms up
+        start = start if number > 1 else time.process_time()
+        batch = collate([dataset[_FIRST_BATCH * number + i] for i in range(_FIRST_BATCH)])
+        (model(batch) / batch.num_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (time.process_time() - start) / rounds * _FIRST_STEPS
+
+
+def table(run: Path, given: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, SpeechLM]]:
+    """Each task by each variant; and the models with a new state alone."""
+    data, rows, kept = run / "data", list[dict[str, object]](), dict[str, SpeechLM]()
+    first = first_task_seconds(run, data / "train.jsonl")
+    base = SpeechLM.from_pretrained(run)
+    start = time.process_time()
+    heard = read(base, data / "train.jsonl", given.train)
+    encoding = time.process_time() - start
+    lengths = [0.0, *given.seconds]
+    tests = {seconds: read(base, data / "test.jsonl", given.test, seconds) for seconds in lengths}
+    asr = right(base, of_task(base, tests[0.0], ASR))
+    rows.append({"task": ASR, "variant": "the run's own", **by_length(base, tests, ASR)})
+    for task in TASKS:
+        for variant in VARIANTS:
+            model = with_task(run, task, variant)
+            taken, steps = train(model, of_task(model, heard, task), given.epochs)
+            model.eval()
+            row = {"task": task, "variant": variant, **by_length(model, tests, task), "steps": steps}
+            row |= {"time against the first task's": (taken + encoding) / first}
+            row |= {"recognition still right": right(model, of_task(model, tests[0.0], ASR)) / max(asr, 1e-9)}
+            rows.append(row)
+            print(row, flush=True)
+            if variant == "state":
+                kept[task] = model
+    return rows, kept
+
+
+def by_length(model: SpeechLM, tests: dict[float, list[Sample]], task: str) -> dict[str, float]:
+    """The share that is right, as the recordings are and with silence before them."""
+    return {
+        f"right, {seconds:g} s" if seconds else "right": right(model, of_task(model, samples, task))
+        for seconds, samples in tests.items()
+    }
+
+
+def curves(run: Path, models: dict[str, SpeechLM], count: int) -> list[dict[str, object]]:
+    """States between two tasks' ones, in eleven points: how often the text is the one task's, how often the other's."""
+    base = SpeechLM.from_pretrained(run)
+    samples = read(base, run / "data" / "test.jsonl", count)
+    states = {ASR: base.initial_states[ASR]} | {task: model.initial_states[task] for task, model in models.items()}
+    rows = list[dict[str, object]]()
+    for first, second in ((ASR, "keyword"), ("keyword", "topic")):
+        for point in range(11):
+            weight = point / 10
+            mixed = (1 - weight) * states[first] + weight * states[second]
+            for task in (first, second):  # one state under both names: what differs is what counts as right
+                base.initial_states[task] = torch.nn.Parameter(mixed.detach().clone(), requires_grad=False)
+            shares = {f"right as {task}": right(base, of_task(base, samples, task)) for task in (first, second)}
+            rows.append({"from": first, "to": second, "weight": weight, **shares})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proj_dir", type=Path, required=True, help="a run of demo/quickstart.sh")
+    parser.add_argument("--train", type=int, default=200, help="recordings that a new task is learned from")
+    parser.add_argument("--test", type=int, default=60, help="recordings of unseen speakers that it is tested on")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument(
+        "--seconds", type=float, nargs="*", default=[2.0, 8.0, 25.0], help="lengths with silence before"
+    )
+    given = parser.parse_args(argv)
+    torch.manual_seed(1)
+    rows, models = table(given.proj_dir, given)
+    mixed = curves(given.proj_dir, models, given.test)
+    content = {"new states": rows, "between two states": mixed}
+    print(
+        write_result("states", RESULTS, ["python -m benchmarks.states", *(argv or sys.argv[1:])], cpu_name(), **content)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
