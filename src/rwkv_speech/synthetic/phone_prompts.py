@@ -8,6 +8,7 @@ involved: only eSpeak NG's phones and their durations.
 # A prompt positions
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,8 @@ from rwkv_speech.synthetic.espeak import Synthesizer
 from rwkv_speech.synthetic.phones import PHONES, SILENCE, spoken, voice_of
 from rwkv_speech.synthetic.voices import TRAIN_VARIANTS
 
-_TAKES = 3  # voices that say a text
+_TAKES = 3  # voices that say a text, or a word
+_BY_WORD = 0.7  # of the prompts are joined from words, which are synthesised once for all texts
 _STACKS = (2, 3, 3, 4, 5)  # frames of a position
 _VOWELS = "iɪeɛæaɑɔoʊuʌəɜyøœɨ"
 _KINDS = [[i for i, phone in enumerate(PHONES) if (phone[0] in _VOWELS) is vowel and i] for vowel in (False, True)]
@@ -37,12 +39,26 @@ class Speaker:
         return tuple(spoken(self._synthesizer.say(text, voice), lang))
 
     def prompt(self, text: str, lang: str, rng: random.Random, difficulty: float = 1.0) -> np.ndarray:
-        """The blends (A, phones) of a text as one voice says it."""
-        labels = frames(self.say(text, lang, rng.randrange(_TAKES)), rng, difficulty)
-        return blends(labels, rng.choice(_STACKS))
+        """The blends (A, phones) of a text as one voice says it, or as its words are said one by one."""
+        if rng.random() < _BY_WORD:
+            said = list[tuple[int, float]]()
+            pausing = rng.choice([0.1, 0.1, 0.9])
+            for word in text.split():
+                said += _trimmed(self.say(word, lang, rng.randrange(4 * _TAKES)))
+                if rng.random() < pausing:
+                    said.append((PHONES.index(SILENCE), rng.uniform(0.02, 0.3)))
+        else:
+            said = list(self.say(text, lang, rng.randrange(_TAKES)))
+        return blends(frames(said, rng, difficulty), rng.choice(_STACKS))
 
 
-def frames(said: tuple[tuple[int, float], ...], rng: random.Random, difficulty: float = 1.0) -> list[int]:
+def _trimmed(said: tuple[tuple[int, float], ...]) -> Sequence[tuple[int, float]]:
+    """Without the pauses around it."""
+    spoken_at = [i for i, (phone, _) in enumerate(said) if phone]
+    return said[spoken_at[0] : spoken_at[-1] + 1] if spoken_at else ()
+
+
+def frames(said: Sequence[tuple[int, float]], rng: random.Random, difficulty: float = 1.0) -> list[int]:
     """The phone of every frame (50 Hz), misheard now and then: at difficulty 1 up to 30 % of them."""
     silence = PHONES.index(SILENCE)
     slips = difficulty * rng.uniform(0.0, 0.45) ** 1.5
