@@ -167,10 +167,13 @@ TESTED_IN = {
     "ops.wkv6_ref": "ops/test_wkv6.py",
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",
+    **dict.fromkeys(
+        ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
+    ),
     **dict.fromkeys(("synthetic.grammar", "synthetic.lexicon"), "synthetic/test_world.py"),
     **dict.fromkeys(
         "synthetic.corpus synthetic.make_corpus synthetic.voices synthetic.rooms synthetic.speech_pool "
-        "synthetic.phone_prompts synthetic.pretrain_encoder synthetic.pretrain_lm".split(),
+        "synthetic.pretrain_encoder".split(),
         "journeys/test_tiny.py",
     ),
     "training.callbacks": "training/test_run.py",

@@ -186,6 +186,11 @@ OTHERS = {
 """,
     "rwkv_speech.synthetic.pretrain_lm": """
 --out {here}/lm --steps 0 => --steps: found 0
+--out {here}/lm => --texts: found nothing and --world 0
+--out {here}/lm --world 1 --vocab 12 => --vocab: found '12'
+--out {here}/lm --world 1 --n_embd 100 => --n_embd: found 100
+--out {here}/lm --texts {here}/gone => --texts: {here}/gone
+--out {here}/lm --texts {here}/texts@0 => weight 0
 """,
     "rwkv_speech.synthetic.pretrain_encoder": """
 --out {here}/encoder --hours -1 => --hours: found -1.0

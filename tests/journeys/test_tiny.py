@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 
 from rwkv_speech import tiny
 from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.synthetic import corpus, pretrain_encoder, pretrain_lm
-from rwkv_speech.synthetic.phone_prompts import PHONE_LETTERS, blends, frames, pronunciations
+from rwkv_speech.synthetic import corpus, pretrain_encoder
 from rwkv_speech.synthetic.phones import LANGUAGES
 from rwkv_speech.synthetic.rooms import augment
-from rwkv_speech.synthetic.voices import PHONES
 from rwkv_speech.tokenizer import WorldTokenizer
 
 WEIGHTS = tiny.BASE_MODEL.parent
@@ -46,29 +44,12 @@ def test_corpus_has_150_words_and_repeats_for_a_seed():
     assert sentences[:50] == [corpus.sentence(rng) for _ in range(50)]
 
 
-def test_prompts_follow_the_phones():
-    said = pronunciations(["two"], 3, seed=1)
-    labels = frames("two", said, random.Random(5), difficulty=0.0)
-    heard = [PHONES[label] for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
-    assert [name for name in heard if name != "_"] == ["t", "u"]
-    shares = blends(labels, 3)
-    assert shares.shape == (len(labels) // 3, len(PHONES)) and shares.sum(1) == pytest.approx(1.0)
-    assert len(set(PHONE_LETTERS[: len(PHONES)])) == len(PHONES) and "#" not in PHONE_LETTERS
-
-
 def test_augment_keeps_shape_and_adds_the_noise_it_says():
     g = torch.Generator().manual_seed(1)
     waveforms = torch.randn(4, 8000, generator=g)
     loud, faint = augment(waveforms, g, 1.0), augment(waveforms, g, 0.0)
     assert loud.shape == faint.shape == waveforms.shape and torch.isfinite(loud).all()
     assert (faint - waveforms).norm() < 0.05 * waveforms.norm() < (loud - waveforms).norm()
-
-
-def test_pretraining_of_the_language_model_writes_what_loads(tmp_path: Path):
-    facts = pretrain_lm.pretrain(pretrain_lm.Flags(str(tmp_path), steps=2, utterances=4))
-    assert facts["steps"] == 2
-    assert RWKV6.from_pretrained(tmp_path / "rwkv6.safetensors").sizes == RWKV6.from_pretrained(tiny.BASE_MODEL).sizes
-    assert (tmp_path / "vocab.txt").read_bytes() == tiny.VOCAB_FILE.read_bytes()
 
 
 @pytest.mark.soak

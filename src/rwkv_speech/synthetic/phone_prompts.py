@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from rwkv_speech.audio import FRAME_RATE
 from rwkv_speech.synthetic.espeak import Synthesizer
 from rwkv_speech.synthetic.phones import PHONES, SILENCE, spoken, voice_of
+from rwkv_speech.synthetic.speech_pool import FRAMING
 from rwkv_speech.synthetic.voices import TRAIN_VARIANTS
 
 _TAKES = 3  # voices that say a text, or a word
@@ -70,7 +70,7 @@ def frames(said: Sequence[tuple[int, float]], rng: random.Random, difficulty: fl
             continue
         if slip < slips and phone != silence:
             phone = _misheard(phone, rng)
-        length = seconds * tempo * rng.uniform(0.7, 1.4) * FRAME_RATE
+        length = seconds * tempo * rng.uniform(0.7, 1.4) * FRAMING.frame_rate
         labels += [phone] * min(25, int(length + rng.random()))
         if rng.random() < 0.15 * slips:
             labels += [rng.randrange(len(PHONES))] * rng.randint(1, 4)

@@ -34,8 +34,8 @@ from rwkv_speech.tokenizer import WorldTokenizer
 _HEAD_SIZE = 64
 _MODEL, _VOCABULARY, _RESUME, _CARD = "rwkv6.safetensors", "vocab.txt", "resume.pt", "CARD.md"
 WORLD_VOCABULARY = "world"
-# What --resume compares: other values of these make another model.
-_FREE = ("out", "save_steps", "device", "compile", "threads")
+# What a resumed run may have otherwise.
+_FREE = ("out", "steps", "save_steps", "device", "compile", "threads")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ class Pretraining:
 
     def save(self) -> None:
         """Write the model in bfloat16, and what the run is resumed from."""
-        weights = {name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in self.model.state_dict().items()}
+        weights = {
+            name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in self.model.state_dict().items()
+        }
         write_atomically(self.out / _MODEL, lambda path: save_file(weights, path))
         point = {
             "config": asdict(self.config), "step": self.step, "seconds": self.seconds, "recent": self.recent,
@@ -179,9 +181,7 @@ def pretrain(config: Flags) -> dict[str, Any]:
         run.learn(batch)
         if run.step % 50 == 0 or run.step == config.steps:
             loss, right = (sum(column) / len(run.recent) for column in zip(*run.recent, strict=True))
-            print(
-                f"step {run.step}/{config.steps} loss {loss:.3f} right {right:.3f} {run.seconds:.0f} s", flush=True
-            )
+            print(f"step {run.step}/{config.steps} loss {loss:.3f} right {right:.3f} {run.seconds:.0f} s", flush=True)
         if run.step % config.save_steps == 0 or run.step == config.steps:
             run.save()
     facts = {
@@ -199,9 +199,9 @@ def _card(config: Flags, facts: dict[str, Any]) -> str:
     rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
     flags = json.dumps(asdict(config), ensure_ascii=False)
     return (
-        "# A small RWKV-6\n\nPretrained by `python -m rwkv_speech.synthetic.pretrain_lm` on text, on its translations, and on noisy "
-        "phone transcripts of it, which teach it to read what an adapter hears. The perplexity is that of a token of "
-        f"held-out lines.\n\n| | |\n|---|---|\n{rows}\nFlags: `{flags}`\n"
+        "# A small RWKV-6\n\nPretrained by `python -m rwkv_speech.synthetic.pretrain_lm` on text, on its translations, "
+        "and on noisy phone transcripts of it, which teach it to read what an adapter hears. The perplexity is that of a "
+        f"token of held-out lines.\n\n| | |\n|---|---|\n{rows}\nFlags: `{flags}`\n"
     )
 
 

@@ -66,7 +66,7 @@ def _read_folder(folder: Path, weight: float) -> list[Lines]:
         lang = parts[0] if len(parts) > 1 and 2 <= len(parts[0]) <= 3 and parts[0].isalpha() else ""
         name = "/".join(parts[1:] if lang else parts)
         by_name.setdefault(name, {})[lang] = list(_lines(path))
-    if not any(lines for files in by_name.values() for lines in files.values()):
+    if not any(any(lines) for files in by_name.values() for lines in files.values()):
         raise UserError(f"--texts: {folder} holds no .txt file with text in it; expected one at least")
     found = list[Lines]()
     for name, files in by_name.items():

@@ -28,7 +28,12 @@ def write_vocabulary(path: Path, texts: Iterable[str], size: int) -> None:
         if _is_text(token):
             known[token] = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{i} {(token.decode() if _is_text(token) else token)!r} {len(token)}\n" for i, token in enumerate(known, start=1)))
+    path.write_text(
+        "".join(
+            f"{i} {(token.decode() if _is_text(token) else token)!r} {len(token)}\n"
+            for i, token in enumerate(known, start=1)
+        )
+    )
 
 
 def _is_text(token: bytes) -> bool:
