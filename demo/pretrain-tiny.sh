@@ -11,6 +11,6 @@ epoch_count=${epoch_count-4}
 
 . "$root/demo/env.sh"
 setup_environment
-"$python" -m rwkv_speech.synthetic.pretrain_lm --out "$out" --steps "$steps"
+"$python" -m rwkv_speech.synthetic.pretrain_lm --out "$out" --world 1 --vocab 2048 --n_layer 4 --n_embd 192 --steps "$steps"
 "$python" -m rwkv_speech.synthetic.pretrain_encoder --out "$out/wavlm" --hours "$hours" --epochs "$epoch_count"
 echo "written to $out; copy it over src/rwkv_speech/tiny/weights to make it the default"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A small RWKV-6 of your own text, with which all else runs on any computer: demo/pretrain-small.sh FOLDER [FOLDER@WEIGHT ...]
+# A FOLDER holds .txt files; below en/, es/, fr/, it/ and ru/ they are also learned as noisy phone transcripts, which lets
+# the model read what an adapter hears, and files of the same name and number of lines as translations of each other.
+# Start it again and it is resumed. On two cores the sizes below take about an hour and a half.
+set -euo pipefail
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ $# = 0 ]; then
+    echo "usage: demo/pretrain-small.sh FOLDER [FOLDER@WEIGHT ...]: found no folder of .txt files" >&2
+    exit 2
+fi
+out=${out-$root/output/small}
+n_layer=${n_layer-4}
+n_embd=${n_embd-256}
+vocab=${vocab-4096} # or world: the World vocabulary, for a larger model
+steps=${steps-4000}
+positions=${positions-4000}
+device=${device-cpu}
+compile=${compile-0}
+
+. "$root/demo/env.sh"
+setup_environment
+"$python" -m rwkv_speech.synthetic.pretrain_lm --out "$out" --texts "$(IFS=, && echo "$*")" --n_layer "$n_layer" \
+    --n_embd "$n_embd" --vocab "$vocab" --steps "$steps" --positions "$positions" --device "$device" --compile "$compile"
+echo "written to $out: train on it with load_model=$out/rwkv6.safetensors, and but for vocab=world" \
+    "with --vocab_file $out/vocab.txt"
