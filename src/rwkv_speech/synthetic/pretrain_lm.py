@@ -198,11 +198,16 @@ def pretrain(config: Flags) -> dict[str, Any]:
 def _card(config: Flags, facts: dict[str, Any]) -> str:
     rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
     flags = json.dumps(asdict(config), ensure_ascii=False)
-    return (
-        "# A small RWKV-6\n\nPretrained by `python -m rwkv_speech.synthetic.pretrain_lm` on text, on its translations, "
-        "and on noisy phone transcripts of it, which teach it to read what an adapter hears. The perplexity is that of a "
-        f"token of held-out lines.\n\n| | |\n|---|---|\n{rows}\nFlags: `{flags}`\n"
-    )
+    return f"""# A small RWKV-6
+
+Pretrained by `python -m rwkv_speech.synthetic.pretrain_lm` on text, on its translations, and on noisy phone transcripts
+of it, which teach it to read what an adapter hears. The perplexity is that of a token of held-out lines.
+
+| | |
+|---|---|
+{rows}
+Flags: `{flags}`
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
