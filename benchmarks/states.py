@@ -2,7 +2,8 @@
 
 Two tasks that the run has not learned, on its own recordings: the last word, and the kind of sentence. Each is learned
 as a state on the frozen adapter, as a state and a soft prompt after the audio, and with the adapter trained again, all
-by the same steps; then with silence before the speech, and for states between two tasks' ones.
+by the same steps, and read with silence before the speech, too. Then come states between two tasks' ones; with --data
+and --pairs those alone, of a run with several states.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.options import GREEDY
+from rwkv_speech.tasks import Naming
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 
 ASR = "asr"
@@ -168,22 +170,32 @@ def by_length(model: SpeechLM, tests: dict[float, list[Sample]], task: str) -> d
     }
 
 
-def curves(run: Path, models: dict[str, SpeechLM], count: int) -> list[dict[str, object]]:
-    """States between two tasks' ones, in eleven points: how often the text is the one task's, how often the other's."""
-    base = SpeechLM.from_pretrained(run)
-    samples = read(base, run / "data" / "test.jsonl", count)
-    states = {ASR: base.initial_states[ASR]} | {task: model.initial_states[task] for task, model in models.items()}
+def curves(model: SpeechLM, pairs: Sequence[str], tests: dict[str, list[Sample]]) -> list[dict[str, object]]:
+    """States between two tasks' ones, in eleven points: the share of each task's recordings whose text is right."""
     rows = list[dict[str, object]]()
-    for first, second in ((ASR, "keyword"), ("keyword", "topic")):
-        for point in range(11):
-            weight = point / 10
-            mixed = (1 - weight) * states[first] + weight * states[second]
-            for task in (first, second):  # one state under both names: what differs is what counts as right
-                base.initial_states[task] = torch.nn.Parameter(mixed.detach().clone(), requires_grad=False)
-            shares = {f"right as {task}": right(base, of_task(base, samples, task)) for task in (first, second)}
+    for first, second in (pair.split(":") for pair in pairs):
+        ends = [model.initial_states[name].detach() for name in (first, second)]
+        for weight in (point / 10 for point in range(11)):
+            mixed = (1 - weight) * ends[0] + weight * ends[1]
+            for name in (first, second):
+                model.initial_states[name] = torch.nn.Parameter(mixed, requires_grad=False)
+            shares = {f"right as {name}": right(model, tests[name]) for name in (first, second)}
             rows.append({"from": first, "to": second, "weight": weight, **shares})
             print(rows[-1], flush=True)
+        for name, end in zip((first, second), ends, strict=True):
+            model.initial_states[name] = torch.nn.Parameter(end, requires_grad=False)
     return rows
+
+
+def of_states(model: SpeechLM, manifest: Path, count: int) -> dict[str, list[Sample]]:
+    """The first utterances of each of the model's states, as frames."""
+    naming = Naming.among(list(model.initial_states))
+    dataset = SpeechDataset(open_source(str(manifest)), model.tokenizer, naming=naming)
+    found: dict[str, list[Sample]] = {name: [] for name in model.initial_states}
+    for sample in (dataset[i] for i in range(len(dataset))):
+        if isinstance(sample, Sample) and len(found[sample.task]) < count and not sample.then:
+            found[sample.task].append(encoded(model, sample))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,11 +208,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, nargs="*", default=[2.0, 8.0, 25.0], help="lengths with silence before"
     )
+    parser.add_argument("--pairs", nargs="*", default=["asr:keyword", "keyword:topic"], help="states to go between")
+    parser.add_argument("--data", type=Path, help="test lines of the run's own states, whose curves alone are wanted")
     given = parser.parse_args(argv)
     torch.manual_seed(1)
-    rows, models = table(given.proj_dir, given)
-    mixed = curves(given.proj_dir, models, given.test)
-    content = {"new states": rows, "between two states": mixed}
+    rows, model = list[dict[str, object]](), SpeechLM.from_pretrained(given.proj_dir)
+    if given.data:
+        tests = of_states(model, given.data, given.test)
+    else:
+        rows, models = table(given.proj_dir, given)
+        heard = read(model, given.proj_dir / "data" / "test.jsonl", given.test)
+        tests = {task: of_task(model, heard, task) for task in (ASR, *TASKS)}
+        for task, other in models.items():
+            model.initial_states[task] = other.initial_states[task]
+    content = {"new states": rows, "between two states": curves(model, given.pairs, tests)}
     print(
         write_result("states", RESULTS, ["python -m benchmarks.states", *(argv or sys.argv[1:])], cpu_name(), **content)
     )
