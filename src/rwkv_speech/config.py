@@ -23,6 +23,7 @@ LOSSES = ("ce", "kl")
 STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
 VADS = ("silero", "none")
+HISTORIES = ("own", "given")
 OUTPUT_FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32")
 # What --train_data, --valid_data and --eval_data accept.
@@ -435,6 +436,9 @@ class _EvalDecodeFlags(DecodeFlags):
         "0", "as in predict.py, whose fallback temperatures an evaluation leaves out", form=_TEMPERATURES
     )
     vad: str = flag("none", "as in predict.py; an evaluation takes utterances as they are", VADS)
+    history: str = flag(
+        "own", "what a conversation's later turns follow: the model's own answers, or those given with it", HISTORIES
+    )
 
 
 @dataclass(frozen=True)

@@ -88,3 +88,20 @@ def test_rows_say_where_their_audio_lies(model: SpeechLM, source: FileSource):
     assert [(row.audio, row.offset, row.ctc) for row in part.rows] == [
         (source.utterance(row.index).audio, 0.0, None) for row in part.rows
     ]
+
+
+def test_conversations_are_counted_once_and_have_a_row_for_each_turn(model: SpeechLM, source: FileSource):
+    first, second, third, *_ = (source.utterance(i) for i in range(5))
+    typed = Utterance("typed", None, "ref", input_text="hello")
+    talk = replace(first, id="talk", then=(typed, second))
+    share = Share(FileSource([third, talk]))
+    counts, part = decoded(model, share)
+    assert sum(counts) == 2 and len(counts) == 5  # rows, and the bad ones at the end
+    rows = {row.place: row for row in part.rows}
+    assert [rows[1, turn].id for turn in (1, 2, 3)] == ["talk#1", "talk#2", "talk#3"]
+    assert [rows[1, turn].audio for turn in (1, 2, 3)] == [first.audio, None, second.audio]
+    assert rows[0, 0].turn is None
+    *_, again = decode(model, share, 2, replace(GREEDY, max_new_tokens=5), given_history=True)
+    assert isinstance(again, Part)
+    other = {row.place: row for row in again.rows}
+    assert rows[1, 1].hyp == other[1, 1].hyp and rows[1, 3].hyp != other[1, 3].hyp

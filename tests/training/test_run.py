@@ -76,6 +76,28 @@ def test_train_writes_checkpoints_and_logs(run: Path):
     assert list((run / "logs/tensorboard").glob("events*"))
 
 
+def test_conversations_are_trained_and_scored_turn_by_turn(corpus: Path, tmp_path: Path):
+    rows = [json.loads(line) for line in (corpus / "valid.jsonl").read_text().splitlines()]
+    heard = [
+        {"audio_filepath": str(corpus / row["audio_filepath"]), "duration": row["duration"], "answer": row["text"]}
+        for row in rows
+    ]
+    talks = [heard[:2], [{"input": "the weather", "answer": "is good"}, heard[2]], heard[3:]]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"turns": x, "task": "chat"}) + "\n" for x in talks))
+    data, run, cache = tmp_path / "talks.jsonl", tmp_path / "run", tmp_path / "cache"
+    flags = {"valid_data": data, "lr_adapter": 1e-3, "feature_cache": cache, "micro_bsz": 2}
+    assert train_script.main(arguments(data.parent / "x", run, **{**flags, "train_data": data})) == 0
+    assert list(load_trained(run / "last.safetensors").initial_states) == ["chat"]
+    assert min(column(run, "loss")) > 0 and not (run / "bad_files.jsonl").exists()
+    assert eval_script.main(["--proj_dir", str(run), "--eval_data", str(data), "--device", "cpu"]) == 0
+    [results] = run.glob("eval-*.jsonl")
+    found = read_rows(results)
+    # The line with one turn is no conversation.
+    assert [row.turn for row in found] == [1, 2, 1, 2, None] and [row.index for row in found] == [0, 0, 1, 1, 2]
+    assert [row.ref for row in found] == [rows[0]["text"], rows[1]["text"], "is good", rows[2]["text"], rows[3]["text"]]
+    assert [row.id.partition("#")[2] for row in found] == ["1", "2", "1", "2", ""]
+
+
 def test_several_tasks_are_validated_each_by_its_own_measure(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -115,7 +115,8 @@ def _decode(
     yield Progress(total=sum(map(len, shares)))
     options, (model, task) = Options.of(config), _model(config, device)
     for share in shares:
-        for found in decode(model, share, config.micro_bsz, options, task, config.max_bad):
+        more = task, config.max_bad, config.history == "given"
+        for found in decode(model, share, config.micro_bsz, options, *more):
             yield found if isinstance(found, Part) else Progress(done=found)
 
 

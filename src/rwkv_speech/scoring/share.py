@@ -109,20 +109,28 @@ class Part:
 
 
 def decode(
-    model: SpeechLM, share: Share, slots: int, options: Options, task: str = "", max_bad: int = 0
+    model: SpeechLM,
+    share: Share,
+    slots: int,
+    options: Options,
+    task: str = "",
+    max_bad: int = 0,
+    given_history: bool = False,
 ) -> Iterator[int | Part]:
     """Decode a share, so many utterances at once: how many more are done, and at the end what was found.
 
-    All have the state `task` if it is given, else each its own. More broken ones than `max_bad` end it.
+    All have the state `task` if it is given, else each its own. More broken ones than `max_bad` end it. Conversations
+    go on with the model's own answers, or with the `given` ones.
     """
     part, timer = Part(), Timer(next(model.trained_parameters()).device)
     dataset = SpeechDataset(share, model.tokenizer, naming=Naming.among(list(model.initial_states), task))
     if len(dataset):
         _warm_up(model, dataset)
         with timer.run(model.encoder):
-            for row in transcribe_batches(model, _batches(dataset, slots, part.bad, max_bad, timer), options, slots):
+            batches = _batches(dataset, slots, part.bad, max_bad, timer)
+            for row in transcribe_batches(model, batches, options, slots, given_history):
                 part.rows.append(_completed(row, share))
-                yield 1
+                yield int((row.turn or 1) == 1)  # a conversation is one
         yield len(part.bad)
     part.bad = [replace(sample, index=share.place(sample.index)) for sample in part.bad]
     part.seconds = dict(timer.seconds)
