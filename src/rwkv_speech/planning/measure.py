@@ -90,13 +90,15 @@ class Sizes:
     stack: int = STACK
     adapter_hidden: int = ADAPTER_HIDDEN
     encoder_padding: float | None = None
+    num_states: int = 1
 
     def build(self, dtype: torch.dtype = torch.float32) -> SpeechLM:
         """The real model on the "meta" device, the language model in `dtype`."""
         shape = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
+        names = ["asr", *(f"task{number}" for number in range(1, self.num_states))]
         with torch.device("meta"):
             lm = RWKV6(self.lm).to(dtype).requires_grad_(False)
-            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), shape)
+            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), shape, names)
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:

@@ -42,7 +42,7 @@ def plan_run(config: TrainConfig, model: SpeechLM | None = None, dataset: Speech
     if it is this machine's. Without them the flags say what they would be. Raises UserError where these do not.
     """
     notes: list[str] = []
-    sizes = _sizes(config, notes)
+    sizes = replace(_sizes(config, notes), num_states=len(model.initial_states) if model else 1)
     durations, parts = (dataset.durations(), dataset.parts()) if dataset else _durations(config, notes)
     compute, (kind, devices) = compute_of(config, "meta"), accelerator(config)
     lm, encoder = ("bf16" if x == torch.bfloat16 else "fp32" for x in (compute.lm_dtype, compute.encoder_dtype))
