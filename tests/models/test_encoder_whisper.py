@@ -128,11 +128,13 @@ def test_bfloat16_is_near_and_keeps_convolutions_and_norms(whisper: Any):
 
 
 @pytest.mark.parametrize("whole", [WhisperModel, WhisperForConditionalGeneration])
-def test_from_pretrained_reads_the_encoder_alone(tmp_path: Path, whole: type):
+def test_from_pretrained_reads_the_encoder_alone(tmp_path: Path, whole: type, capfd: pytest.CaptureFixture[str]):
     model = make_whisper(whole=whole).half()
     inner = getattr(model, "model", model)
     save(tmp_path / "whole", model)
+    capfd.readouterr()
     encoder = SpeechEncoder.from_pretrained(tmp_path / "whole")
+    assert capfd.readouterr() == ("", "")
     assert sum(x.numel() for x in encoder.parameters()) == sum(x.numel() for x in inner.encoder.parameters())
     assert not encoder.do_normalize and not any(x.requires_grad for x in encoder.parameters())
     for name, x in inner.encoder.state_dict().items():

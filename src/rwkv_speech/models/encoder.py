@@ -23,7 +23,7 @@ _PREPROCESSOR = "preprocessor_config.json"
 _DTYPES = (torch.float32, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d)
 # What stands before an encoder's names in the file of a whole Whisper model.
-_IN_WHISPER = r"^(model\.)?encoder\."
+_IN_WHISPER, _DECODER = r"^(model\.)?encoder\.", r"^(model\.decoder|decoder|proj_out)\."
 
 
 def normalise(waveforms: Tensor, num_samples: Tensor) -> Tensor:
@@ -178,12 +178,14 @@ def _load_model(name: str, model_type: str) -> nn.Module:
     from transformers import AutoModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    class EncoderAlone(WhisperEncoder):
+        """Does not mind a decoder in the file."""
+
+    EncoderAlone._keys_to_ignore_on_load_unexpected = [_DECODER]
+    kind, mapping = (EncoderAlone, {_IN_WHISPER: ""}) if model_type == _WHISPER else (AutoModel, None)
+    loading: Any = kind.from_pretrained
     try:
-        if model_type == _WHISPER:
-            options["key_mapping"] = {_IN_WHISPER: ""}
-        kind: Any = WhisperEncoder if model_type == _WHISPER else AutoModel
-        model, report = kind.from_pretrained(name, **options)
+        model, report = loading(name, dtype=torch.float32, output_loading_info=True, key_mapping=mapping)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"encoder {name!r}: its weights cannot be read ({first_line(error)}); copy or download it again"
