@@ -156,8 +156,8 @@ def pretrain(config: Flags) -> dict[str, float]:
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            if torch.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
+                optimizer.step()
             schedule.step()
             step += 1
             if step % 100 == 0:
