@@ -25,3 +25,26 @@ OP=train train_data=$data/train-qa.jsonl valid_data=$data/valid-qa.jsonl proj_di
 echo "== 4 of 4: scoring unseen speakers and sentences"
 OP=eval eval_data=$data/test.jsonl sh "$root/demo/demo-state-tuning.sh"
 OP=eval eval_data=$data/test-qa.jsonl proj_dir=$proj_dir/text sh "$root/demo/demo-state-tuning.sh" --input text
+
+"$python" - "$proj_dir" <<'PYTHON_END'
+import json
+import pathlib
+import sys
+
+run = pathlib.Path(sys.argv[1])
+newest = lambda folder: max(folder.glob("eval-best-*.json"), key=lambda path: path.stat().st_mtime)
+heard, read = newest(run), newest(run / "text")
+tasks, texts = (json.loads(path.read_text())["tasks"] for path in (heard, read))
+rows = [json.loads(line) for line in heard.with_suffix(".jsonl").read_text().splitlines()]
+last = {row["index"]: row for row in rows if row["task"] == "chat"}.values()
+recalled = sum(row["ref"] == row["hyp"] for row in last) / len(last)
+qa, ceiling = tasks["qa"]["exact_match"], texts["qa"]["exact_match"]
+print("== unseen speakers, unseen sentences")
+for lang, found in tasks["asr"]["by"]["language"].items():
+    print(f"   recognition, {lang}            WER {100 * found['wer']:6.2f} %")
+for pair, found in tasks["st"]["by"]["direction"].items():
+    print(f"   translation, {pair}     BLEU {found['bleu']:6.2f}   chrF {found['chrf']:.2f}")
+print(f"   questions         exact match {100 * qa:6.2f} %   read as text {100 * ceiling:.2f} %")
+print(f"   topics               accuracy {100 * tasks['topic']['accuracy']:6.2f} %")
+print(f"   conversation           recall {100 * recalled:6.2f} %")
+PYTHON_END
