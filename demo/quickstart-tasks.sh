@@ -16,7 +16,8 @@ echo "== 1 of 4: synthesising the corpus into $data"
 for part in train valid test; do grep '"task": "qa"' "$data/$part.jsonl" >"$data/$part-qa.jsonl"; done
 
 echo "== 2 of 4: training one adapter and a state for each task"
-OP=train train_data=$data/train.jsonl valid_data=$data/valid.jsonl sh "$root/demo/demo-state-tuning.sh"
+OP=train train_data=$data/train.jsonl valid_data=$data/valid.jsonl sh "$root/demo/demo-state-tuning.sh" \
+    --feature_cache "$proj_dir/frames"
 
 echo "== 3 of 4: training a state that reads the questions as text: what the language model could answer at best"
 OP=train train_data=$data/train-qa.jsonl valid_data=$data/valid-qa.jsonl proj_dir=$proj_dir/text epoch_count=20 \
