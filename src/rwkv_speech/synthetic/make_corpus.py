@@ -15,7 +15,8 @@ from rwkv_speech.files import write_text_atomically
 from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
-from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS, voice
+from rwkv_speech.synthetic.phones import voice_of
+from rwkv_speech.synthetic.voices import TEST_VARIANTS, TRAIN_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def make_corpus(config: Flags) -> None:
         (out / name).mkdir(parents=True, exist_ok=True)
         lines = []
         for index in range(getattr(config, name)):
-            text, speaker = corpus.sentence(rng), voice(rng, variants)
+            text, speaker = corpus.sentence(rng), voice_of(rng, "en", variants)
             waveform = synthesizer.say(text, speaker).waveform()
             file, duration = f"{name}/{index:05d}.flac", round(len(waveform) / SAMPLE_RATE, 4)
             soundfile.write(out / file, waveform.numpy(), SAMPLE_RATE)
