@@ -22,7 +22,8 @@ from rwkv_speech.scoring.errors import align
 from rwkv_speech.scoring.metrics import score_rows
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
-from rwkv_speech.synthetic.voices import TEST_VARIANTS, voice
+from rwkv_speech.synthetic.phones import voice_of
+from rwkv_speech.synthetic.voices import TEST_VARIANTS
 
 LISTED, ABSENT = 60, 100
 
@@ -48,7 +49,7 @@ def sentences(count: int, seed: int, rare: Sequence[str]) -> list[tuple[str, Ten
         if rare:
             words[rng.randrange(1, len(words))] = rng.choice(rare)
         text = " ".join(words)
-        found.append((text, synthesizer.say(text, voice(rng, TEST_VARIANTS)).waveform()))
+        found.append((text, synthesizer.say(text, voice_of(rng, "en", TEST_VARIANTS)).waveform()))
     return found
 
 

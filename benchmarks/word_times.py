@@ -25,7 +25,8 @@ from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.synthetic import corpus
 from rwkv_speech.synthetic.espeak import Synthesizer
-from rwkv_speech.synthetic.voices import TEST_VARIANTS, voice
+from rwkv_speech.synthetic.phones import voice_of
+from rwkv_speech.synthetic.voices import TEST_VARIANTS
 
 LONGEST_PAUSE = 800
 BATCH = 8
@@ -35,7 +36,7 @@ def sentences(count: int, seed: int) -> list[tuple[list[str], Tensor, list[float
     """Words, waveform and the second at which each word starts."""
     rng, synthesizer, found = random.Random(seed), Synthesizer(), list[tuple[list[str], Tensor, list[float]]]()
     while len(found) < count:
-        words, speaker = corpus.sentence(rng).split(), voice(rng, TEST_VARIANTS)
+        words, speaker = corpus.sentence(rng).split(), voice_of(rng, "en", TEST_VARIANTS)
         pauses = [rng.randint(0, LONGEST_PAUSE) for _ in words[1:]]
         speech = synthesizer.say(" ".join(words), speaker, pauses)
         if len(speech.words) == len(words):
