@@ -80,7 +80,7 @@ def test_a_manifest_names_recordings_and_parts_of_them(folder: Path):
 
 def test_faults_are_lines_and_the_rest_is_found(folder: Path):
     lines = ["{", '{"text": "a"}', '{"audio_filepath": 3}', '{"audio_filepath": "b.wav", "offset": -1}', "[]",
-             '{"audio_filepath": "b.wav"}']  # fmt: skip
+             '{"audio_filepath": "b.wav"}', '{"turns": [{"audio_filepath": "b.wav", "text": "a"}]}']  # fmt: skip
     Path("bad.jsonl").write_text("\n".join(lines))
     Path("none.jsonl").write_text("\n \n")
     found, faults = find_inputs(["gone.wav", "*.opus", "empty", "bad.jsonl", "none.jsonl", "", "a.mp3"])
@@ -88,7 +88,8 @@ def test_faults_are_lines_and_the_rest_is_found(folder: Path):
     starts = ["gone.wav: no such file", "*.opus: no file matches", "empty: a folder without an audio file",
               "bad.jsonl, line 1: is not JSON", "bad.jsonl, line 2: lacks 'audio_filepath'",
               "bad.jsonl, line 3: 'audio_filepath' is 3", "bad.jsonl, line 4: 'offset' is -1",
-              "bad.jsonl, line 5: is not a JSON object", "none.jsonl: a manifest without a line",
+              "bad.jsonl, line 5: is not a JSON object", "bad.jsonl, line 7: has 'turns', but",
+              "none.jsonl: a manifest without a line",
               "'': no such file"]  # fmt: skip
     assert [fault.startswith(start) for fault, start in zip(faults, starts, strict=True)] == [True] * len(starts)
     assert all("\n" not in fault and len(fault) < 400 for fault in faults)

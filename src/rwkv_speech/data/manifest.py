@@ -149,7 +149,8 @@ def tidied(row: dict[str, Any]) -> dict[str, Any]:
 def row_faults(row: dict[str, Any], required: Sequence[str] = REQUIRED) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
     if TURNS in row:
-        return _conversation_faults(row)
+        alone = f"has {TURNS!r}, but a conversation is no recording; expected lines of one recording each"
+        return _conversation_faults(row) if required == REQUIRED else [alone]
     reasons = [f"lacks {key!r}" for key in required if key not in row and (key != "text" or ANSWER not in row)]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
