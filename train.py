@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-from rwkv_speech.config import FREEZE_ADAPTER, TrainConfig
+from rwkv_speech.config import TrainConfig
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> None:
         if start:
             model.load_trained(start)
         model.add_soft_prompts(learned, config.soft_prompt)
-        if config.freeze == FREEZE_ADAPTER:
+        if config.adapter_stays:
             model.freeze_all_but(learned)
         data, valid, cache = make_datasets(config, model, *sources)
         if config.plan:

@@ -13,6 +13,7 @@ OFF_ON = (0, 1)
 PRECISIONS = ("auto", "bf16", "fp32", "int8")
 ENCODER_PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
+AUDIO, TEXT = INPUTS = ("audio", "text")
 LABEL_MODES = ("none", "lower")
 NORMALIZERS = ("casefold", "characters", "basic", "whisper-english", "none")
 PROMPT_FORMS = ("user", "instruction", "continue")
@@ -35,6 +36,11 @@ DATA_FORMS = {
     "hf:NAME:SPLIT": "a Hugging Face dataset; SPLIT may be a+b",
     "hf:NAME:CONFIG:SPLIT": "one configuration of it",
     "librispeech:SPLIT": "LibriSpeech, for example train-960 or test-clean",
+    "commonvoice:FOLDER:SPLIT": "a language of Common Voice, downloaded: SPLIT.tsv and clips",
+    "fleurs:LANG:SPLIT": "FLEURS, for example fleurs:de_de:train, or its folder in place of LANG",
+    "mls:LANG:SPLIT": "Multilingual LibriSpeech, for example mls:german:dev, or its folder",
+    "aishell:FOLDER:SPLIT": "AISHELL-1, downloaded and unpacked",
+    "covost:SRC_TGT:SPLIT": "CoVoST 2, for example covost:en_de:test; covost:FOLDER:SRC_TGT:SPLIT with its tables",
     "tar:FOLDER or tar:PATTERN": "WebDataset shards, for example tar:/data/train-{000..099}.tar",
     "hf-stream:NAME:SPLIT": "read as it arrives: the whole of --train_data, with --epoch_steps",
 }
@@ -163,6 +169,12 @@ class ModelConfig(_ModelFlags, _DeviceFlags, Flags):
 class _ColumnFlags:
     group: ClassVar[str] = "data"
     epilog: ClassVar[str] = "forms of data:\n" + "\n".join(f"  {x:<27}  {text}" for x, text in DATA_FORMS.items())
+    input: str = flag(
+        "audio",
+        "text: source_text, in recognition the text, is read in place of audio, by a state alone; the adapter is not "
+        "trained",
+        INPUTS,
+    )
     audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
     text_column: str = flag("text", "column of the text in a Hugging Face dataset")
 
@@ -337,6 +349,11 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
     )
     log_every: int = flag(10, "steps between two lines of the log", at_least=1, resume=True)
 
+    @property
+    def adapter_stays(self) -> bool:
+        """Whether the adapter, and with it the states of other tasks, stay as they are in --init_from."""
+        return self.freeze == FREEZE_ADAPTER or self.input == TEXT
+
     def check(self) -> None:
         """Raises UserError for 8 bits, and for what ranks would do each in its own time with the layers shared out."""
         if self.precision == "int8":
@@ -364,6 +381,12 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
                 "--ctc: found 1 with --strategy deepspeed_stage_3, which shares out the frozen encoder; train without "
                 "it, then start the finished run again with --ctc 1 --strategy ddp"
             )
+        for name in ("plan", "ctc", "feature_cache", "speed", "volume_db", "noise_dir", "time_masks", "freq_masks"):
+            if self.input == TEXT and getattr(self, name):
+                raise UserError(
+                    f"--{name}: found {getattr(self, name)!r} with --input text, which hears nothing; leave out one of "
+                    "them"
+                )
         if self.ctc and self.train_data.startswith("hf-stream:"):
             raise UserError(
                 f"--ctc: {self.train_data} arrives row by row, expected data whose characters can be listed: a "

@@ -243,3 +243,26 @@ def test_answers_to_transcripts_ask_the_frozen_model(source: FileSource, tokeniz
     assert batch.teacher_ids == [sample.teacher_ids for sample in samples]
     untaught = SpeechDataset(FileSource(rows), tokenizer)[0]
     assert isinstance(untaught, Sample) and untaught.teacher_ids == () and untaught.ids == tokenizer.encode("four")
+
+
+def test_texts_take_the_place_of_audio(source: FileSource, tokenizer: WorldTokenizer):
+    plain = source.utterance(0)
+    rows = [
+        replace(plain, text="vier", task="st", source_text="FOUR"),
+        replace(plain, text="four"),
+        replace(plain, text="vier", task="st"),
+        replace(plain, text="4", answers=("4",), source_text="2 + 2", prompt="Say:"),
+        Utterance("no audio", None, "vier", task="st", input_text="FOUR"),
+    ]
+    dataset = SpeechDataset(FileSource(rows), tokenizer, "lower", fit=Fit(10, 1, HOPS), reads_text=True)
+    ids = [tuple(tokenizer.encode(text)) for text in ("FOUR", "four")]
+    first, second, bad, answer, silent = (dataset[i] for i in range(5))
+    assert isinstance(bad, BadSample) and "has no source_text" in bad.reason
+    assert isinstance(answer, BadSample) and answer.too_long  # 4 of the prompt, 5, 1 and the separator
+    assert [x.input_ids for x in (first, second, silent) if isinstance(x, Sample)] == [ids[0], ids[1], ids[0]]
+    batch = collate([first, silent])
+    assert batch.waveforms.shape == (2, 0) and batch.num_samples.tolist() == [0, 0]
+    # Beside audio a text is read only where there is no audio.
+    dataset = SpeechDataset(FileSource(rows), tokenizer, "lower")
+    found = [dataset[i] for i in range(5)]
+    assert [isinstance(x, Sample) and x.input_ids for x in found] == [None] * 4 + [ids[0]]

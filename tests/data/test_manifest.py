@@ -62,6 +62,19 @@ def test_read_manifest_reads_conversations(tmp_path: Path):
     assert first.seconds == pytest.approx(0.07 + 8) and second.then == () and second.input_text
 
 
+def test_what_has_a_source_text_needs_no_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_audio(tmp_path / "a.wav")
+    rows = [
+        {"source_text": "good day", "text": "guten Tag"},
+        {"transcript": "2 + 2", "answer": "four", "id": "q"},
+        {"audio_filepath": "a.wav", "text": "x"},
+    ]
+    first, second, third = read_manifest(write_manifest(tmp_path / "m.jsonl", *rows))
+    assert (first.id, first.audio, first.text, first.source_text) == ("good day", None, "guten Tag", "good day")
+    assert (second.id, second.audio, second.text, second.source_text) == ("q", None, "four", "2 + 2")
+    assert third.audio and "2 of 3 have no audio_filepath" in capsys.readouterr().out
+
+
 def test_read_manifest_takes_byte_order_mark_crlf_and_null(tmp_path: Path):
     write_audio(tmp_path / "a.wav")
     line = json.dumps({"audio_filepath": "a.wav", "text": "x", "duration": None, "lang": None})

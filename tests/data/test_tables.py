@@ -60,6 +60,8 @@ ROWS: list[dict[str, Any] | str | bytes] = [
     row(source_lang="en", source_text="the weather", prompt={"a": 1}, transcript=[1]),
     *[row(answer=["four", "4"], source_text="2 + 2")] * 3,
     *[{"audio_filepath": "b.wav", "answer": f"{i}"} for i in range(9)],
+    {"source_text": "good day", "text": "guten Tag"},
+    {"transcript": "2 + 2", "answer": "four"},
     *[row("b.wav", offset=i, duration=i + 0.5) for i in range(30)],
 ]
 

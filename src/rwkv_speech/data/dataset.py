@@ -22,7 +22,7 @@ from rwkv_speech.data.feature_cache import FeatureCache, recording_key
 from rwkv_speech.data.loader import BatchSampler, StepLoader, collate, in_processes
 from rwkv_speech.data.source import Part, Source, Utterance, load_turn, parts_of
 from rwkv_speech.errors import UserError
-from rwkv_speech.tasks import Naming
+from rwkv_speech.tasks import Naming, task_named
 from rwkv_speech.text import as_continuation, as_prompt, normalise_label
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -54,9 +54,11 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     their copy of the dataset, so the epoch travels with the index. Only `augment` depends on it.
 
     `naming` says which state an utterance has. A broken recording becomes a BadSample, never an exception; so does one
-    that does not `fit`. With a feature `cache`, which feature_fill.fill has filled, samples hold frames. With a
-    `teacher_form`, as in text.as_prompt, answers to what has a transcript get `teacher_ids`, and the blank with which a
-    text model begins them. Raises UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
+    that does not `fit`. An utterance without audio is read: its source text takes the place of audio; so are all with
+    `reads_text`, those of recognition their text. With a feature `cache`, which feature_fill.fill has filled, samples
+    hold frames. With a `teacher_form`, as in text.as_prompt, answers to what has a transcript get `teacher_ids`, and
+    the blank with which a text model begins them. Raises UserError for an unknown `label_mode`, and for a cache beside
+    changes of the audio.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         augment: Augmenter | None = None,
         cache: FeatureCache | None = None,
         teacher_form: str = "",
+        reads_text: bool = False,
     ) -> None:
         normalise_label("", label_mode)  # an unknown mode fails here, not in a data worker
         if cache and augment and augment.settings.flags_on:
@@ -81,6 +84,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         self.source, self._tokenizer = source, tokenizer
         self._label_mode, self._fit, self._naming = label_mode, fit, naming
         self._normalise, self._augment, self._cache, self._teacher_form = normalise, augment, cache, teacher_form
+        self._reads_text = reads_text
 
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
@@ -150,6 +154,11 @@ class SpeechDataset(Dataset[Sample | BadSample]):
 
     def _sample(self, epoch: int, index: int) -> Sample | BadSample:
         found = self.source.utterance(index)
+        if self._reads_text:
+            first, *others = (self._read(turn) for turn in found.turns)
+            found = replace(first, then=tuple(others))
+            if any(turn.input_text is None for turn in found.turns):
+                return BadSample(index, found.id, "has no source_text, which is to be read in place of audio")
         turns = [self._labelled(index, number, turn, found) for number, turn in enumerate(found.turns, start=1)]
         seconds = [turn.duration if turn.input_text is None else 0.0 for turn in found.turns]
         # Known durations save the decoding of what is left out anyway.
@@ -170,6 +179,12 @@ class SpeechDataset(Dataset[Sample | BadSample]):
                 "again, and what is missing is computed"
             )
         return replace(heard[0], then=tuple(heard[1:]))
+
+    def _read(self, turn: Utterance) -> Utterance:
+        """With what is spoken, if it is known, to be read in place of audio."""
+        is_transcript = not turn.answers and task_named(turn.task or self._naming.task).measure == "wer"
+        spoken = turn.text if is_transcript and turn.source_text is None else turn.source_text
+        return replace(turn, input_text=spoken if turn.input_text is None else turn.input_text)
 
     def _labelled(self, index: int, number: int, found: Utterance, first: Utterance) -> Sample:
         """All of a turn but its audio."""

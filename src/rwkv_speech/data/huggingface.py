@@ -151,13 +151,13 @@ def open_hub(spec: str, columns: Columns) -> HuggingFaceSource:
                 f"data source {spec!r}: no such split; expected librispeech: and one of "
                 + ", ".join(LIBRISPEECH_SPLITS)
             )
-        rows = _load_hub(*LIBRISPEECH, LIBRISPEECH_SPLITS[parts[0]], spec)
+        rows = load_hub(*LIBRISPEECH, LIBRISPEECH_SPLITS[parts[0]], spec)
         # Its transcripts are in capitals, which no language model is used to.
         return HuggingFaceSource(rows, columns, label=spec, label_mode="lower")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"data source {spec!r}: {len(parts)} parts after 'hf:'; expected one of:\n{ACCEPTED_FORMS}")
     config = parts[1] if len(parts) == 3 else None
-    return HuggingFaceSource(_load_hub(parts[0], config, parts[-1], spec), columns, label=spec)
+    return HuggingFaceSource(load_hub(parts[0], config, parts[-1], spec), columns, label=spec)
 
 
 def open_saved(path: str | Path, split: str | None, columns: Columns) -> HuggingFaceSource:
@@ -183,9 +183,15 @@ def open_saved(path: str | Path, split: str | None, columns: Columns) -> Hugging
     return HuggingFaceSource(datasets.concatenate_datasets([found[name] for name in names]), columns, label=label)
 
 
-def _load_hub(name: str, config: str | None, split: str, spec: str) -> datasets.Dataset:
-    """Load a split expression, fetching only the files of the splits it names where that can be."""
+def load_hub(name: str, config: str | None, split: str, spec: str, revision: str | None = None) -> datasets.Dataset:
+    """Load a split expression, fetching only the files of the splits it names where that can be.
+
+    A `revision` holds Parquet files as CONFIG/SPLIT/*.parquet, and nothing that says so. Raises UserError.
+    """
     try:
+        if revision:
+            files = {split: f"{config}/{split}/*.parquet"}
+            return datasets.load_dataset(name, data_files=files, split=split, revision=revision)
         builder = datasets.load_dataset_builder(name, config)
         files = builder.config.data_files
         wanted = [re.sub(r"\[.*\]$", "", part.strip()) for part in split.split("+")]

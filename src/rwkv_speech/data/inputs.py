@@ -107,7 +107,7 @@ def _in_manifest(path: str) -> Iterator[Input | str]:
         yield f"{printable(path)}: cannot be read ({error.strerror}); expected a manifest: check its permissions"
         return
     folder, count = os.path.dirname(path), 0
-    for count, row, reasons in parse_lines(content, 1, required=("audio_filepath",)):
+    for count, row, reasons in parse_lines(content, 1, required=(("audio_filepath",),)):
         if reasons:
             yield f"{printable(path)}, line {count}: {'; '.join(reasons):.200}"
             continue

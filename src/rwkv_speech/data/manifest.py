@@ -13,14 +13,15 @@ from rwkv_speech.errors import UserError
 JSON_SUFFIXES = frozenset({".jsonl", ".json"})
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ANSWER = "answer"
 # Other corpora have keys of these names that hold other things: what is no string there is left out.
 LENIENT = ("prompt", "transcript")
 TURNS, _INPUT = "turns", "input"
 STRINGS = ("audio_filepath", "text", "lang", "task", "id", "speaker", "source_lang", "source_text", TURNS, *LENIENT)
 SECONDS = ("duration", "offset")
-ANSWER = "answer"
 TEXTS = ("text", "source_lang", "source_text", ANSWER, *LENIENT)
-REQUIRED = ("audio_filepath", "text")
+# One of each of these; the first is the usual one.
+REQUIRED = (("audio_filepath", "source_text", "transcript"), ("text", ANSWER))
 _MAX_ERRORS_SHOWN = 20
 
 
@@ -29,9 +30,10 @@ def read_manifest(path: str | Path) -> list[Utterance]:
 
     Keys: `audio_filepath` (relative to the manifest), `text`, and optionally `duration`, `offset` (s), `lang`, `task`,
     `id`, `speaker`, which may be a number, `source_lang`, and `source_text` or `transcript`; others are ignored. In
-    place of `text` there may be an `answer`, a string or several in a list, and beside it a `prompt`. An id that is not
-    given is the path, with `@offset` for a segment; rows of the same recording share it. A conversation has in place of
-    audio and text its `turns`, a list of objects with audio as above or an `input` of text, and text or answer.
+    place of `text` there may be an `answer`, a string or several in a list, and beside it a `prompt`. What has a
+    `source_text` needs no audio: then that is read. An id that is not given is the path, with `@offset` for a segment;
+    rows of the same recording share it. A conversation has in place of audio and text its `turns`, a list of objects
+    with audio as above or an `input` of text, and text or answer.
 
     Raises UserError that lists every bad line with its number.
     """
@@ -56,11 +58,13 @@ def read_manifest(path: str | Path) -> list[Utterance]:
             problems[number] = "; ".join(reasons)
         rows.append(row)
     check(manifest, problems, len(rows))
+    if note := of_text(sum(not {"audio_filepath", TURNS} & set(row) for row in rows), len(rows)):
+        print(f"note: {manifest}: {note}")
     return [to_utterance(row, folder) for row in rows]
 
 
 def parse_lines(
-    content: bytes, first: int, required: Sequence[str] = REQUIRED
+    content: bytes, first: int, required: Sequence[Sequence[str]] = REQUIRED
 ) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
     """Give the number, from `first`, of each line that is not empty, its row without null values, and its faults."""
     for number, line in enumerate(content.split(b"\n"), start=first):
@@ -82,16 +86,17 @@ def to_utterance(row: dict[str, Any], folder: Path) -> Utterance:
     """Make an utterance of a sound row; `folder` is that of the manifest."""
     if TURNS in row:
         return _conversation(row, folder)
-    name, offset = row["audio_filepath"], float(row.get("offset", 0.0))
+    name, offset, texts = row.get("audio_filepath"), float(row.get("offset", 0.0)), texts_of(row)
     return Utterance(
-        id=row.get("id", f"{name}@{offset:g}" if offset else name),
-        audio=os.path.join(folder, name),
+        id=row.get("id", f"{name}@{offset:g}" if offset else name or f"{texts['source_text']}"),
+        audio=None if name is None else os.path.join(folder, name),
         duration=float(row["duration"]) if "duration" in row else None,
         offset=offset,
         lang=row.get("lang"),
         task=row.get("task"),
         speaker=row.get("speaker"),
-        **texts_of(row),
+        input_text=texts["source_text"] if name is None else None,
+        **texts,
     )
 
 
@@ -146,12 +151,12 @@ def tidied(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def row_faults(row: dict[str, Any], required: Sequence[str] = REQUIRED) -> list[str]:
+def row_faults(row: dict[str, Any], required: Sequence[Sequence[str]] = REQUIRED) -> list[str]:
     """Say what is wrong with the values of a row; whether its audio exists is not looked at."""
     if TURNS in row:
         alone = f"has {TURNS!r}, but a conversation is no recording; expected lines of one recording each"
         return _conversation_faults(row) if required == REQUIRED else [alone]
-    reasons = [f"lacks {key!r}" for key in required if key not in row and (key != "text" or ANSWER not in row)]
+    reasons = [f"lacks {keys[0]!r}" for keys in required if not set(keys) & set(row)]
     reasons += [_string_fault(key, row[key]) for key in STRINGS if key in row]
     reasons += [_seconds_fault(key, row[key]) for key in SECONDS if key in row]
     reasons += [_answer_fault(row[ANSWER])] if ANSWER in row else []
@@ -168,13 +173,20 @@ def _conversation_faults(row: dict[str, Any]) -> list[str]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return [*reasons, f"{TURNS!r} is {row[TURNS]:.80}, expected a list of objects, not empty"]
     for number, turn in enumerate(map(tidied, turns) if not reasons else (), start=1):
-        faults = row_faults(turn, ("text",) if _INPUT in turn else REQUIRED)
+        faults = row_faults(turn, REQUIRED[1:] if _INPUT in turn else REQUIRED)
         if _INPUT in turn:
             faults.append(_string_fault(_INPUT, turn[_INPUT]) or ("" if turn[_INPUT] else f"{_INPUT!r} is empty"))
             faults.append(f"has both {_INPUT!r} and 'audio_filepath'" if "audio_filepath" in turn else "")
         faults.append(f"has {TURNS!r} itself" if TURNS in turn else "")
         reasons += [f"turn {number}: {fault}" for fault in faults if fault]
     return reasons
+
+
+def of_text(count: int, total: int) -> str:
+    """Say that so many rows have no audio, "" for none."""
+    return (
+        f"{count:,} of {total:,} have no audio_filepath: their source_text is read in place of audio" if count else ""
+    )
 
 
 def no_audio(path: str) -> str:
@@ -199,7 +211,7 @@ def unreadable(manifest: Path, error: OSError) -> UserError:
     return UserError(f"manifest {manifest}: cannot be read ({error.strerror}); expected a file of JSON lines")
 
 
-def _parse_line(line: bytes, required: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _parse_line(line: bytes, required: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[str]]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

@@ -25,6 +25,12 @@ def _open_hub(spec: str, columns: Columns) -> Source:
     return open_hub(spec, columns)
 
 
+def _open_recipe(spec: str, columns: Columns) -> Source:
+    from rwkv_speech.data.recipes import open_recipe
+
+    return open_recipe(spec)
+
+
 def _refuse_stream(spec: str, columns: Columns) -> Source:
     raise UserError(f"data source {spec!r}: is a stream; expected it as the whole of --train_data only")
 
@@ -35,6 +41,7 @@ KINDS: dict[str, Callable[[str, Columns], Source]] = {
     "tar": _open_tar,
     "hf": _open_hub,
     "librispeech": _open_hub,
+    **dict.fromkeys(("commonvoice", "fleurs", "mls", "aishell", "covost"), _open_recipe),
     "hf-stream": _refuse_stream,
 }
 

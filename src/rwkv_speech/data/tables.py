@@ -33,6 +33,7 @@ from rwkv_speech.data.manifest import (
     TURNS,
     check,
     no_audio,
+    of_text,
     parse_lines,
     repeated_id,
     row_faults,
@@ -87,6 +88,16 @@ class TableSource:
         name = self._row(index).column("audio_filepath")[0].as_py()
         return None if name is None else os.path.join(self._folder, name)
 
+    @property
+    def num_read(self) -> int:
+        """The utterances whose text is read in place of audio, beside conversations."""
+        return sum(self._lacking(batch) for batch in self._batches)
+
+    @staticmethod
+    def _lacking(batch: pa.RecordBatch) -> int:
+        audio, turns = batch.column("audio_filepath"), batch.column(TURNS)
+        return int(pc.sum(pc.and_(audio.is_null(), turns.is_null()), min_count=0).as_py())
+
     def load(self, index: int) -> Tensor:
         """Decode one utterance to float32 (S,), 16 kHz mono; raises AudioError."""
         return load_turn(self.utterance(index))
@@ -129,6 +140,8 @@ def open_table(path: Path) -> TableSource:
     for index in np.linspace(0, len(source) - 1, count).astype(int).tolist():
         if (audio := source.audio(index)) is not None and not os.path.isfile(audio):
             problems.append(f"utterance {index + 1}: {no_audio(audio)}")
+    if note := of_text(source.num_read, len(source)):
+        print(f"note: {path}: {note}")
     if problems:
         raise UserError(summary(f"manifest {path}: {len(problems)} of {count} utterances looked at are bad", problems))
     return source
@@ -281,11 +294,16 @@ def _as_lists(strings: pa.StringArray) -> pa.ListArray:
 def _is_sound(rows: pa.RecordBatch) -> bool:
     """Whether `row_faults` would find nothing in any row."""
     text, answers = rows.column("text"), rows.column(ANSWER)
-    if rows.column("audio_filepath").null_count or pc.list_flatten(answers).null_count:
+    if pc.list_flatten(answers).null_count:
         return False
+    audio, spoken = rows.column("audio_filepath"), (rows.column("source_text"), rows.column("transcript"))
     duration, offset = rows.column("duration"), rows.column("offset")
     fits = [pc.greater(duration, 0), pc.less(duration, 1e9), pc.greater_equal(offset, 0), pc.less(offset, 1e9)]
-    fits += [pc.or_(text.is_valid(), answers.is_valid()), pc.greater(pc.list_value_length(answers), 0)]
+    fits += [
+        pc.coalesce(audio, *spoken).is_valid(),
+        pc.or_(text.is_valid(), answers.is_valid()),
+        pc.greater(pc.list_value_length(answers), 0),
+    ]
     # A value that is not there is null here, and passes.
     return all(pc.all(fit, min_count=0).as_py() for fit in fits)
 

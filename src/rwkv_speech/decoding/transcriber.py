@@ -103,8 +103,8 @@ class Transcriber:
         self._engine, self._reader = Engine(model, options, slots), Reader(model)
         self._ahead = _AHEAD * slots
         known = model.trained_on
-        longest = _LENGTHS_BEYOND * known.longest_seconds if known else _LONGEST_IF_UNKNOWN
-        self._max_seconds = options.max_segment or longest
+        longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
+        self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN
         self._times = _word_times(model) if options.word_timestamps else None
         if options.finds_language and tasks.LANGUAGE not in model.initial_states:
             raise UserError(

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from rwkv_speech.config import EvalConfig
+from rwkv_speech.config import TEXT, EvalConfig
 from rwkv_speech.data.source import Source
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.options import Options
@@ -113,9 +113,9 @@ def _decode(
     ]
     shares = [Share(Recast(source, role) if role else source, rank, world_size) for source in sources]
     yield Progress(total=sum(map(len, shares)))
-    options, (model, task) = Options.of(config), _model(config, device)
+    options, (model, task), reads = Options.of(config), _model(config, device), config.input == TEXT
     for share in shares:
-        more = task, config.max_bad, config.history == "given"
+        more = task, config.max_bad, config.history == "given", reads
         for found in decode(model, share, config.micro_bsz, options, *more):
             yield found if isinstance(found, Part) else Progress(done=found)
 

@@ -116,6 +116,7 @@ def decode(
     task: str = "",
     max_bad: int = 0,
     given_history: bool = False,
+    reads_text: bool = False,
 ) -> Iterator[int | Part]:
     """Decode a share, so many utterances at once: how many more are done, and at the end what was found.
 
@@ -123,7 +124,9 @@ def decode(
     go on with the model's own answers, or with the `given` ones.
     """
     part, timer = Part(), Timer(next(model.trained_parameters()).device)
-    dataset = SpeechDataset(share, model.tokenizer, naming=Naming.among(list(model.initial_states), task))
+    dataset = SpeechDataset(
+        share, model.tokenizer, naming=Naming.among(list(model.initial_states), task), reads_text=reads_text
+    )
     if len(dataset):
         _warm_up(model, dataset)
         with timer.run(model.encoder):

@@ -225,7 +225,8 @@ class CtcModule(pl.LightningModule):
             frames, lengths = batch.frames, batch.frame_lengths
         else:
             frames, lengths = self._encode(batch.waveforms, batch.num_samples, batch.normalised)
-        spoken = [row for row, task in enumerate(batch.tasks) if tasks.base_of(task) == tasks.DEFAULT]
+        read = batch.input_ids or [None] * len(batch)
+        spoken = [i for i, x in enumerate(batch.tasks) if tasks.base_of(x) == tasks.DEFAULT and read[i] is None]
         if not spoken:
             return torch.zeros(0)
         targets = [self.head.spec.encode(batch.texts[row]) for row in spoken]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from rwkv_speech.config import FREEZE_ADAPTER, TrainConfig, numbers
+from rwkv_speech.config import TEXT, TrainConfig, numbers
 from rwkv_speech.data.augment import Augment, Augmenter
 from rwkv_speech.data.dataset import Fit, SpeechDataset
 from rwkv_speech.data.feature_cache import FeatureCache
@@ -65,7 +65,7 @@ def state_names(
             "states: " + ", ".join(f"{name}" if is_stream else f"{name} ({found[name]:,} utterances)" for name in names)
         )
     others = sorted(set(start.initial_states) - set(names)) if start else []
-    kept = others if config.freeze == FREEZE_ADAPTER else []
+    kept = others if config.adapter_stays else []
     if others:
         what = "keeps its states" if kept else "--freeze none: leaves out its states, which the training data lacks:"
         say(f"{config.init_from}: {what} {', '.join(others)}")
@@ -105,10 +105,12 @@ def make_datasets(
     config: TrainConfig, model: SpeechLM, train: "Source | Stream", valid: Source | None
 ) -> "tuple[SpeechDataset | StreamedData, SpeechDataset | None, FeatureCache | None]":
     """Training and validation data as the model wants them, and the cache that the training data reads."""
-    normalise, naming = model.encoder.do_normalize, naming_of(config)
+    normalise, naming, reads_text = model.encoder.do_normalize, naming_of(config), config.input == TEXT
     validation = None
     if valid is not None:
-        validation = SpeechDataset(valid, model.tokenizer, config.label_mode, naming=naming, normalise=normalise)
+        validation = SpeechDataset(
+            valid, model.tokenizer, config.label_mode, naming=naming, normalise=normalise, reads_text=reads_text
+        )
     settings: dict[str, Any] = {
         "tokenizer": model.tokenizer,
         "label_mode": config.label_mode,
@@ -116,6 +118,7 @@ def make_datasets(
         "fit": Fit(config.ctx_len, model.adapter.stack, model.encoder.framing),
         "normalise": normalise,
         "teacher_form": config.kl_form if config.loss == "kl" else "",
+        "reads_text": reads_text,
     }
     augment = make_augmenter(config)
     if config.train_data.startswith(PREFIX):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import BadSample, Batch
-from rwkv_speech.config import FREEZE_ADAPTER, TrainConfig
+from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.bad_files import BadFileLog
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
@@ -67,7 +67,7 @@ class SpeechModule(pl.LightningModule):
         self.ending = False  # all ranks, after this step
         # Of the epoch, over all ranks: utterances and samples that were trained on; of the run: the longest's samples.
         self._num_used = self._samples_used = self._longest = 0
-        if config.freeze == FREEZE_ADAPTER and model.trained_on:  # the old tasks' pieces stay as long as they were
+        if config.adapter_stays and model.trained_on:  # the old tasks' pieces stay as long as they were
             self._longest = round(model.trained_on.longest_seconds * SAMPLE_RATE)
         self._rows: dict[tuple[int, int], Row] = {}  # by place in the validation set
         self._bad: list[BadSample] = []  # of this validation, on this rank
