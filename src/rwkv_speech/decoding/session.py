@@ -26,6 +26,7 @@ from rwkv_speech.files import write_atomically
 from rwkv_speech.models.checkpoint import ordered
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import State
+from rwkv_speech.models.states import adapter_sha256
 from rwkv_speech.tasks import Naming
 
 Said = Tensor | np.ndarray | Path | str
@@ -190,11 +191,13 @@ class Session:
     def _made_with(self) -> dict[str, str]:
         """What tells the weights from others, by what people know it as."""
         model = self._model
-        states = {"initial_state": model.initial_states[self.task]}
+        learned = {"initial_state": model.initial_states[self.task]}
+        if self.task in model.soft_prompts:
+            learned["soft_prompt"] = model.soft_prompts[self.task]
         return {
             "base model": model.parts.base_sha256,
-            "adapter": _digest(model.adapter.state_dict()),
-            "initial state": _digest(states),
+            "adapter": adapter_sha256(model.adapter.state_dict()),
+            "initial state": _digest(learned),
         }
 
 
