@@ -255,7 +255,9 @@ class _OptimizerFlags:
     epoch_steps: int | None = flag(None, "steps per epoch; empty: all of the data", at_least=1)
     accumulate: int = flag(1, "micro batches per optimizer step", at_least=1, resume=True)
     lr_adapter: float = flag(1e-4, "learning rate of the adapter", at_least=0)
-    lr_state: float = flag(1e-2, "learning rate of the initial state", at_least=0)
+    lr_state: float = flag(
+        1e-2, "learning rate of the initial states; states alone, with --freeze adapter, want about 1", at_least=0
+    )
     lr_schedule: str = flag("cosine", "course of both learning rates after the warm-up", SCHEDULES)
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.01, "weight decay of the adapter", at_least=0)
