@@ -37,10 +37,10 @@ DATA_FORMS = {
     "hf:NAME:CONFIG:SPLIT": "one configuration of it",
     "librispeech:SPLIT": "LibriSpeech, for example train-960 or test-clean",
     "commonvoice:FOLDER:SPLIT": "a language of Common Voice, downloaded: SPLIT.tsv and clips",
-    "fleurs:LANG:SPLIT": "FLEURS, for example fleurs:de_de:train, or its folder in place of LANG",
+    "fleurs:LANG:SPLIT": "FLEURS, for example fleurs:de_de:train, or its folder as LANG",
     "mls:LANG:SPLIT": "Multilingual LibriSpeech, for example mls:german:dev, or its folder",
     "aishell:FOLDER:SPLIT": "AISHELL-1, downloaded and unpacked",
-    "covost:SRC_TGT:SPLIT": "CoVoST 2, for example covost:en_de:test; covost:FOLDER:SRC_TGT:SPLIT with its tables",
+    "covost:SRC_TGT:SPLIT": "CoVoST 2, as covost:en_de:test; or covost:FOLDER:SRC_TGT:SPLIT",
     "tar:FOLDER or tar:PATTERN": "WebDataset shards, for example tar:/data/train-{000..099}.tar",
     "hf-stream:NAME:SPLIT": "read as it arrives: the whole of --train_data, with --epoch_steps",
 }
