@@ -550,12 +550,19 @@ class _StreamFlags:
     )
 
 
+_NOT_IN_SESSIONS = (
+    "stream", "output_format", "word_timestamps", "draft", "verbose", "language", "max_segment",
+    "condition_on_previous_text",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _SessionFlags:
     group: ClassVar[str] = "conversation"
     session: str = flag(
         "",
-        "file of a conversation, which is made if it is missing: the audio files are its next turns, one after another",
+        "file of a conversation, made if it is missing: the audio files are its next turns, one after another, "
+        "each heard whole",
     )
     text: str = flag("", "turns that are typed, one a line, after those of the audio files", needs="session")
 
@@ -586,7 +593,7 @@ class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, Mode
         if self.stream and (self.inputs or self.file_path or self.output_format):
             raise UserError("--stream: found files or --output_format with it; leave out the one or the other")
         if self.session:
-            for name in ("stream", "output_format", "word_timestamps", "draft", "verbose"):
+            for name in _NOT_IN_SESSIONS:
                 if getattr(self, name):
                     raise UserError(f"--{name}: has no effect with --session; leave one of them out")
         if self.max_words_per_line and self.max_line_width:

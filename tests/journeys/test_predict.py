@@ -187,5 +187,7 @@ def test_mistakes_in_a_conversation(run: Path, audio: Path, capsys):
     assert "--text: found without --session" in capsys.readouterr().err
     assert call(run, "--session", "a.session", "one.wav", "--output_format", "srt") == 2
     assert "--output_format: has no effect with --session" in capsys.readouterr().err
+    assert call(run, "--session", "a.session", "one.wav", "--max_segment", "9") == 2
+    assert "--max_segment: has no effect with --session" in capsys.readouterr().err
     assert call(run, "--session", "a.session") == 2
     assert "found no input" in capsys.readouterr().err
