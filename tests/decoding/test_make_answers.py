@@ -8,10 +8,11 @@ from rwkv_speech.__main__ import main
 from rwkv_speech.models.parts import Parts
 
 LINES = [
-    {"audio_filepath": "a.flac", "text": "the weather", "lang": "en", "duration": 1.5, "mine": [1, 2]},
+    {"audio_filepath": "a.flac", "text": "the weather", "lang": "en", "duration": 1.5, "mine": [1, None], "speaker": 7},
     {"audio_filepath": "sub/b.flac", "text": "bueno", "source_text": "the weather is good", "task": "st"},
     {"audio_filepath": "/c.flac", "text": " ", "id": "c"},
     {"audio_filepath": "d.flac", "answer": "mine", "source_text": "is it?"},
+    {"turns": [{"audio_filepath": "e.flac", "text": "x"}]},
     {"audio_filepath": "a.flac", "text": "good", "offset": 2, "prompt": "is"},
 ]  # fmt: skip
 
@@ -40,14 +41,12 @@ def test_lines_get_answers_and_keep_all_else(
     output = tmp_path / "made" / "qa.jsonl"
     assert ask(tiny_parts, data, output) == 0
     shown = capsys.readouterr().out
-    assert "answered 3 of 5 lines" in shown and f"written to {output}" in shown
-    assert "skipped: 1 with an answer of their own, 1 without a text" in shown or (
-        "skipped: 1 without a text, 1 with an answer of their own" in shown
-    )
+    assert "answered 3 of 6 lines" in shown and f"written to {output}" in shown
+    assert "skipped: 2 without a text, 1 with an answer of their own" in shown
     first, second, third = read(output)
     assert first.pop("answer") and first.pop("answered_by").endswith("--max_new_tokens 6 --seed 1")
-    assert first == {"audio_filepath": "../corpus/a.flac", "lang": "en", "duration": 1.5, "mine": [1, 2], "task": "qa",
-                     "source_text": "the weather"}  # fmt: skip
+    assert first == {"audio_filepath": "../corpus/a.flac", "lang": "en", "duration": 1.5, "mine": [1, None],
+                     "speaker": 7, "task": "qa", "source_text": "the weather"}  # fmt: skip
     assert (second["source_text"], second["task"], "text" in second) == ("the weather is good", "qa", False)
     assert third["prompt"] == "is" and third["offset"] == 2
 

@@ -68,15 +68,20 @@ def _read(path: Path) -> list[Line]:
         content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise unreadable(path, error) from error
-    found = list(parse_lines(content, 1, required=("audio_filepath",)))
+    found = list(parse_lines(content, 1, required=()))
     check(path, {number: "; ".join(faults) for number, _, faults in found if faults}, len(found))
-    return [line for _, line, _ in found]
+    return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
 
 def _moved(lines: list[Line], data: Path, output: Path) -> list[Line]:
     """The lines with their audio's paths relative to the folder of the new manifest, but for absolute ones."""
     way = os.path.relpath(data.absolute().parent, output.absolute().parent)
-    return [{**line, "audio_filepath": os.path.normpath(os.path.join(way, line["audio_filepath"]))} for line in lines]
+    return [
+        line | {"audio_filepath": os.path.normpath(os.path.join(way, name))}
+        if (name := line.get("audio_filepath"))
+        else line
+        for line in lines
+    ]
 
 
 def _transcript(line: Line) -> str:
@@ -97,7 +102,7 @@ def _answerable(line: Line, counts: Counter[str]) -> bool:
 
 def _key(line: Line) -> tuple[Any, ...]:
     """What tells a line from the others, before it is answered and after."""
-    return line["audio_filepath"], line.get("offset"), line.get("id"), _before(line), _transcript(line)
+    return line.get("audio_filepath"), line.get("offset"), line.get("id"), _before(line), _transcript(line)
 
 
 def _there(output: Path, made_by: str) -> set[tuple[Any, ...]]:
