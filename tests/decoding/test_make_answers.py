@@ -12,7 +12,6 @@ LINES = [
     {"audio_filepath": "sub/b.flac", "text": "bueno", "source_text": "the weather is good", "task": "st"},
     {"audio_filepath": "/c.flac", "text": " ", "id": "c"},
     {"audio_filepath": "d.flac", "answer": "mine", "source_text": "is it?"},
-    {"turns": [{"audio_filepath": "e.flac", "text": "x"}]},
     {"audio_filepath": "a.flac", "text": "good", "offset": 2, "prompt": "is"},
 ]  # fmt: skip
 
@@ -41,8 +40,8 @@ def test_lines_get_answers_and_keep_all_else(
     output = tmp_path / "made" / "qa.jsonl"
     assert ask(tiny_parts, data, output) == 0
     shown = capsys.readouterr().out
-    assert "answered 3 of 6 lines" in shown and f"written to {output}" in shown
-    assert "skipped: 2 without a text, 1 with an answer of their own" in shown
+    assert "answered 3 of 5 lines" in shown and f"written to {output}" in shown
+    assert "1 without a text" in shown and "1 with an answer of their own" in shown
     first, second, third = read(output)
     assert first.pop("answer") and first.pop("answered_by").endswith("--max_new_tokens 6 --seed 1")
     assert first == {"audio_filepath": "../corpus/a.flac", "lang": "en", "duration": 1.5, "mine": [1, None],

@@ -39,7 +39,7 @@ def parsed(line: str) -> Flags:
     return parse({"train.py": TrainConfig, "eval.py": EvalConfig}[Path(first).name], words, "")
 
 
-@pytest.mark.parametrize("script", [*FOLDERS])
+@pytest.mark.parametrize("script", [*FOLDERS, "multilingual-asr.sh", "speech-translation.sh"])
 def test_recipes_call_with_flags_that_there_are(script: str, pretender: Path, tmp_path: Path):
     for part in PARTS:
         (tmp_path / f"{part}.jsonl").touch()
@@ -75,3 +75,15 @@ def test_voice_qa_on_the_tiny_model(tmp_path: Path):
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     done = run("voice-qa.sh", tmp_path, cwd=tmp_path, OP="eval", **tiny)
     assert done.returncode == 0, done.stderr
+
+
+def test_translation_trains_its_cascade_and_scores_beside_it(pretender: Path, tmp_path: Path):
+    settings = {"PYTHON": pretender, "proj_dir": tmp_path / "run", "pairs": "en_de en_ja"}
+    speech, text = (run("speech-translation.sh", cwd=tmp_path, OP=op, **settings) for op in ("train", "text"))
+    speech, text = (parsed(done.stdout.splitlines()[-1]) for done in (speech, text))
+    assert isinstance(speech, TrainConfig) and isinstance(text, TrainConfig)
+    assert text.train_data == "covost:en_de:train,covost:en_ja:train" and text.input == "text"
+    assert speech.train_data.startswith(text.train_data) and text.proj_dir == f"{speech.proj_dir}/text"
+    Path(text.proj_dir).mkdir(parents=True)
+    scores = parsed(run("speech-translation.sh", cwd=tmp_path, OP="eval", **settings).stdout.splitlines()[-1])
+    assert isinstance(scores, EvalConfig) and scores.cascade == text.proj_dir
