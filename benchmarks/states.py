@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proj_dir", type=Path, required=True, help="a run of demo/quickstart.sh")
-    parser.add_argument("--train", type=int, default=200, help="recordings that a new task is learned from")
+    parser.add_argument("--train", type=int, default=300, help="recordings that a new task is learned from")
     parser.add_argument("--test", type=int, default=60, help="recordings of unseen speakers that it is tested on")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument(
