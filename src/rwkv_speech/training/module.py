@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from rwkv_speech.models.parts import TrainedOn
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.measure import Measure
 from rwkv_speech.scoring.measures import mean_error, measures
+from rwkv_speech.training.languages import Languages
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 from rwkv_speech.training.strategies import strategy_of
 
@@ -73,6 +75,8 @@ class SpeechModule(pl.LightningModule):
         self._bad: list[BadSample] = []  # of this validation, on this rank
         self.validated: list[Row] = []
         self.measures: dict[str, Measure] = {}  # of the last validation's tasks
+        self._languages = Languages(model)
+        self.notes: list[str] = []  # of languages, that nobody has said yet
 
     def setup(self, stage: str) -> None:
         """Open the list of bad files, which all ranks know and the first writes."""
@@ -86,10 +90,13 @@ class SpeechModule(pl.LightningModule):
         return {name: x for name, x in super().state_dict(*args, **kwargs).items() if name in wanted}
 
     def on_fit_start(self) -> None:
-        """Take over the state of another cut, if any; fill the feature cache, each rank its share."""
+        """Take over another cut's state, if any; look for unknown languages; fill the cache, each rank its share."""
         if self.taken_over is not None:
             self._take_over(self.taken_over)
             self.taken_over = None
+        c, data = self.config, self._train_data
+        if self.trainer.is_global_zero and isinstance(data, SpeechDataset) and c.strategy != "deepspeed_stage_3":
+            self.notes += self._languages.read(data.source, c.label_mode)
         if self._cache is None:
             return
         encoder, workers = self.model.encoder, self.config.workers
@@ -287,6 +294,8 @@ class SpeechModule(pl.LightningModule):
             return
         with self._autocast():
             self._rows.update({row.place: row for row in transcribe_batch(self.model, batch)})
+            if self.trainer.is_global_zero and self.trainer.state.fn == TrainerFn.FITTING:
+                self._languages.hear(batch)
 
     def on_validation_epoch_end(self) -> None:
         """What each task is measured by, over all ranks; an utterance that two ranks saw counts once."""
@@ -297,6 +306,7 @@ class SpeechModule(pl.LightningModule):
             self.bad_files.require_used(len(gathered), self.config.valid_data)
         self.validated = [row for _, row in sorted(gathered.items())]
         self.measures = measures(self.validated)
+        self.notes += self._languages.heard()
         # The same number on every rank, so that all decide alike by it.
         self.log("error", mean_error(self.measures), rank_zero_only=False)
         for task, found in self.measures.items():

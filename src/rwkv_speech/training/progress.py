@@ -58,6 +58,7 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that is resumed inside an epoch does not start one."""
         super().on_train_start(trainer, pl_module)
+        self._say_notes(pl_module)
         self._show_epoch(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,6 +73,12 @@ class Progress(TQDMProgressBar):
         self.train_progress_bar.total = trainer.num_training_batches
         self.train_progress_bar.initial = step if epoch == trainer.current_epoch else 0
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def _say_notes(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, SpeechModule)
+        for note in pl_module.notes:
+            say(note)
+        pl_module.notes.clear()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,6 +111,7 @@ class Progress(TQDMProgressBar):
         if pl_module.measures:
             parts.insert(1, said(pl_module.measures))
         say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}")
+        self._say_notes(pl_module)
         if (skipped := pl_module.bad_files.summary()) and skipped != self._skipped:
             say(skipped)
         self._skipped = skipped
