@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rwkv_speech import tiny
 from rwkv_speech.models.rwkv6 import RWKV6
-from rwkv_speech.synthetic import corpus, pretrain_encoder
+from rwkv_speech.synthetic import corpus, pretrain_encoder, world
 from rwkv_speech.synthetic.phones import LANGUAGES
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -20,7 +20,7 @@ WEIGHTS = tiny.BASE_MODEL.parent
 
 def test_weights_are_small_and_described():
     files = [tiny.BASE_MODEL, tiny.ENCODER / "model.safetensors"]
-    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    assert sum(file.stat().st_size for file in files) <= 16_000_000
     card = (WEIGHTS / "CARD.md").read_text(encoding="utf-8")
     for file in files:
         count = sum(x.numel() for x in load_file(file).values())
@@ -28,9 +28,12 @@ def test_weights_are_small_and_described():
     assert "demo/pretrain-tiny.sh" in card
 
 
-def test_vocabulary_knows_every_word_of_the_corpus():
+def test_vocabulary_holds_the_words_of_the_corpus_and_of_the_world():
     tokenizer = WorldTokenizer(tiny.VOCAB_FILE)
-    assert all(len(tokenizer.encode(word)) == len(tokenizer.encode(" " + word)) == 1 for word in corpus.words())
+    for words in (corpus.words(), *map(world.words, LANGUAGES)):
+        ids = [tokenizer.encode(f" {word}") for word in words]
+        assert [tokenizer.decode(found) for found in ids] == [f" {word}" for word in words]
+        assert sum(map(len, ids)) <= 2.6 * len(words)
     assert tokenizer.encode("#") == [36]
     assert RWKV6.from_pretrained(tiny.BASE_MODEL).sizes.vocab == tokenizer.vocab_size
 
