@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart-tasks}" epoch_count="${epoch_count-8}"
+export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart-tasks}" epoch_count="${epoch_count-6}"
 data=$proj_dir/data
 
 . "$root/demo/env.sh"
@@ -20,7 +20,7 @@ OP=train train_data=$data/train.jsonl valid_data=$data/valid.jsonl sh "$root/dem
     --feature_cache "$proj_dir/frames"
 
 echo "== 3 of 4: training a state that reads the questions as text: what the language model could answer at best"
-OP=train train_data=$data/train-qa.jsonl valid_data=$data/valid-qa.jsonl proj_dir=$proj_dir/text epoch_count=20 \
+OP=train train_data=$data/train-qa.jsonl valid_data=$data/valid-qa.jsonl proj_dir=$proj_dir/text epoch_count=10 \
     sh "$root/demo/demo-state-tuning.sh" --input text
 
 echo "== 4 of 4: scoring unseen speakers and sentences"
