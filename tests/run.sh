@@ -4,9 +4,9 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/demo/env.sh"
 setup_environment
-marks="not soak"
+marks="not soak" processes="-n 2 --dist loadfile"  # a file's tests share what they train
 if [ "${1:-}" = --soak ]; then
-    marks="soak or not soak"
+    marks="soak or not soak" processes="-n 0"  # some measure time and memory
     shift
 fi
 cd "$root"
@@ -16,4 +16,4 @@ echo "== ruff"
 echo "== mypy"
 "$python" -m mypy
 echo "== pytest"
-exec "$python" -m pytest -m "$marks" "$@"
+exec "$python" -m pytest -m "$marks" $processes "$@"

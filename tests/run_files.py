@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train as train_script
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,16 @@ from rwkv_speech.reports.record import VALIDATION
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.
 LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
+
+
+def finish(argv: list[str]) -> None:
+    """A training to its end in this process, on one thread, as processes of their own are started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train_script.main(argv) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_texts(folder: Path, texts: Iterable[tuple[str, str, str]]) -> None:

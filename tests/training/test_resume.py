@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import train as train_script
-from run_files import column
+from run_files import column, finish
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
@@ -137,12 +137,6 @@ def start(argv: list[str], **options: Any) -> "subprocess.Popen[bytes]":
     )
 
 
-def finish(argv: list[str]) -> None:
-    process = start(argv)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()[-3000:]
-
-
 def results(run: Path) -> dict[str, str]:
     """SHA-256 of all checkpoints, and the losses that were logged."""
     found = {path.name: sha256_file(path) for path in run.glob("*.safetensors")}
@@ -153,11 +147,11 @@ def results(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an uninterrupted run gives."""
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, which all tests leave as it is."""
     run = tmp_path_factory.mktemp("whole") / "run"
     finish(arguments(corpus, run))
-    return results(run)
+    return run
 
 
 def _kill_until_done(corpus: Path, run: Path, kills: int, seed: int) -> int:
@@ -179,60 +173,58 @@ def _kill_until_done(corpus: Path, run: Path, kills: int, seed: int) -> int:
     return killed
 
 
-def test_killed_run_ends_as_the_whole_one(corpus: Path, whole: dict[str, str], tmp_path: Path):
+def test_killed_run_ends_as_the_whole_one(corpus: Path, whole: Path, tmp_path: Path):
     assert _kill_until_done(corpus, tmp_path / "run", kills=3, seed=1) == 3
-    assert results(tmp_path / "run") == whole
+    assert results(tmp_path / "run") == results(whole)
 
 
 @pytest.mark.soak
-def test_killed_20_times_ends_as_the_whole_one(corpus: Path, whole: dict[str, str], tmp_path: Path):
+def test_killed_20_times_ends_as_the_whole_one(corpus: Path, whole: Path, tmp_path: Path):
     killed = 0
     for number in range(5):
         killed += _kill_until_done(corpus, tmp_path / f"run-{number}", kills=4, seed=number)
-        assert results(tmp_path / f"run-{number}") == whole
+        assert results(tmp_path / f"run-{number}") == results(whole)
     assert killed == 20
 
 
-@pytest.mark.parametrize(
-    ("number", "to_all", "later"), [(signal.SIGTERM, False, 0), (signal.SIGTERM, True, 0.02), (signal.SIGINT, True, 0)]
-)
-def test_signal_saves_and_ends(
-    corpus: Path, whole: dict[str, str], tmp_path: Path, number: signal.Signals, to_all: bool, later: float
-):
-    """Sent to the run alone, or, as a terminal and a cluster do, to its data workers as well."""
-    run = tmp_path / "run"
-    argv = arguments(corpus, run, save_steps=1000, workers=int(to_all))
-    process = start(argv, start_new_session=True)
+def test_signals_save_and_end(corpus: Path, whole: Path, tmp_path: Path):
+    """To the run alone, or, as a terminal and a cluster do, to its data workers as well; one run takes them all."""
+    run, lines, steps = tmp_path / "run", 1, 0
     table = run / "logs/csv/metrics.csv"
-    while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
-        assert process.poll() is None
-        time.sleep(0.001)
-    time.sleep(later)  # somewhere else in a step
-    os.killpg(process.pid, number) if to_all else process.send_signal(number)
-    shown, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors.decode()[-3000:]
-    assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
-    assert b"Traceback" not in errors
-    point = newest_point(run / "resume")
-    assert point is not None and point.step > 0
+    for number, to_all, later in (signal.SIGTERM, False, 0), (signal.SIGTERM, True, 0.02), (signal.SIGINT, True, 0):
+        argv = arguments(corpus, run, save_steps=1000, workers=int(to_all))
+        process = start(argv, start_new_session=True)
+        while not (table.exists() and table.read_text().count("\n") > lines):  # the first step is done
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(later)  # somewhere else in a step
+        os.killpg(process.pid, number) if to_all else process.send_signal(number)
+        shown, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, errors.decode()[-3000:]
+        assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
+        assert b"Traceback" not in errors
+        point = newest_point(run / "resume")
+        assert point is not None and point.step > steps
+        lines, steps = table.read_text().count("\n"), point.step
     finish(argv)
-    assert results(run) == whole
+    assert results(run) == results(whole)
 
 
-def test_finished_run_says_so_and_is_left_as_it_is(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_finished_run_says_so_and_is_left_as_it_is(
+    corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = tmp_path / "run"
-    argv = arguments(corpus, run, epoch_count=2)
-    assert train_script.main(argv) == 0
-    before, wer = results(run), load_trained(run / "last.safetensors").metrics["error"]
-    capsys.readouterr()
+    shutil.copytree(whole, run)
+    argv = arguments(corpus, run)
+    before, error = results(run), load_trained(run / "last.safetensors").metrics["error"]
     assert train_script.main(argv) == 0
     shown = capsys.readouterr().out
     assert f"{run}: this run is finished, with 2 epochs; an --epoch_count above 2 resumes it" in shown
-    assert f"last WER {100 * wer:.2f} % (epoch 2)" in shown and f"trained weights are in {run}" in shown
+    assert f"last WER {100 * error:.2f} % (epoch 2)" in shown and f"trained weights are in {run}" in shown
     assert train_script.main([*argv, "--epoch_count", "1"]) == 0
     assert "with 2 epochs, more than --epoch_count 1 asks for" in capsys.readouterr().out
     assert results(run) == before
-    assert train_script.main([*argv, "--resume", "no"]) == 0
+    finish([*argv, "--resume", "no"])
     assert "--resume no: this one goes into" in capsys.readouterr().out
     assert results(tmp_path / "run-2") == before == results(run)
 
@@ -243,16 +235,16 @@ def test_extended_run_takes_the_rates_of_the_longer_one(
 ):
     for name, counts in (("whole", [2]), ("extended", [1, 2])):
         for count in counts:
-            argv = arguments(corpus, tmp_path / name, epoch_count=count, lr_schedule=schedule, valid_data="")
-            assert train_script.main(argv) == 0
+            flags = {"epoch_count": count, "lr_schedule": schedule, "valid_data": "", "micro_bsz": 4}
+            assert train_script.main(arguments(corpus, tmp_path / name, **flags)) == 0
     shown = capsys.readouterr().out
     assert "resuming" in shown and "epoch 2 of 2" in shown
-    assert "learning rates as in a run of 12 steps from its start: adapter" in shown
+    assert "learning rates as in a run of 6 steps from its start: adapter" in shown
     whole, extended = (tmp_path / name for name in ("whole", "extended"))
     for rate in ("lr_adapter", "lr_state"):
-        assert column(extended, rate)[6:] == column(whole, rate)[6:] and len(column(whole, rate)) == 12
+        assert column(extended, rate)[3:] == column(whole, rate)[3:] and len(column(whole, rate)) == 6
     if schedule == "constant":
-        assert load_trained(extended / "last.safetensors").metrics["step"] == 12
+        assert load_trained(extended / "last.safetensors").metrics["step"] == 6
         one, two = (load_file(run / "last.safetensors") for run in (whole, extended))
         assert all(torch.equal(x, two[name]) for name, x in one.items())
 
@@ -287,17 +279,17 @@ def test_moved_run_and_data_are_the_same_run(corpus: Path, tmp_path: Path):
     assert len(list((tmp_path / "moved").glob("best-epoch-*"))) == 1
 
 
-def test_other_settings_are_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_other_settings_are_named(corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(corpus, tmp_path / "corpus")
-    argv = arguments(tmp_path / "corpus", tmp_path / "run", epoch_count=1)
-    assert train_script.main(argv) == 0
+    shutil.copytree(whole, tmp_path / "run")
+    argv = arguments(tmp_path / "corpus", tmp_path / "run")
     assert train_script.main([*argv, "--lr_state", "0.5"]) == 2
     error = capsys.readouterr().err
     assert "--lr_state: was 0.01, now 0.5" in error and error.count("\n") == 2
     # Other bytes under the same path.
     manifest = tmp_path / "corpus" / "train.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
-    assert train_script.main([*argv, "--epoch_count", "2"]) == 2
+    assert train_script.main([*argv, "--epoch_count", "3"]) == 2
     error = capsys.readouterr().err
     assert "--train_data: was '12 utterances, " in error and "now '11 utterances, " in error and str(manifest) in error
 
@@ -319,13 +311,12 @@ def test_second_run_in_a_folder_ends_at_once(corpus: Path, tmp_path: Path, capsy
     assert train_script.main([*argv, "--epoch_count", str(point.info["epoch"] + 1)]) == 0
 
 
-def test_points_hold_the_trained_tensors_alone(corpus: Path, tmp_path: Path):
-    assert train_script.main(arguments(corpus, tmp_path / "run", epoch_count=1)) == 0
-    point = newest_point(tmp_path / "run" / "resume")
+def test_points_hold_the_trained_tensors_alone(whole: Path):
+    point = newest_point(whole / "resume")
     assert point is not None
     state = torch.load(point.path / "trainer.ckpt", weights_only=False)
     assert set(state["state_dict"]) == {"model.initial_states.asr", *(f"model.adapter.{n}" for n in
                                         ("0.weight", "0.bias", "2.weight", "2.bias"))}  # fmt: skip
     assert len(state["optimizer_states"][0]["state"]) == 5
-    assert len(load_file(tmp_path / "run" / "last.safetensors")) == 5
-    assert json.loads((point.path / "complete.json").read_text())["info"]["epoch"] == 1
+    assert len(load_file(whole / "last.safetensors")) == 5
+    assert json.loads((point.path / "complete.json").read_text())["info"]["epoch"] == 2

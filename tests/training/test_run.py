@@ -163,6 +163,12 @@ def trained_step(corpus: Path, run: Path, **flags: object) -> dict[str, torch.Te
     return load_file(run / "last.safetensors")
 
 
+@pytest.fixture(scope="module")
+def plain_step(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights after such a step with no other flags."""
+    return trained_step(corpus, tmp_path_factory.mktemp("plain"), micro_bsz=8)
+
+
 _HUGE_STEP = 1e6
 
 
@@ -234,10 +240,9 @@ def test_bf16_trains_close_to_fp32_and_evaluates(corpus: Path, tmp_path: Path):
     assert eval_script.main([*argv, "--eval_data", str(corpus / "test.jsonl")]) == 0
 
 
-def test_grad_cp_gives_the_same_weights(corpus: Path, tmp_path: Path):
-    plain = trained_step(corpus, tmp_path / "plain", micro_bsz=8)
+def test_grad_cp_gives_the_same_weights(corpus: Path, tmp_path: Path, plain_step: dict[str, torch.Tensor]):
     again = trained_step(corpus, tmp_path / "again", micro_bsz=8, grad_cp=1)
-    assert all(torch.allclose(x, again[name], rtol=0, atol=1e-6) for name, x in plain.items())
+    assert all(torch.allclose(x, again[name], rtol=0, atol=1e-6) for name, x in plain_step.items())
 
 
 def test_train_stops_at_a_loss_that_is_not_finite(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -453,12 +458,13 @@ def test_train_streams_rows_that_no_disk_holds(corpus: Path, tmp_path: Path, cap
     assert "--plan: hf-stream:" in capsys.readouterr().err
 
 
-def test_train_with_a_feature_cache_takes_the_same_steps(corpus: Path, tmp_path: Path):
-    plain = trained_step(corpus, tmp_path / "plain", micro_bsz=8)
+def test_train_with_a_feature_cache_takes_the_same_steps(
+    corpus: Path, tmp_path: Path, plain_step: dict[str, torch.Tensor]
+):
     flags = {"feature_cache": tmp_path / "cache", "feature_dtype": "float32", "micro_bsz": 8}
     kept = trained_step(corpus, tmp_path / "kept", **flags)
     again = trained_step(corpus, tmp_path / "again", **flags)
-    for name, x in plain.items():
+    for name, x in plain_step.items():
         assert_rms_close(name, kept[name], x, 1e-4)
         assert torch.equal(again[name], kept[name])
     code = train_script.main(arguments(corpus, tmp_path / "both", speed="0.9,1.1", **flags))
@@ -518,10 +524,9 @@ def test_train_without_a_usable_utterance_is_an_error(
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_checkpoints_record_what_was_trained_on(corpus: Path, tmp_path: Path):
-    assert train_script.main(arguments(corpus, tmp_path, epoch_count=2)) == 0
+def test_checkpoints_record_what_was_trained_on(corpus: Path, run: Path):
     seconds = [soundfile.info(path).duration for path in (corpus / "train").glob("*.flac")]
-    found = load_trained(tmp_path / "last.safetensors").trained_on
+    found = load_trained(run / "last.safetensors").trained_on
     assert found is not None and found.utterances == len(seconds) == 8
     assert (found.hours, found.longest_seconds) == pytest.approx((sum(seconds) / 3600, max(seconds)), rel=1e-4)
 
