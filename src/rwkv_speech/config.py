@@ -505,6 +505,8 @@ class EvalConfig(_ColumnFlags, _EvalDecodeFlags, ModelConfig):
                 f"{self.results[0]!r}: found a word that belongs to no flag, expected --FLAG VALUE pairs; quote values "
                 "with blanks"
             )
+        if self.cascade and self.input == TEXT:
+            raise UserError("--cascade: has no effect with --input text; leave one of them out")
         if self.untrained and self.checkpoint:
             raise UserError("--checkpoint: has no effect with --untrained 1; leave one of them out")
 
