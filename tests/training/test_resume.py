@@ -235,16 +235,16 @@ def test_extended_run_takes_the_rates_of_the_longer_one(
 ):
     for name, counts in (("whole", [2]), ("extended", [1, 2])):
         for count in counts:
-            flags = {"epoch_count": count, "lr_schedule": schedule, "valid_data": "", "micro_bsz": 4}
-            assert train_script.main(arguments(corpus, tmp_path / name, **flags)) == 0
+            argv = arguments(corpus, tmp_path / name, epoch_count=count, lr_schedule=schedule, valid_data="")
+            assert train_script.main(argv) == 0
     shown = capsys.readouterr().out
     assert "resuming" in shown and "epoch 2 of 2" in shown
-    assert "learning rates as in a run of 6 steps from its start: adapter" in shown
+    assert "learning rates as in a run of 12 steps from its start: adapter" in shown
     whole, extended = (tmp_path / name for name in ("whole", "extended"))
     for rate in ("lr_adapter", "lr_state"):
-        assert column(extended, rate)[3:] == column(whole, rate)[3:] and len(column(whole, rate)) == 6
+        assert column(extended, rate)[6:] == column(whole, rate)[6:] and len(column(whole, rate)) == 12
     if schedule == "constant":
-        assert load_trained(extended / "last.safetensors").metrics["step"] == 6
+        assert load_trained(extended / "last.safetensors").metrics["step"] == 12
         one, two = (load_file(run / "last.safetensors") for run in (whole, extended))
         assert all(torch.equal(x, two[name]) for name, x in one.items())
 
