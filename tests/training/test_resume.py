@@ -187,28 +187,25 @@ def test_killed_20_times_ends_as_the_whole_one(corpus: Path, whole: Path, tmp_pa
     assert killed == 20
 
 
-@pytest.mark.parametrize(
-    ("number", "to_all", "later"), [(signal.SIGTERM, False, 0), (signal.SIGTERM, True, 0.02), (signal.SIGINT, True, 0)]
-)
-def test_signal_saves_and_ends(
-    corpus: Path, whole: Path, tmp_path: Path, number: signal.Signals, to_all: bool, later: float
-):
-    """Sent to the run alone, or, as a terminal and a cluster do, to its data workers as well."""
-    run = tmp_path / "run"
-    argv = arguments(corpus, run, save_steps=1000, workers=int(to_all))
-    process = start(argv, start_new_session=True)
+def test_signals_save_and_end(corpus: Path, whole: Path, tmp_path: Path):
+    """To the run alone, or, as a terminal and a cluster do, to its data workers as well; one run takes them all."""
+    run, lines, steps = tmp_path / "run", 1, 0
     table = run / "logs/csv/metrics.csv"
-    while not (table.exists() and table.read_text().count("\n") > 1):  # the first step is done
-        assert process.poll() is None
-        time.sleep(0.001)
-    time.sleep(later)  # somewhere else in a step
-    os.killpg(process.pid, number) if to_all else process.send_signal(number)
-    shown, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors.decode()[-3000:]
-    assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
-    assert b"Traceback" not in errors
-    point = newest_point(run / "resume")
-    assert point is not None and point.step > 0
+    for number, to_all, later in (signal.SIGTERM, False, 0), (signal.SIGTERM, True, 0.02), (signal.SIGINT, True, 0):
+        argv = arguments(corpus, run, save_steps=1000, workers=int(to_all))
+        process = start(argv, start_new_session=True)
+        while not (table.exists() and table.read_text().count("\n") > lines):  # the first step is done
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(later)  # somewhere else in a step
+        os.killpg(process.pid, number) if to_all else process.send_signal(number)
+        shown, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, errors.decode()[-3000:]
+        assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
+        assert b"Traceback" not in errors
+        point = newest_point(run / "resume")
+        assert point is not None and point.step > steps
+        lines, steps = table.read_text().count("\n"), point.step
     finish(argv)
     assert results(run) == results(whole)
 
