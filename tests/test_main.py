@@ -96,9 +96,9 @@ def test_help_is_light(argv: list[str]):
 
 
 def test_readme_names_verbs_and_modules_that_there_are():
-    named = re.findall(r"python -m (rwkv_speech\S*|benchmarks\S*) ?(\w*)", (ROOT / "README.md").read_text())
+    named = re.findall(r"python -m (rwkv_speech[\w.]*|benchmarks[\w.]*) ?(\w*)", (ROOT / "README.md").read_text())
     assert ("rwkv_speech", "average") in named and ("rwkv_speech", "export") in named
     for module, verb in named:
-        place = ROOT / ("" if module.startswith("benchmarks") else "src") / module.strip("`,").replace(".", "/")
+        place = ROOT / ("" if module.startswith("benchmarks") else "src") / module.strip(".").replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists()
         assert module != "rwkv_speech" or f'add_parser("{verb}"' in (place / "__main__.py").read_text()
