@@ -101,4 +101,4 @@ def test_readme_names_verbs_and_modules_that_there_are():
     for module, verb in named:
         place = ROOT / ("" if module.startswith("benchmarks") else "src") / module.strip(".").replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists()
-        assert module != "rwkv_speech" or f'add_parser("{verb}"' in (place / "__main__.py").read_text()
+        assert module != "rwkv_speech" or not verb or f'add_parser("{verb}"' in (place / "__main__.py").read_text()
