@@ -101,7 +101,7 @@ def test_state_tuning_names_a_wrong_op_and_a_contradiction(corpus: Path, tmp_pat
     assert done.returncode == 2 and "OP=trian, expected train or eval" in done.stderr
     settings = {"load_model": "tiny", "n_layer": 32, "train_data": corpus / "train.jsonl"}
     done = shell("demo-state-tuning.sh", cwd=tmp_path, proj_dir=tmp_path, **settings)
-    assert done.returncode == 2 and "--n_layer: given 32, but tiny has 3" in done.stderr
+    assert done.returncode == 2 and "--n_layer: given 32, but tiny has 4" in done.stderr
 
 
 def test_the_recipe_for_24_gb_is_the_published_one_with_other_sizes(corpus: Path, tmp_path: Path):

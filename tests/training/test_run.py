@@ -194,7 +194,7 @@ def test_accumulation_does_not_change_the_gradient(
         assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
         # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
         assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
-        assert float((parts[name] - tensor).abs().max()) <= 1e-5 * _HUGE_STEP, name
+        assert float((parts[name] - tensor).abs().max()) <= 3e-5 * _HUGE_STEP, name
 
 
 def test_kl_of_answers_and_cross_entropy_of_the_rest_in_one_run(
