@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     assert shown.out == "" and CASES[name] in shown.err and "Traceback" not in shown.err
 
 
-@pytest.mark.parametrize("name", [*FILES, *(set(NAMES) - {"folder", "folder.wav"})], ids=lambda x: repr(x[-30:]))
+@pytest.mark.parametrize("name", [*FILES, *sorted(set(NAMES) - {"folder", "folder.wav"})], ids=lambda x: repr(x[-30:]))
 def test_python_raises_an_error_that_names_it(name: str, here: Path, model: Public, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(here)
     said = FILES[name][1] if name in FILES else ""
