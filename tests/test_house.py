@@ -159,6 +159,9 @@ def test_every_field_is_read():
 # Modules without a test file of their name, and where they are tested: with what they serve.
 TESTED_IN = {
     "flags": "test_config.py",
+    **dict.fromkeys(
+        ("config.decoding", "config.forms", "config.model", "config.prediction", "config.training"), "test_config.py"
+    ),
     "data.feature_fill": "data/test_feature_cache.py",
     "data.folder": "data/test_sources.py",
     "decoding.transcriber": "decoding/test_transcribe.py",

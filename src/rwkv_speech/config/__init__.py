@@ -1,0 +1,43 @@
+"""Every flag of train.py, eval.py and predict.py: what it is for and what it may be."""
+
+from rwkv_speech.config.decoding import DecodeFlags, EvalConfig
+from rwkv_speech.config.forms import (
+    ACCEPTED_FORMS,
+    DATA_FORMS,
+    FEATURE_DTYPES,
+    KERNEL_FORMS,
+    LABEL_MODES,
+    NORMALIZERS,
+    OUTPUT_FORMATS,
+    PROMPT_FORMS,
+    SCHEDULES,
+    TASK_FORM,
+    TEXT,
+    numbers,
+    output_formats,
+)
+from rwkv_speech.config.model import ModelConfig
+from rwkv_speech.config.prediction import AnswerConfig, PredictConfig
+from rwkv_speech.config.training import TrainConfig
+
+__all__ = [
+    "ACCEPTED_FORMS",
+    "DATA_FORMS",
+    "FEATURE_DTYPES",
+    "KERNEL_FORMS",
+    "LABEL_MODES",
+    "NORMALIZERS",
+    "OUTPUT_FORMATS",
+    "PROMPT_FORMS",
+    "SCHEDULES",
+    "TASK_FORM",
+    "TEXT",
+    "AnswerConfig",
+    "DecodeFlags",
+    "EvalConfig",
+    "ModelConfig",
+    "PredictConfig",
+    "TrainConfig",
+    "numbers",
+    "output_formats",
+]

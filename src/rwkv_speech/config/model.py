@@ -1,0 +1,98 @@
+"""Flags of the model, its devices and its data, which all commands have."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, PRECISIONS
+from rwkv_speech.errors import UserError
+from rwkv_speech.flags import Flags, flag
+
+
+@dataclass(frozen=True)
+class _ModelFlags:
+    group: ClassVar[str] = "model"
+    load_model: str = flag(
+        "", "base model, a .pth or .safetensors file; empty: the checkpoint's, else the embedded 'tiny'"
+    )
+    encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
+    encoder_padding: float | None = flag(
+        None,
+        "seconds that a Whisper encoder hears at least, the rest being silence; it was trained on 30; empty: the audio "
+        "and half a second",
+        at_least=0,
+        at_most=30,
+    )
+    vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
+    n_layer: int | None = flag(
+        None, "layers of the base model; empty: read from the file, else it must agree", at_least=1, resume=True
+    )
+    n_embd: int | None = flag(
+        None, "channels of the base model; empty: read from the file, else it must agree", at_least=1, resume=True
+    )
+    stack: int | None = flag(
+        None, "encoder frames per audio token; empty: 5, or 3 for the tiny model", at_least=1, at_most=1000
+    )
+    adapter_hidden: int | None = flag(None, "hidden width of the adapter; empty: 2048, or 512 for tiny", at_least=1)
+    separator: str = flag("#", "the one token between audio and text")
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    group: ClassVar[str] = "device and precision"
+    device: str = flag(
+        "auto",
+        "auto, cpu, cpu:N (processes), cuda, or the number of GPUs",
+        form=(
+            re.compile("auto|cuda|cpu(:[1-9][0-9]{0,3})?|[1-9][0-9]{0,3}").fullmatch,
+            "auto, cpu, cpu:N (processes), cuda or a number of GPUs",
+        ),
+        resume=True,
+    )
+    precision: str = flag(
+        "auto",
+        "the language model's; auto: bf16 on a GPU, fp32 on a CPU; int8, its matrices in 8 bits, is for decoding on a "
+        "CPU alone",
+        PRECISIONS,
+    )
+    encoder_precision: str = flag(
+        "auto", "the speech encoder's; auto: as --precision, fp32 beside int8", ENCODER_PRECISIONS
+    )
+    wkv6: str = flag(
+        "auto",
+        "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also "
+        "steps (first generation, what auto takes) and tiles (second, tensor cores)",
+        KERNEL_FORMS,
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(_ModelFlags, DeviceFlags, Flags):
+    """What training, evaluation and prediction need to know."""
+
+    group: ClassVar[str] = "run"
+    proj_dir: str = flag("output", "folder of the run: checkpoints, logs, results", resume=True)
+    micro_bsz: int = flag(4, "utterances per device and step", at_least=1, resume=True)
+
+
+@dataclass(frozen=True)
+class ColumnFlags:
+    group: ClassVar[str] = "data"
+    epilog: ClassVar[str] = "forms of data:\n" + "\n".join(f"  {x:<27}  {text}" for x, text in DATA_FORMS.items())
+    input: str = flag(
+        "audio",
+        "text: source_text, in recognition the text, is read in place of audio, by a state alone; the adapter is not "
+        "trained",
+        INPUTS,
+    )
+    audio_column: str = flag("audio", "column of the audio in a Hugging Face dataset")
+    text_column: str = flag("text", "column of the text in a Hugging Face dataset")
+
+
+def check_one_device(config: ModelConfig) -> None:
+    if config.device not in ("auto", "cpu", "cuda", "1"):
+        raise UserError(
+            f"--device: found {config.device!r}, expected auto, cpu or cuda: scores and texts are computed "
+            "on one device; leave it out for auto"
+        )
