@@ -139,6 +139,15 @@ stray => 'stray': found a word that belongs to no flag
 --valid_data {here}/gone.jsonl => --valid_data: no such file or folder
 --valid_data {here}/good.jsonl@2 => --valid_data: no such file or folder
 --epoch_steps 99 => --epoch_steps: given 99
+--encoder_padding 31 => --encoder_padding: found 31
+--state_by speaker => --state_by: found 'speaker'
+--states Asr => --states: found 'Asr'
+--input speech => --input: found 'speech'
+--freeze encoder => --freeze: found 'encoder'
+--freeze adapter => --freeze
+--soft_prompt -1 => --soft_prompt: found -1
+--loss mse => --loss: found 'mse'
+--kl_temperature 0 --loss kl => --kl_temperature: found 0
 """
 EVAL = """
 --chekpoint x => did you mean --checkpoint

@@ -140,7 +140,14 @@ def test_an_interruption_keeps_what_is_finished(run: Path, audio: Path):
     rng = np.random.default_rng(2)
     soundfile.write("long.wav", 0.1 * rng.standard_normal(16_000 * 1_800), 16_000)
     words = ["one.wav", "long.wav", "--output_format", "txt,srt", "--max_segment", "1", "--micro_bsz", "1"]
-    process = subprocess.Popen(command(run, *words), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(run, *words),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     started = time.monotonic()
     while not Path("one.srt").exists() and time.monotonic() - started < 100:
         time.sleep(0.05)
