@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_speech.config import AnswerConfig, EvalConfig, TrainConfig
 from rwkv_speech.flags import Flags, parse
+from rwkv_speech.synthetic import pretrain_lm
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("train", "valid", "test")
@@ -26,7 +27,7 @@ def pretender(tmp_path: Path) -> Path:
 
 def run(script: str, *words: object, cwd: Path, **variables: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "venv": "none", **{name: str(value) for name, value in variables.items()}}
-    command = ["sh", str(ROOT / "demo" / script), *map(str, words)]
+    command = ["bash", str(ROOT / "demo" / script), *map(str, words)]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -34,6 +35,8 @@ def parsed(line: str) -> Flags:
     """What a call of an interpreter asks for."""
     first, *words = line[:-1].split("\x1f")
     if first == "-m":
+        if words[0] == "rwkv_speech.synthetic.pretrain_lm":
+            return parse(pretrain_lm.Flags, words[1:], "")
         assert words[:2] == ["rwkv_speech", "make_answers"]
         return parse(AnswerConfig, words[2:], "")
     return parse({"train.py": TrainConfig, "eval.py": EvalConfig}[Path(first).name], words, "")
@@ -52,6 +55,25 @@ def test_recipes_call_with_flags_that_there_are(script: str, pretender: Path, tm
     if folder:
         done = run(script, tmp_path / "no", cwd=tmp_path)
         assert done.returncode == 2 and "train.jsonl" in done.stderr
+
+
+def test_real_tasks_trains_and_scores_on_a_small_base_model(pretender: Path, tmp_path: Path):
+    """With a blank in every path, as all scripts."""
+    base, data = tmp_path / "my base", tmp_path / "my data"
+    for file in ("prompts/asr", "stamps/asr", "emotion/emotion"):
+        (data / file).parent.mkdir(parents=True)
+        (data / f"{file}.train.jsonl").touch()
+    done = run("pretrain-small.sh", data, f"{base}@3", cwd=tmp_path, PYTHON=pretender, out=base, steps=7)
+    small, *_ = done.stdout.splitlines()
+    assert parsed(small) == pretrain_lm.Flags(str(base), texts=f"{data},{base}@3", steps=7)
+    done = run("real-tasks.sh", data, cwd=tmp_path, PYTHON=pretender, base=base, proj_dir=tmp_path / "run")
+    assert done.returncode == 2 and "demo/pretrain-small.sh" in done.stderr
+    base.mkdir()
+    (base / "rwkv6.safetensors").touch()
+    done = run("real-tasks.sh", data, cwd=tmp_path, PYTHON=pretender, base=base, proj_dir=tmp_path / "run")
+    calls = [parsed(line) for line in done.stdout.splitlines() if "\x1f" in line]
+    assert [type(call) for call in calls] == [TrainConfig, TrainConfig, EvalConfig, EvalConfig], done.stderr
+    assert all(isinstance(x, EvalConfig) or x.vocab_file == str(base / "vocab.txt") for x in calls)
 
 
 def test_voice_qa_learns_the_answers_that_it_makes(pretender: Path, tmp_path: Path):
