@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart-tasks}" epoch_count="${epoch_count-6}"
+export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart-tasks}" epoch_count="${epoch_count-12}"
 data=$proj_dir/data
 
 . "$root/demo/env.sh"
@@ -12,7 +12,7 @@ setup_environment
 
 echo "== 1 of 4: synthesising the corpus into $data"
 "$python" -m rwkv_speech.synthetic.make_tasks --out "$data" \
-    --train "${train_lines-2400}" --valid "${valid_lines-80}" --test "${test_lines-640}"
+    --train "${train_lines-3200}" --valid "${valid_lines-160}" --test "${test_lines-640}"
 for part in train valid test; do grep '"task": "qa"' "$data/$part.jsonl" >"$data/$part-qa.jsonl"; done
 
 echo "== 2 of 4: training one adapter and a state for each task"
