@@ -98,7 +98,7 @@ def predict_session(config: PredictConfig) -> int:
     inputs, faults = find_inputs(named_inputs(config))
     if faults:  # what comes after would answer something else
         return report(faults)
-    model, task = load(config)
+    model, task = load(config, hears=bool(inputs))
     session, options = Session.begun(model, task, config.session), Options.of(config)
 
     def say(said: Said) -> None:
@@ -114,14 +114,15 @@ def predict_session(config: PredictConfig) -> int:
     return 0
 
 
-def load(config: PredictConfig) -> "tuple[SpeechLM, str]":
+def load(config: PredictConfig, hears: bool = True) -> "tuple[SpeechLM, str]":
     """The model of the checkpoint, or of the run, and the state for all inputs, "" where each has its own."""
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
 
     parts, compute = Parts.of(config), compute_of(config)
-    model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, parts, compute, config.task or "asr")
+    path = config.checkpoint or config.proj_dir
+    model = SpeechLM.from_pretrained(path, parts, compute, config.task or "asr", hears)
     return model, config.task or model.add_states(config.state)
 
 

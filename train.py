@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-from rwkv_speech.config import TrainConfig
+from rwkv_speech.config import TEXT, TrainConfig
 from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
 
@@ -61,7 +61,10 @@ def train(config: TrainConfig) -> None:
         pl.seed_everything(config.seed, verbose=False)
         start = load_trained(find_checkpoint(config.init_from), config.task) if config.init_from else None
         learned, states = state_names(config, *sources, start)
-        model = SpeechLM.build(Parts.of(config), compute, states)
+        parts, hears = Parts.of(config), config.input != TEXT
+        if start and start.parts and not hears:
+            parts = start.parts.read_by(start.path, parts)
+        model = SpeechLM.build(parts, compute, states, hears)
         if start:
             model.load_trained(start)
         model.add_soft_prompts(learned, config.soft_prompt)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_speech import tiny
-from rwkv_speech.config import ACCEPTED_FORMS, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.config import ACCEPTED_FORMS, TEXT, EvalConfig, ModelConfig, PredictConfig, TrainConfig
 from rwkv_speech.data.inputs import Input
 from rwkv_speech.data.phrases import read_phrases
 from rwkv_speech.data.source import split_weight
@@ -114,6 +114,8 @@ def _check_model_files(config: ModelConfig) -> None:
         given = getattr(config, flag)
         if given and given != tiny.NAME and not Path(given).is_file():
             raise UserError(f"--{flag}: no such file {given!r}; put it there, or give the right path")
+    if getattr(config, "input", "") == TEXT:  # it is not read
+        return
     looks_like_a_path = config.encoder.startswith((".", "/", "~")) or config.encoder.count("/") > 1
     if (looks_like_a_path or Path(config.encoder).is_file()) and not Path(config.encoder).is_dir():
         raise UserError(

@@ -262,6 +262,7 @@ def test_texts_take_the_place_of_audio(source: FileSource, tokenizer: WorldToken
     assert [x.input_ids for x in (first, second, silent) if isinstance(x, Sample)] == [ids[0], ids[1], ids[0]]
     batch = collate([first, silent])
     assert batch.waveforms.shape == (2, 0) and batch.num_samples.tolist() == [0, 0]
+    assert dataset.count_too_long() == ""  # however long the audio is that nobody hears
     # Beside audio a text is read only where there is no audio.
     dataset = SpeechDataset(FileSource(rows), tokenizer, "lower")
     found = [dataset[i] for i in range(5)]

@@ -119,6 +119,24 @@ def test_mistakes_are_named(
     assert message in error(capsys, *(word.format(run=run, here=tmp_path) for word in words))
 
 
+def test_states_of_a_text_run_fit_any_adapter_and_what_they_join_stays_bound(
+    run: Path, tiny_parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    reader = SpeechLM.build(tiny_parts, task_names=["qa"], hears=False)
+    reader.save(tmp_path / "text/best.safetensors")
+    torch.manual_seed(2)
+    SpeechLM.build(tiny_parts, task_names=["topic"]).save(tmp_path / "other/best.safetensors")
+    both = tmp_path / "both.safetensors"
+    assert states("copy", f"{tmp_path / 'text'},{run}", both) == 0
+    assert set(read_states(both).states) == {"asr", "qa", "st_es"}
+    assert read_states(both).adapter_sha256 == read_states(run).adapter_sha256
+    assert "with the adapter of SHA-256" in error(capsys, "add", both, tmp_path / "other", "--tasks", "asr")
+    assert "with the adapter of" in error(capsys, "copy", f"{tmp_path / 'text'},{run},{tmp_path / 'other'}", "x")
+    assert "has no adapter" in error(capsys, "add", run, tmp_path / "text")
+    assert states("add", tmp_path / "text", run) == 0
+    assert set(load_trained(run / "best.safetensors").initial_states) == {"asr", "qa", "st_es"}
+
+
 def test_a_file_of_states_serves_beside_those_of_the_weights(model: SpeechLM, run: Path, tmp_path: Path):
     assert states("copy", run, tmp_path / "es.safetensors", "--tasks", "st_es", "--name", "mine") == 0
     loaded = SpeechLM.from_pretrained(run)

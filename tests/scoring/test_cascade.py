@@ -1,6 +1,7 @@
 """The cascade of two runs of random weights, against the same steps taken one by one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import eval as eval_script
@@ -28,6 +29,8 @@ def weights(parts: Parts, folder: Path, name: str) -> SpeechLM:
     with torch.no_grad():
         for x in model.trained_parameters():
             x.copy_(0.5 * torch.randn(x.shape, generator=draw))
+    if name == "reads":  # needs no encoder
+        model.parts = replace(model.parts, encoder="/gone/encoder")
     model.save(folder / name / "best.safetensors")
     return model.eval()
 

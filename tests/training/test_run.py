@@ -404,27 +404,6 @@ def test_a_new_tasks_state_on_a_frozen_adapter_leaves_all_else_to_the_bit(corpus
     assert code == 2  # without --init_from, where it has no effect
 
 
-def test_texts_are_read_in_place_of_audio(corpus: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    manifest, words = tmp_path / "pairs.jsonl", ["one", "two", "three"]
-    rows = [{"source_text": f"{x} {y}", "text": f"{y} {x}", "task": "st", "lang": "en"} for x in words for y in words]
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"train_data": manifest, "valid_data": manifest, "input": "text", "init_from": run, "epoch_count": 2}
-    assert train_script.main(arguments(corpus, tmp_path / "run", **flags)) == 0
-    before, after = load_file(run / "best.safetensors"), load_file(tmp_path / "run" / "last.safetensors")
-    assert after.pop("initial_states.st_en").any()
-    assert after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
-    assert "9 of 9 have no audio_filepath" in capsys.readouterr().out
-    words = ["--proj_dir", str(tmp_path / "run"), "--eval_data", str(manifest), "--input", "text", "--device", "cpu"]
-    assert eval_script.main(words) == 0
-    (found,) = (tmp_path / "run").glob("eval-*.jsonl")
-    assert [(row.source_text, row.ref, row.seconds) for row in read_rows(found)] == [
-        (row["source_text"], row["text"], 0.0) for row in rows
-    ]
-    capsys.readouterr()
-    assert train_script.main(arguments(corpus, tmp_path / "no", **flags, ctc=1)) == 2
-    assert "--ctc: found 1 with --input text, which hears nothing" in capsys.readouterr().err
-
-
 def test_transcribe_from_python(corpus: Path, run: Path):
     from rwkv_speech import SpeechLM as Public
 

@@ -116,7 +116,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         Known durations alone are looked at, at the highest speed; a few more may be left out for their text, and are
         counted by BadFileLog as they are met. Raises UserError if all are too long.
         """
-        if self._fit is None:
+        if self._fit is None or self._reads_text:
             return ""
         seconds = self.source.durations() / np.float32(self._augment.fastest if self._augment else 1.0)
         count = int((seconds > self._fit.longest).sum())

@@ -11,11 +11,12 @@ HIDDEN = 2048
 class Adapter(nn.Sequential):
     """Stacks `stack` frames into one audio token and maps it to C channels: Linear, ReLU, Linear.
 
-    Source: SLAM-ASR, Ma et al. 2024 (arXiv:2402.08846). Parameter names are those of the published files.
+    With D = 0, where nothing is heard, it has no parameters. Source: SLAM-ASR, Ma et al. 2024 (arXiv:2402.08846).
+    Parameter names are those of the published files.
     """
 
     def __init__(self, D: int, C: int, stack: int = 5, hidden: int = HIDDEN) -> None:
-        super().__init__(nn.Linear(D * stack, hidden), nn.ReLU(), nn.Linear(hidden, C))
+        super().__init__(*([nn.Linear(D * stack, hidden), nn.ReLU(), nn.Linear(hidden, C)] if D else []))
         self.stack = stack
 
     def forward(  # type: ignore[override] # Sequential for the names of its parameters

@@ -1,8 +1,8 @@
 """Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
 
-Own files hold `adapter.{0,2}.{weight,bias}`, `initial_states.TASK` (L, H, N, N), `soft_prompts.TASK` (P, C) where a
-task has one, and with a CTC head `ctc.*`; published ones, and own ones of format 1, `speech_encoder.adapter.*` and one
-task's `language_model.blocks.{i}.att.time_state` (H, N, N).
+Own files hold `adapter.{0,2}.{weight,bias}` (not of a run that heard nothing), `initial_states.TASK` (L, H, N, N),
+`soft_prompts.TASK` (P, C) where a task has one, and with a CTC head `ctc.*`; published ones, and own ones of format 1,
+`speech_encoder.adapter.*` and one task's `language_model.blocks.{i}.att.time_state` (H, N, N).
 """
 
 # L layers · H heads · N head size
@@ -31,6 +31,7 @@ FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
 STATES, SOFT_PROMPTS = "initial_states.", "soft_prompts."
 _ADAPTER, _CTC = "adapter.", "ctc."
+_ADAPTER_TENSORS = {"0.weight", "0.bias", "2.weight", "2.bias"}
 _PUBLISHED_ADAPTER = "speech_encoder.adapter."
 _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
 
@@ -44,7 +45,7 @@ class Trained:
     """
 
     path: Path
-    adapter: dict[str, Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
+    adapter: dict[str, Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"; empty of a run that heard nothing
     initial_states: dict[str, Tensor]  # by task, (L, H, N, N)
     parts: Parts | None
     trained_on: TrainedOn | None
@@ -53,6 +54,14 @@ class Trained:
     ctc: tuple[CtcSpec, dict[str, Tensor]] | None = None
     confidence: dict[str, float] | None = None
     soft_prompts: dict[str, Tensor] = field(default_factory=dict)  # by task, (P, C), of tasks that have one
+
+    def require_adapter(self) -> None:
+        """Raises UserError for weights that cannot hear."""
+        if not self.adapter:
+            raise UserError(
+                f"{self.path}: has no adapter, for it was trained with --input text; expected weights that were "
+                "trained on audio: name others, or let eval.py score these with --input text"
+            )
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of adapter and states under their names in own files, on the CPU."""
@@ -142,7 +151,8 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in (_ADAPTER, STATES, SOFT_PROMPTS, _CTC)
     )
-    if set(adapter) != {"0.weight", "0.bias", "2.weight", "2.bias"} or not states:
+    heard_nothing = not adapter and metadata.get("format") == FORMAT
+    if not (set(adapter) == _ADAPTER_TENSORS or heard_nothing) or not states:
         raise UserError(
             f"{path}: not a checkpoint of an adapter and an initial state: found {len(states)} initial states and the "
             f"adapter tensors {sorted(adapter)}; expected a state and the adapter's 0.weight, 0.bias, 2.weight, 2.bias"
@@ -240,6 +250,7 @@ def export_published(trained: Trained, path: Path, task: str = "") -> None:
     """
     if path.suffix != ".pth":
         raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
+    trained.require_adapter()
     task = one_task(trained.path, trained.initial_states, task)
     tensors = {_PUBLISHED_ADAPTER + name: x for name, x in trained.adapter.items()}
     layers = enumerate(trained.initial_states[task])

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rwkv_speech.audio import length_mask
+from rwkv_speech.audio import Framing, length_mask
 from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.models.encoder_wav2vec2 import UNUSED, Wav2Vec2Family, check_config
@@ -171,6 +171,23 @@ class SpeechEncoder(nn.Module):
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
                 digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+class NoEncoder(SpeechEncoder):
+    """In an encoder's place where text alone is read: nothing is loaded, and no adapter is built on its width of 0."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.name, self.width, self.numbers_per_second = "", 0, 0.0
+        self.do_normalize, self.framing = False, Framing((), (), 0.0)
+
+    def forward(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Raises UserError: there is audio after all."""
+        raise UserError("found audio for a model that was loaded to read text alone; load it with its encoder")
+
+    def fingerprint(self) -> str:
+        """Nothing decides what is not there."""
+        return ""
 
 
 def _load_model(name: str, model_type: str) -> nn.Module:

@@ -59,11 +59,12 @@ class Parts:
             separator=self.separator or SEPARATOR,
         )
 
-    def recorded_in(self, path: Path, given: "Parts") -> "Parts":
+    def recorded_in(self, path: Path, given: "Parts", hears: bool = True) -> "Parts":
         """These parts of the checkpoint `path`, with the files that the caller gave, else found again.
 
-        A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256. Raises
-        UserError naming the flag that says where it is, and for another `encoder_padding`.
+        A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256; the
+        encoder need not be there unless the model `hears`. Raises UserError naming the flag that says where it is, and
+        for another `encoder_padding`.
         """
         if given.encoder_padding not in (None, self.encoder_padding or 0):
             raise UserError(
@@ -73,11 +74,25 @@ class Parts:
         return replace(
             self,
             load_model=given.load_model or _find("load_model", self.load_model, path, self.base_sha256),
-            encoder=given.encoder or _find("encoder", self.encoder, path),
+            encoder=given.encoder or (_find("encoder", self.encoder, path) if hears else self.encoder),
             vocab_file=given.vocab_file or _find("vocab_file", self.vocab_file, path),
             n_layer=given.n_layer or self.n_layer,
             n_embd=given.n_embd or self.n_embd,
         )
+
+    def read_by(self, path: Path, given: "Parts") -> "Parts":
+        """The parts of a run that reads text on the adapter of the checkpoint `path`, which has these.
+
+        As `recorded_in`; raises UserError for another size of the adapter or separator, too.
+        """
+        for flag, default in (("stack", None), ("adapter_hidden", None), ("separator", SEPARATOR)):
+            found, trained_with = getattr(given, flag), getattr(self, flag)
+            if found not in (default, trained_with):
+                raise UserError(
+                    f"--{flag}: found {found!r}, but {path} was trained with {trained_with!r}, expected the same: "
+                    "leave it out"
+                )
+        return self.recorded_in(path, given, hears=False)
 
     def base_file(self) -> Path:
         """The base model's file."""

@@ -22,7 +22,7 @@ from rwkv_speech.models.adapter import Adapter
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.ctc import CtcHead
-from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.state import Packing, State
@@ -62,22 +62,39 @@ class SpeechLM(nn.Module):
         self.metrics: dict[str, Any] = {}  # of the training, as the checkpoint says
 
     @classmethod
-    def build(cls, parts: Parts, compute: Compute | None = None, task_names: Sequence[str] = (tasks.DEFAULT,)) -> Self:
-        """Frozen parts from their files, trained parts new; raises UserError for files that do not fit."""
+    def build(
+        cls,
+        parts: Parts,
+        compute: Compute | None = None,
+        task_names: Sequence[str] = (tasks.DEFAULT,),
+        hears: bool = True,
+    ) -> Self:
+        """Frozen parts from their files, trained parts new; raises UserError for files that do not fit.
+
+        One that does not hear reads text in place of audio: it has no encoder, and an adapter only if it loads one.
+        """
         parts, compute = parts.filled(), compute or Compute()
         lm, tokenizer = build_text_model(parts, compute)
         check_sizes(parts, lm.sizes)
-        encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype, parts.encoder_padding)
+        encoder: SpeechEncoder = NoEncoder()
+        if hears:
+            encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype, parts.encoder_padding)
         known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(parts.base_file()))
         return cls(encoder.to(compute.device), lm, tokenizer, known, task_names).to(compute.device)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, parts: Parts | None = None, compute: Compute | None = None, task: str = tasks.DEFAULT
+        cls,
+        path: str | Path,
+        parts: Parts | None = None,
+        compute: Compute | None = None,
+        task: str = tasks.DEFAULT,
+        hears: bool = True,
     ) -> Self:
         """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts` and has one state, `task`.
 
-        Raises UserError if nothing is there, or if the base model is not the one that the checkpoint was trained on.
+        `hears` as in `build`. Raises UserError if nothing is there, if the base model is not the one that the
+        checkpoint was trained on, and for a model to hear with whose checkpoint has no adapter.
         """
         trained = load_trained(find_checkpoint(path), task)
         given = parts or Parts()
@@ -86,8 +103,10 @@ class SpeechLM(nn.Module):
                 f"{trained.path}: a published file does not name its base model; expected the model that it was "
                 "trained on: give its path with --load_model"
             )
-        wanted = given if trained.parts is None else trained.parts.recorded_in(trained.path, given)
-        model = cls.build(wanted, compute, list(trained.initial_states))
+        if hears:
+            trained.require_adapter()
+        wanted = given if trained.parts is None else trained.parts.recorded_in(trained.path, given, hears)
+        model = cls.build(wanted, compute, list(trained.initial_states), hears)
         model.load_trained(trained)
         return model.eval()
 
@@ -95,6 +114,10 @@ class SpeechLM(nn.Module):
         """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
         if trained.parts is not None:
             self.parts.check_base(trained.parts.base_sha256, trained.path)
+        if trained.adapter and not self.encoder.width:  # of the encoder's width, whatever that is
+            hidden, width = trained.adapter["0.weight"].shape
+            known = Adapter(width // self.adapter.stack, self.lm.sizes.C, self.adapter.stack, hidden)
+            self.adapter = known.to(next(self.task_parameters()).device)
         for name in sorted(set(trained.soft_prompts) & set(self.initial_states)):
             prompt = torch.empty_like(trained.soft_prompts[name], dtype=torch.float32)
             self.soft_prompts[name] = nn.Parameter(prompt.to(self.initial_states[name].device))
@@ -204,10 +227,16 @@ class SpeechLM(nn.Module):
     def audio_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Packed audio tokens (sum of A, C) and A of each utterance; 0 of those that read text."""
         if batch.input_ids and all(ids is not None for ids in batch.input_ids):
+            if not self.encoder.width:
+                return self._nothing(), batch.num_samples
             # In training the adapter has a part, of zero, in every step.
             frames = batch.waveforms.new_zeros(1, self.adapter.stack, self.encoder.width)
             return self.adapter(frames, torch.tensor([self.adapter.stack]))[0][:0], batch.num_samples
         return self.adapter(*self.frames(batch))
+
+    def _nothing(self) -> Tensor:
+        """No audio tokens, (0, C)."""
+        return self.lm.embed(torch.empty(0, dtype=torch.int64, device=self.lm.emb.weight.device))
 
     def prefix(
         self, heard: int | Sequence[int], task: str, before: Sequence[int] = (), after: Sequence[int] = ()
@@ -284,8 +313,8 @@ class SpeechLM(nn.Module):
             for ids, text in zip(batch.teacher_ids or (), texts, strict=True)
             if ids
         ]
-        nothing = self.lm.embed(torch.empty(0, dtype=torch.int64, device=self.lm.emb.weight.device))
-        spliced, hidden, _ = self._read(nothing, sequences, self.lm.zero_state(len(sequences)), keep_state=False)
+        state = self.lm.zero_state(len(sequences))
+        spliced, hidden, _ = self._read(self._nothing(), sequences, state, keep_state=False)
         ends = torch.tensor(self._ends)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         rows, ends = (x.to(hidden.device, non_blocking=True) for x in (at, ends))

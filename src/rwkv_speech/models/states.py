@@ -7,6 +7,7 @@ axes [value, key] as here. BlinkDL's inference code has them the other way round
 
 # L layers · H heads · N head size
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,22 @@ class States:
             )
         states = {name: self.states[name] for name in names or self.states}
         return replace(self, states=states, soft_prompts={x: y for x, y in self.soft_prompts.items() if x in states})
+
+    def joined_with(self, other: "States") -> "States":
+        """All of both, bound to what either is; raises UserError unless they fit together and share no name."""
+        other.check_fit(self)
+        if both := set(self.states) & set(other.states):
+            raise UserError(
+                f"{self.path}: has a state named {min(both)!r} already, and so has {other.path}, expected another "
+                "name; copy one under another with --name, or remove it first"
+            )
+        return replace(
+            self,
+            states=self.states | other.states,
+            soft_prompts=self.soft_prompts | other.soft_prompts,
+            base_sha256=self.base_sha256 or other.base_sha256,
+            adapter_sha256=self.adapter_sha256 or other.adapter_sha256,
+        )
 
     def named(self, name: str) -> "States":
         """The only state under another name; raises UserError for a bad name or several states."""
@@ -109,7 +126,9 @@ class States:
 
 
 def adapter_sha256(adapter: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of an adapter's tensors in float32."""
+    """SHA-256 (hex) of an adapter's tensors in float32; "" without an adapter, whose states fit any."""
+    if not adapter:
+        return ""
     found = hashlib.sha256()
     for name in sorted(adapter):
         found.update(name.encode())
@@ -153,18 +172,7 @@ def _published(path: Path) -> Tensor | None:
 
 def joined(paths: Sequence[str | Path]) -> States:
     """The states of several files that fit together; raises UserError where they do not, or share a name."""
-    first, *others = [read_states(path) for path in paths]
-    found, prompts = dict(first.states), dict(first.soft_prompts)
-    for other in others:
-        other.check_fit(first)
-        if both := set(found) & set(other.states):
-            raise UserError(
-                f"{other.path}: state {min(both)} is in {first.path} or another of these files, too; copy it under "
-                "another name first"
-            )
-        found |= other.states
-        prompts |= other.soft_prompts
-    return replace(first, states=found, soft_prompts=prompts)
+    return functools.reduce(States.joined_with, map(read_states, paths))
 
 
 def add_states(path: str | Path, new: States) -> Path:
@@ -172,16 +180,7 @@ def add_states(path: str | Path, new: States) -> Path:
 
     Raises UserError for states of another base model or adapter, and for names that are taken.
     """
-    there = read_states(path)
-    new.check_fit(there)
-    if taken := sorted(set(new.states) & set(there.states)):
-        raise UserError(
-            f"{there.path}: has a state named {taken[0]!r} already, expected another name; give one with --name, or "
-            "remove the old one first"
-        )
-    return _write_back(
-        replace(there, states=there.states | new.states, soft_prompts=there.soft_prompts | new.soft_prompts)
-    )
+    return _write_back(read_states(path).joined_with(new))
 
 
 def remove_states(path: str | Path, names: Sequence[str]) -> Path:
@@ -204,6 +203,11 @@ def _write_back(there: States) -> Path:
         return there.path
     trained = replace(load_trained(there.path), initial_states=there.states, soft_prompts=there.soft_prompts)
     assert trained.parts is not None
+    if there.adapter_sha256 != adapter_sha256(trained.adapter):
+        raise UserError(
+            f"{there.path}: has no adapter, for it was trained with --input text, and could not say which one its new "
+            "states were learned with; expected states that were trained so, too"
+        )
     about = trained.parts, trained.trained_on, trained.metrics, trained.ctc_head(), trained.confidence
     write_checkpoint(there.path, trained.named_tensors(), *about)
     return there.path
@@ -249,4 +253,5 @@ def described(states: States) -> str:
         for name, x in sorted(states.states.items())
     ]
     known = [("base model", states.base_sha256), ("adapter", states.adapter_sha256)]
-    return "\n".join([*lines, *(f"{what}: {f'SHA-256 {sha[:12]}...' if sha else 'not known'}" for what, sha in known)])
+    lines += (f"{what}: {f'SHA-256 {sha[:12]}...' if sha else 'none, or not known'}" for what, sha in known)
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech import tasks
-from rwkv_speech.config import EvalConfig
+from rwkv_speech.config import TEXT, EvalConfig
 from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
@@ -73,7 +73,7 @@ def cascade(config: EvalConfig, direct: Evaluation) -> Cascade:
     places = [row.index for row in rows]
     hearing = replace(config, eval_data=direct.name, task=tasks.DEFAULT, word_timestamps=0)
     heard = _decoded(hearing, Role(places, [tasks.DEFAULT] * len(rows)))
-    reading = replace(hearing, task="", state="", proj_dir=config.cascade, checkpoint="")
+    reading = replace(hearing, task="", state="", proj_dir=config.cascade, checkpoint="", input=TEXT)
     names = [row.task for row in rows]
     texts = {CASCADE: [heard[place] for place in range(len(rows))]}
     if all(row.source_text for row in rows):

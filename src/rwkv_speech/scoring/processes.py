@@ -123,8 +123,10 @@ def _decode(
 def _model(config: EvalConfig, device: str) -> tuple[SpeechLM, str]:
     """The model, and the state for all utterances, "" where each has its own."""
     parts, compute, task = Parts.of(config), compute_of(config, device), config.task or "asr"
+    hears = config.input != TEXT
     if config.untrained:
         torch.manual_seed(config.seed)
-        return SpeechLM.build(parts, compute, [task]).eval(), config.task
-    model = SpeechLM.from_pretrained(find_checkpoint(config.checkpoint or config.proj_dir), parts, compute, task)
+        return SpeechLM.build(parts, compute, [task], hears).eval(), config.task
+    path = find_checkpoint(config.checkpoint or config.proj_dir)
+    model = SpeechLM.from_pretrained(path, parts, compute, task, hears)
     return model, config.task or model.add_states(config.state)

@@ -56,6 +56,8 @@ def state_names(
     These are more where the adapter stays what it is in `start`, and with it all of its states. Says how many
     utterances each has, and what is left out. Raises UserError for validation data of a task that has no state.
     """
+    if start and config.adapter_stays and config.input != TEXT:
+        start.require_adapter()
     extra = config.states.split(",") if config.states else []
     is_stream = config.train_data.startswith(PREFIX)
     found = Counter({config.task: 0}) if is_stream else _counted(config, cast(Source, train))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Sample
-from rwkv_speech.config import TrainConfig
+from rwkv_speech.config import TEXT, TrainConfig
 from rwkv_speech.data.loader import collate
 from rwkv_speech.devices import uses_bf16
 from rwkv_speech.models.encoder import SpeechEncoder
@@ -119,11 +120,14 @@ class ShardedDeepSpeed(DeepSpeed):
         """The encoder's convolutions run as often as a rank has utterances: they are gathered once, as a whole."""
         from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(model, [SpeechEncoder])
+        if self.config.input != TEXT:
+            set_z3_leaf_modules(model, [SpeechEncoder])
 
     def zero_loss(self, model: SpeechLM) -> Tensor:
         """As in Replicated, but through every layer."""
         silence = Sample("silence", torch.zeros(SAMPLE_RATE), "", [], 1.0, 0, next(iter(model.initial_states)))
+        if self.config.input == TEXT:
+            silence = replace(silence, waveform=torch.zeros(0), input_ids=(model.separator_id,))
         loss: Tensor = model(collate([silence]).to(_device(model)))
         return loss * 0.0
 
