@@ -16,6 +16,7 @@ from rwkv_speech.config import (
     EvalConfig,
     ModelConfig,
     PredictConfig,
+    ServeConfig,
     TrainConfig,
     output_formats,
 )
@@ -23,7 +24,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.flags import parse
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [TrainConfig, EvalConfig, PredictConfig]
+CONFIGS = [TrainConfig, EvalConfig, PredictConfig, ServeConfig]
 
 
 def said(config: type[ModelConfig], *argv: str) -> str:
@@ -136,7 +137,7 @@ def test_help_describes_every_flag_within_100_columns(
         flags = [f"[{x.name} ...]" if x.type == tuple[str, ...] else f"--{x.name} " for x in fields]
         assert all(flag in shown for flag in flags) and all(field.metadata["help"] for field in fields)
         assert max(map(len, shown.splitlines())) <= 100
-        assert all((form in shown) == (config is not PredictConfig) for form in DATA_FORMS)
+        assert all((form in shown) == (config in (TrainConfig, EvalConfig)) for form in DATA_FORMS)
 
 
 def test_choices_are_those_of_the_rooms_that_implement_them():
@@ -154,14 +155,15 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(script: str,
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_flag_is_read(config: type[ModelConfig]):
-    script = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "predict.py"}[config]
-    shared = [path for name in ("config.py", "checks.py", "devices.py", "models", "scoring") for path in
+    scripts = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "predict.py"}
+    script = scripts.get(config, "src/rwkv_speech/serving/server.py")
+    shared = [path for name in ("config.py", "serving", "checks.py", "devices.py", "models", "scoring") for path in
               [ROOT / "src/rwkv_speech" / name, *(ROOT / "src/rwkv_speech" / name).glob("*.py")]]  # fmt: skip
     sources = (ROOT / "src/rwkv_speech").rglob("*.py") if config is TrainConfig else filter(Path.is_file, shared)
     source = (ROOT / script).read_text() + "".join(path.read_text() for path in sources)
     handed_on = {field.name for field in dataclasses.fields(DecodeFlags)}  # as Options
     names = [field.name for field in dataclasses.fields(config) if field.name not in handed_on]
-    assert [name for name in names if not re.search(rf'\b(config|self|c)(\.|, "){name}\b', source)] == []
+    assert [name for name in names if not re.search(rf'\b(_?config|_?limits|self|c)(\.|, "){name}\b', source)] == []
 
 
 @pytest.mark.parametrize("name", ["valid_data", "feature_cache"])

@@ -74,6 +74,10 @@ def test_no_circles():
         ("matplotlib", "reports"),
         ("jinja2", "reports"),
         ("sacrebleu", "scoring"),
+        ("fastapi", "serving"),
+        ("starlette", "serving"),
+        ("uvicorn", "serving"),
+        ("pydantic", "serving"),
     ],
 )
 def test_a_library_has_one_home(library: str, home: str):
@@ -160,7 +164,8 @@ def test_every_field_is_read():
 TESTED_IN = {
     "flags": "test_config.py",
     **dict.fromkeys(
-        ("config.decoding", "config.forms", "config.model", "config.prediction", "config.training"), "test_config.py"
+        ("config.decoding", "config.forms", "config.model", "config.prediction", "config.serving", "config.training"),
+        "test_config.py",
     ),
     "data.feature_fill": "data/test_feature_cache.py",
     "data.folder": "data/test_sources.py",
@@ -170,6 +175,7 @@ TESTED_IN = {
     "ops.wkv6_ref": "ops/test_wkv6.py",
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",
+    **dict.fromkeys("serving.answers serving.faults serving.form serving.worker".split(), "serving/test_server.py"),
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
     ),

@@ -52,7 +52,7 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "VERB: found none, expected average, calibrate, export, make_answers, report or states"),
+        ([], "VERB: found none, expected average, calibrate, export, make_answers, report, serve or states"),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),
         (["average", "--checkpoints", "a", "--output", "b"], "a: found no trained weights"),
@@ -61,6 +61,9 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["make_answers", "--data", "a"], "--output: found nothing, expected the name of a manifest to write"),
         (["make_answers", "--form", "hello"], "--form: found 'hello', expected one of user, instruction, continue, or"),
         (["make_answers", "--data", "a", "--output", "b"], "manifest a: cannot be read"),
+        (["serve", "--port", "70000"], "--port: found 70000, expected a whole number at least 0 and at most 65535"),
+        (["serve", "--word_timestamps", "1"], "--word_timestamps: has no effect on a server, whose clients ask for"),
+        (["serve", "--proj_dir", "a"], "a: found no trained weights"),
         (["report", "a", "b"], "unrecognized arguments: b"),
         (["report", "a"], "a: found neither metrics nor validation.jsonl"),
     ],
@@ -85,7 +88,16 @@ def test_report_names_the_package_that_is_missing(
     assert "no package matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["average", "--help"], ["make_answers", "--help"], ["nothing"]])
+def test_serve_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delitem(sys.modules, "rwkv_speech.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    assert "found no package uvicorn; install rwkv-speech[serve]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["average", "--help"], ["make_answers", "--help"], ["serve", "--help"], ["nothing"]]
+)
 def test_help_is_light(argv: list[str]):
     code = (
         "import sys; from rwkv_speech.__main__ import main\n"

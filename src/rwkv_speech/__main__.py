@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_speech.config import AnswerConfig
+from rwkv_speech.config import AnswerConfig, ServeConfig
 from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.flags import Parser, parse
 
@@ -54,6 +54,15 @@ def _report(given: Namespace) -> Path:
         raise UserError(
             f"report: found no package {error.name}, which draws the page; install rwkv-speech[train]"
         ) from error
+
+
+def _serve(given: Namespace) -> None:
+    config = parse(ServeConfig, given.flags, "Answer requests for transcripts, in the API of openai's audio client.")
+    try:
+        from rwkv_speech.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve: found no package {error.name}; install rwkv-speech[serve]") from error
+    serve(config)
 
 
 def _list_states(given: Namespace) -> None:
@@ -136,6 +145,10 @@ def _parser() -> Parser:
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
     report.set_defaults(verb=_report)
+
+    server = verbs.add_parser("serve", help="answer requests over HTTP", add_help=False, prefix_chars="\0")
+    server.add_argument("flags", nargs="*")
+    server.set_defaults(verb=_serve)
     _add_states_verbs(verbs.add_parser("states", help="list, copy, add, mix and remove the states of tasks"))
     return parser
 
@@ -172,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers, report or states; --help says "
-                "what each does"
+                "VERB: found none, expected average, calibrate, export, make_answers, report, serve or states; --help "
+                "says what each does"
             )
         if written := given.verb(given):
             print(f"written to {written}")

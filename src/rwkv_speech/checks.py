@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_speech import tiny
-from rwkv_speech.config import ACCEPTED_FORMS, TEXT, EvalConfig, ModelConfig, PredictConfig, TrainConfig
+from rwkv_speech.config import ACCEPTED_FORMS, TEXT, EvalConfig, ModelConfig, PredictConfig, ServeConfig, TrainConfig
 from rwkv_speech.data.inputs import Input
 from rwkv_speech.data.phrases import read_phrases
 from rwkv_speech.data.source import split_weight
@@ -77,6 +77,14 @@ def before_prediction(config: PredictConfig) -> None:
         _check_folder("session", os.path.dirname(os.path.abspath(config.session)))
 
 
+def before_serving(config: ServeConfig) -> None:
+    """Raises UserError for a device or files that the server would miss later, and flags without effect."""
+    check_devices(config)
+    read_phrases(config)
+    _check_checkpoint(config, config.checkpoint)
+    _check_model_files(config)
+
+
 def named_inputs(config: PredictConfig) -> list[str]:
     """The words of the command line, and the names in --file_path, which may itself be one with a comma."""
     listed = [config.file_path] if os.path.lexists(config.file_path) else _items("file_path", config.file_path)
@@ -123,7 +131,7 @@ def _check_model_files(config: ModelConfig) -> None:
         )
 
 
-def _check_checkpoint(config: EvalConfig | PredictConfig, checkpoint: str) -> None:
+def _check_checkpoint(config: EvalConfig | PredictConfig | ServeConfig, checkpoint: str) -> None:
     """A checkpoint that is not there; flags that an own one, which states its sizes, makes useless."""
     if checkpoint and not Path(checkpoint).exists():
         raise UserError(f"--checkpoint: no such file or folder {checkpoint!r}; give trained weights or a run's folder")

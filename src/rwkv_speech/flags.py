@@ -19,7 +19,7 @@ from rwkv_speech.errors import UserError
 
 GROUPS = (
     "model", "device and precision", "data", "changes of the training audio", "training", "decoding", "output",
-    "streaming", "conversation", "run",
+    "streaming", "conversation", "serving", "run",
 )  # fmt: skip
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}

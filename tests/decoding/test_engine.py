@@ -12,6 +12,7 @@ from torch import Tensor
 from rwkv_speech.batch import Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.engine import Done, Engine, Request
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Encoded, Reader, Reading
 from rwkv_speech.decoding.strategy import Hypothesis
@@ -261,3 +262,34 @@ def test_tasks_in_one_batch_are_decoded_as_each_by_itself(of_two_tasks: SpeechLM
     for request in mixed[:4]:
         expected = oracle(model, request.sample, 16, request.before or "")
         assert together[request.key].hypotheses[0].ids == expected.ids
+
+
+@pytest.mark.parametrize("options", [GREEDY, Options.given(0.0, beam=2), Options.given(0.7, best_of=2)], ids=str)
+def test_what_is_cancelled_leaves_no_trace(ending: SpeechLM, options: Options):
+    chosen = [replace(request, temperature=options.temperatures[0]) for request in requests(samples(sounds(LENGTHS)))]
+    alone = {key: done.hypotheses for key, done in decode(Engine(ending, options, slots=2), chosen).items()}
+    for rounds in range(8):
+        engine, found = Engine(ending, options, slots=2), {}
+        for request in chosen:
+            engine.submit(request)
+        for _ in range(rounds):
+            found |= {done.request.key: done.hypotheses for done in engine.poll()}
+        dropped = {request.key for request in chosen[::2]} - found.keys()
+        engine.cancel(lambda request, dropped=dropped: request.key in dropped)
+        assert engine.num_unfinished == len(chosen) - len(dropped) - len(found)
+        while engine.num_unfinished:
+            found |= {done.request.key: done.hypotheses for done in engine.poll()}
+        assert found == {key: texts for key, texts in alone.items() if key not in dropped} and dropped
+        assert not any(engine._jobs) and not any(engine._tracks)
+
+
+def test_keywords_of_one_request_are_not_those_of_another(ending: SpeechLM):
+    chosen = requests(samples(sounds(LENGTHS)))
+    phrases = Options.given(0.0, keywords=["is good", "the"], keyword_weight=9.0)
+    keywords = Keywords.of(phrases, ending.tokenizer, ending.lm.sizes.vocab, "cpu")
+    plain = decode(Engine(ending, GREEDY, slots=3), chosen)
+    listed = decode(Engine(ending, phrases, slots=3), chosen)
+    mixed = [replace(request, keywords=keywords) if request.key % 2 else request for request in chosen]
+    found = decode(Engine(ending, GREEDY, slots=3), mixed)
+    assert all(found[key].hypotheses == (listed if key % 2 else plain)[key].hypotheses for key in found)
+    assert plain[11].hypotheses != listed[11].hypotheses

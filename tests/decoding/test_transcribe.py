@@ -4,6 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -251,10 +252,10 @@ def test_a_text_that_failed_is_made_again_at_the_next_temperature(model: SpeechL
 
 
 @pytest.mark.parametrize(
-    ("temperature", "expected"), [(0.2, [None, "Said one", "Said one two"]), (0.6, [None, None, None])]
+    ("temperature", "expected"), [(0.2, ["Said", "Said one", "Said one two"]), (0.6, ["Said"] * 3)]
 )
 def test_context_is_the_text_so_far_unless_it_was_guessed(
-    model: SpeechLM, monkeypatch: pytest.MonkeyPatch, temperature: float, expected: list[str | None]
+    model: SpeechLM, monkeypatch: pytest.MonkeyPatch, temperature: float, expected: list[str]
 ):
     pieces = (24_000, 20_000, 19_000)
     monkeypatch.setattr(
@@ -271,7 +272,7 @@ def test_context_is_the_text_so_far_unless_it_was_guessed(
     assert found.text == "one two three"
     assert [request.before for request in engine.requests] == expected
     model.transcribe(torch.rand(sum(pieces)), **{**options, "condition_on_previous_text": False})
-    assert [request.before for request in engine.requests[3:]] == [None] * 3
+    assert [request.before for request in engine.requests[3:]] == ["Said"] * 3
 
 
 @pytest.mark.parametrize(
@@ -314,6 +315,29 @@ def test_the_ctc_head_judges_no_text_that_is_not_what_is_heard(model: SpeechLM, 
     sounds = [Recording(task, task, lambda: [torch.rand(size)], task) for task in ("asr", "sound")]
     found = {recording.key: result for recording, result in Transcriber(model, options, 2).run(sounds)}
     assert {task: result.text for task, result in found.items()} == {"asr": "", "sound": "a dog barks"}  # type: ignore[union-attr]
+
+
+def test_recordings_that_join_and_leave_do_not_change_the_others(model: SpeechLM, waves: list[Tensor]):
+    common = Options.given(max_new_tokens=6, **ONCE)
+    others = [common, replace(common, initial_prompt="the weather"), replace(common, temperature="0.7")]
+    recordings = [
+        Recording(number, "", partial(list, wave.split(1_000)), "asr", options=others[number % 3])
+        for number, wave in enumerate(waves)
+    ]
+    alone = {x.key: Transcriber(model, common, 2).run([x]) for x in recordings}
+    expected = {key: result for found in alone.values() for (x, result) in found for key in [x.key]}
+    transcriber, found = Transcriber(model, common, 2), {}
+    for recording in recordings:
+        transcriber.submit(recording)
+        found |= {x.key: result for x, result in transcriber.poll()}
+    transcriber.cancel(5)
+    transcriber.cancel("unknown")
+    while len(found) < len(waves) - 1:
+        found |= {x.key: result for x, result in transcriber.poll()}
+    assert found == {key: result for key, result in expected.items() if key != 5}
+    assert transcriber.poll() == [] and transcriber._engine.num_unfinished == 0
+    plain = {key: model.transcribe(waves[key], max_new_tokens=6, **ONCE)[0].text for key in found}
+    assert {key % 3 for key, text in plain.items() if found[key].text != text} == {1, 2}  # type: ignore[union-attr]
 
 
 def test_rows_come_from_batches_of_any_size(model: SpeechLM, waves: list[Tensor]):

@@ -1,4 +1,4 @@
-"""Every flag of train.py, eval.py and predict.py: what it is for and what it may be."""
+"""Every flag of train.py, eval.py, predict.py and of verbs that have many: what it is for and what it may be."""
 
 from rwkv_speech.config.decoding import DecodeFlags, EvalConfig
 from rwkv_speech.config.forms import (
@@ -18,6 +18,7 @@ from rwkv_speech.config.forms import (
 )
 from rwkv_speech.config.model import ModelConfig
 from rwkv_speech.config.prediction import AnswerConfig, PredictConfig
+from rwkv_speech.config.serving import LimitFlags, ServeConfig
 from rwkv_speech.config.training import TrainConfig
 
 __all__ = [
@@ -35,8 +36,10 @@ __all__ = [
     "AnswerConfig",
     "DecodeFlags",
     "EvalConfig",
+    "LimitFlags",
     "ModelConfig",
     "PredictConfig",
+    "ServeConfig",
     "TrainConfig",
     "numbers",
     "output_formats",

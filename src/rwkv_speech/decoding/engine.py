@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Request:
     At `temperature` 0 the likeliest tokens are taken, by the options' beam search if its width is above 1; above it the
     best of several samples. `before` is text that stands before the audio, in place of the options' `initial_prompt`;
     `draft` is a text to verify, in place of the CTC head's, whatever the options say. `start` is the state to begin
-    from, in place of the task's.
+    from, in place of the task's; `keywords` those to expect, in place of the options'.
     """
 
     key: Any
@@ -47,6 +47,7 @@ class Request:
     before: str | None = None
     draft: str | None = None
     start: State | None = None
+    keywords: Keywords | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,8 @@ class Engine:
         rows = slots * options.beam
         self._state = model.lm.zero_state(rows)
         self._graph = StepGraph.of(model.lm, self._state)
-        keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
-        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id, keywords)
+        self._keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
+        self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
         self._logits: Tensor | None = None  # (S, V) of the next token of each row
         self._jobs: list[_Job | None] = [None] * rows  # whose each row is
         self._tracks: list[Track | None] = [None] * rows  # the text in each row; those of a beam search may lack one
@@ -128,6 +129,23 @@ class Engine:
         done = [*self._verify(), *self._admit(), *self._choose()]
         self.num_unfinished -= len(done)
         return done
+
+    def cancel(self, is_dropped: Callable[[Request], bool]) -> None:
+        """Give up requests, whatever there is of their texts; nothing comes of them, and their rows are free."""
+        tables: Sequence[Iterable[tuple[Any, ...]]] = (self._read, self._texts, self._beams, self._verifiers)
+        behind: list[_Job] = [entry[0] for table in tables for entry in table]
+        jobs = {job for job in (*self._jobs, *behind) if job and is_dropped(job.request)}
+        waiting = [entry for entry in self._waiting if not is_dropped(entry[-1])]
+        self.num_unfinished -= len(jobs) + len(self._waiting) - len(waiting)
+        heapq.heapify(waiting)
+        self._waiting = waiting
+        for row, job in enumerate(self._jobs):
+            if job in jobs:
+                self._jobs[row] = self._tracks[row] = None
+        self._read = deque(entry for entry in self._read if entry[0] not in jobs)
+        self._texts = deque(entry for entry in self._texts if entry[0] not in jobs)
+        self._beams = [entry for entry in self._beams if entry[0] not in jobs]
+        self._verifiers = [entry for entry in self._verifiers if entry[0] not in jobs]
 
     def unfinished(self) -> Iterator[tuple[Request, list[int]]]:
         """What there is so far of each text that is written token by token, once, and not searched for."""
@@ -236,20 +254,23 @@ class Engine:
             job.wanted = options.best_of
             for number in range(job.wanted):
                 chance = random.Random(f"{options.sampling_seed} {request.temperature} {number}")
-                track = Track(request.limit, request.temperature, chance)
+                track = self._track(request, chance)
                 self._texts.append((job, track, logits, state))
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
-            track = Track(request.limit)
+            track = self._track(request)
             self._place(rows[0], job, track, logits, state)
             for row in rows[1:]:
                 self._jobs[row] = job
             self._beams.append((job, Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy)))
         elif (draft := self._draft(job)) is not None:
-            verifier = Verifier(self._model, self._strategy, Track(request.limit), draft, logits, state)
+            verifier = Verifier(self._model, self._strategy, self._track(request), draft, logits, state)
             self._verifiers.append((job, verifier))
         else:
-            self._place(free.pop(0), job, Track(request.limit), logits, state)
+            self._place(free.pop(0), job, self._track(request), logits, state)
+
+    def _track(self, request: Request, chance: random.Random | None = None) -> Track:
+        return Track(request.limit, request.temperature, chance, keywords=request.keywords or self._keywords)
 
     def _draft(self, job: _Job) -> str | None:
         if job.request.draft is not None or not self._options.draft:

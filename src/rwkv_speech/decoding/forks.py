@@ -42,8 +42,8 @@ class Forks:
 
     def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
         keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
-        strategy = Strategy(options, model.tokenizer.eos_id, keywords)
-        self._begin = partial(OpenPiece, model, task, options, strategy)
+        strategy = Strategy(options, model.tokenizer.eos_id)
+        self._begin = partial(OpenPiece, model, task, options, strategy, keywords)
         self.restart()
 
     def restart(self) -> None:
@@ -75,8 +75,11 @@ class OpenPiece:
     """
 
     @torch.no_grad()
-    def __init__(self, model: SpeechLM, task: str, options: Options, strategy: Strategy) -> None:
-        self._model, self._options, self._task, self._strategy = model, options, task, strategy
+    def __init__(
+        self, model: SpeechLM, task: str, options: Options, strategy: Strategy, keywords: Keywords | None = None
+    ) -> None:
+        self._model, self._options, self._task = model, options, task
+        self._strategy, self._keywords = strategy, keywords
         self._reader = Reader(model, rows=1)
         encode = model.tokenizer.encode
         before, _, after = model.prefix(0, task, encode(options.initial_prompt), encode(options.prompt))
@@ -117,7 +120,8 @@ class OpenPiece:
 
     def _decode(self, audio: Tensor, committed: str, draft: str, limit: int) -> Hypothesis:
         """The text that follows the state and more audio tokens (A, C)."""
-        model, given, track = self._model, self._model.tokenizer.encode(committed), Track(limit)
+        model, track = self._model, Track(limit, keywords=self._keywords)
+        given = model.tokenizer.encode(committed)
         x = torch.cat([audio, self._embed([*self._after, *given])])
         hidden, state = model.lm.hidden(x[None], self._state)
         logits = model.lm.head(hidden[0, -1 - len(given) :])

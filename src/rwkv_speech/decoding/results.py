@@ -25,7 +25,8 @@ class Segment:
     """A piece of a recording that was decoded at once: `start` and `end` in its seconds, the text and its `tokens`.
 
     The names are those of whisper's JSON. `avg_logprob` is the mean log-probability of the tokens and the end of text,
-    `cut` says whether the text was cut off at its limit; `words` is None where no times were asked for.
+    `cut` says whether the text was cut off at its limit; `words` is None where no times were asked for, and `logprobs`,
+    those of the tokens and the end, where they are not known.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Segment:
     no_speech_prob: float
     cut: bool = False
     words: list[Word] | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 TimedT = TypeVar("TimedT", Word, Segment)

@@ -50,8 +50,8 @@ class Choice(NamedTuple):
 class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
-    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, keyword bonuses. `node` is
-    the place in the trie of the keywords.
+    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`.
+    `node` is the place in their trie.
     """
 
     limit: int
@@ -62,11 +62,12 @@ class Track:
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     node: int = Keywords.start
+    keywords: Keywords | None = None
 
     def fork(self) -> "Track":
         """A copy that goes its own way."""
         texts = [*self.ids], [*self.logprobs], [*self.entropies]
-        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node)
+        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords)
 
     def append(self, choice: Choice) -> None:
         """Take the next token, the end of text among them."""
@@ -126,10 +127,10 @@ def measured(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Strategy:
-    """How tokens are chosen by the options: penalties, keywords, and chance above temperature 0."""
+    """How tokens are chosen: by the options' penalties, a text's keywords, and chance above temperature 0."""
 
-    def __init__(self, options: Options, eos: int, keywords: Keywords | None = None) -> None:
-        self.options, self.eos, self._keywords = options, eos, keywords
+    def __init__(self, options: Options, eos: int) -> None:
+        self.options, self.eos = options, eos
         penalties = (options.presence_penalty, options.frequency_penalty, options.no_repeat_ngram_size)
         self._penalises = any(penalties) or options.repetition_penalty != 1
 
@@ -140,8 +141,14 @@ class Strategy:
         if self._penalises:
             texts = [track.ids if track else [] for track in tracks]
             scores = torch.log_softmax(penalised(logits.float(), texts, self.options), -1)
-        if self._keywords:
-            scores = self._keywords.add(scores, [track.node if track else Keywords.start for track in tracks])
+        listed = dict[Keywords, list[int]]()
+        for row, track in enumerate(tracks):
+            if track and track.keywords:
+                listed.setdefault(track.keywords, []).append(row)
+        if listed:
+            scores = scores.clone()
+        for keywords, rows in listed.items():
+            scores[rows] = keywords.add(scores[rows], [track.node for row in rows if (track := tracks[row])])
         return Scores(scores, logprobs, entropies)
 
     def choose(self, found: Scores, tracks: Sequence[Track | None]) -> list[Choice]:
@@ -165,13 +172,13 @@ class Strategy:
 
     def _append(self, track: Track, choice: Choice) -> None:
         track.append(choice)
-        if self._keywords:
-            track.node = self._keywords.advance(track.node, choice.token)
+        if track.keywords:
+            track.node = track.keywords.advance(track.node, choice.token)
 
     def verify(self, logits: Tensor, track: Track, draft: Sequence[int]) -> list[Choice]:
         """The best token after a text, and after it and each beginning of a draft, from their logits (T, V)."""
         tracks = [track] * len(logits)
-        if self._penalises or self._keywords:
+        if self._penalises or track.keywords:
             for row in range(1, len(tracks)):
                 tracks[row] = tracks[row - 1].fork()
                 self._append(tracks[row], Choice(draft[row - 1], 0.0, 0.0, 0.0))

@@ -9,7 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.decoding import coverage, guards
 from rwkv_speech.decoding.confidence import judge
 from rwkv_speech.decoding.engine import Done, Engine, Request
+from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.reader import Reader
@@ -42,7 +43,8 @@ _CONTEXT_TEMPERATURE, _CONTEXT_TOKENS = 0.5, 223
 class Recording:
     """What is to be transcribed: `blocks()` gives its samples at 16 kHz, or AudioError; `key` is the caller's.
 
-    `prompt_ids` are read before the audio.
+    `prompt_ids` are read before the audio. `options` stand in place of the transcriber's, but for how audio is cut and
+    how tokens are chosen, which all have in common; `keywords` are those to expect.
     """
 
     key: Any
@@ -52,13 +54,16 @@ class Recording:
     language: str | None = None
     normalised: bool = False
     prompt_ids: tuple[int, ...] = ()
+    options: Options | None = None
+    keywords: Keywords | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """A recording on its way."""
 
     recording: Recording
+    options: Options
     waiting: deque[Piece] = field(default_factory=deque)  # for the text of the one before, their context
     in_flight: int = 0
     segments: list[Segment] = field(default_factory=list)
@@ -73,6 +78,19 @@ class _Work:
     @property
     def has_ended(self) -> bool:
         return bool(self.error) or (self.is_read and not self.waiting and not self.in_flight)
+
+
+def _blocks(recording: Recording) -> Iterator[Tensor]:
+    """Whose errors come when it is read."""
+    yield from recording.blocks()
+
+
+class _Reading(NamedTuple):
+    """A recording that is being read and cut into pieces."""
+
+    work: _Work
+    blocks: Iterator[Tensor]
+    segmenter: Segmenter
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,13 @@ class Transcriber:
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
         self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN
-        self._times = _word_times(model) if options.word_timestamps else None
+        self._times = None if model.ctc is None else WordTimes(model.ctc, model.encoder)
+        self._open = list[_Work]()
+        self._reading = deque[_Reading]()
+        if options.word_timestamps and model.ctc is None:
+            raise UserError(
+                "--word_timestamps 1: the weights have no CTC head, which finds the words; train one with --ctc 1"
+            )
         if options.finds_language and tasks.LANGUAGE not in model.initial_states:
             raise UserError(
                 f"--language: found auto, but the weights have no state {tasks.LANGUAGE!r}, which finds languages; "
@@ -115,19 +139,42 @@ class Transcriber:
     @torch.no_grad()
     def run(self, recordings: Iterable[Recording]) -> Iterator[tuple[Recording, Transcript | BadSample]]:
         """Each recording with its transcript, or what is wrong with it, as they are done; read as they are needed."""
-        open_works: list[_Work] = []
-        reading = self._read(recordings, open_works)
-        while True:
+        source, is_exhausted = iter(recordings), False
+        while self._open or not is_exhausted:
             # Not one read ahead beyond what keeps the slots full: hours of audio do not fit into memory.
-            while self._engine.num_unfinished < self._ahead and next(reading, None) is not None:
-                pass
-            for done in self._engine.poll():
-                self._take(done)
-            for work in [work for work in open_works if work.has_ended]:
-                open_works.remove(work)
-                yield work.recording, self._result(work)
-            if not open_works and next(reading, None) is None:
-                return
+            while self._has_room and (self._reading or not is_exhausted):
+                if self._reading:
+                    self._read_on()
+                elif (recording := next(source, None)) is not None:
+                    self.submit(recording)
+                else:
+                    is_exhausted = True
+            yield from self.poll()
+
+    def submit(self, recording: Recording) -> None:
+        """Have a recording transcribed by the next calls of `poll`."""
+        work = self._begun(recording)
+        self._open.append(work)
+        self._reading.append(_Reading(work, _blocks(recording), self.segmenter()))
+
+    @torch.no_grad()
+    def poll(self) -> list[tuple[Recording, Transcript | BadSample]]:
+        """One round: a block of one recording is read, each in its turn, and texts go on by a token; what has ended."""
+        if self._reading and self._has_room:
+            self._read_on()
+        for done in self._engine.poll():
+            self._take(done)
+        ended = [work for work in self._open if work.has_ended]
+        for work in ended:
+            self._open.remove(work)
+        return [(work.recording, self._result(work)) for work in ended]
+
+    def cancel(self, key: Any) -> None:
+        """Give up the recording of this key, if it is on its way; nothing comes of it."""
+        dropped = [work for work in self._open if work.recording.key == key]
+        self._open = [work for work in self._open if work not in dropped]
+        self._reading = deque(reading for reading in self._reading if reading.work not in dropped)
+        self._engine.cancel(lambda request: request.key.work in dropped)
 
     def segmenter(self) -> Segmenter:
         """What cuts a recording into pieces."""
@@ -135,8 +182,9 @@ class Transcriber:
 
     def _begun(self, recording: Recording) -> _Work:
         """A recording whose language is known, or is to be found in its first piece."""
-        given = self._options.given_language
-        return _Work(recording, language=None if self._options.finds_language else recording.language or given)
+        options = recording.options or self._options
+        given = recording.language or options.given_language
+        return _Work(recording, options, language=None if options.finds_language else given)
 
     def live(self, task: str) -> Callable[[Piece], list[Segment]]:
         """A function that takes the pieces of a recording, one after another, to their segments."""
@@ -153,43 +201,46 @@ class Transcriber:
 
         return segments_of
 
-    def _read(self, recordings: Iterable[Recording], open_works: list[_Work]) -> Iterator[bool]:
-        """Submits pieces; stops after each block of audio."""
-        for recording in recordings:
-            work = self._begun(recording)
-            open_works.append(work)
-            segmenter = self.segmenter()
-            try:
-                for block in recording.blocks():
-                    work.samples += len(block)
-                    self._add(work, segmenter.push(block))
-                    yield True
-            except AudioError as error:
-                work.error = str(error)
-                continue
+    @property
+    def _has_room(self) -> bool:
+        return self._engine.num_unfinished < self._ahead
+
+    def _read_on(self) -> None:
+        """Submit the pieces in the next block of the recording that has waited longest."""
+        reading = self._reading.popleft()
+        work, segmenter = reading.work, reading.segmenter
+        try:
+            block = next(reading.blocks, None)
+        except AudioError as error:
+            work.error = str(error)
+            return
+        if block is None:
             self._add(work, segmenter.finish())
             work.removed, work.is_read = segmenter.removed_samples, True
-            yield True
+        else:
+            work.samples += len(block)
+            self._add(work, segmenter.push(block))
+            self._reading.append(reading)
 
     def _add(self, work: _Work, pieces: Iterable[Piece]) -> None:
         work.waiting.extend(pieces)
-        finds_language = self._options.finds_language and work.language is None
+        finds_language = work.options.finds_language and work.language is None
         if finds_language and work.waiting and not work.in_flight:
             self._request(_Place(work, work.waiting[0], 0, finds_language=True), tasks.LANGUAGE)
-        one_by_one = finds_language or self._options.condition_on_previous_text
+        one_by_one = finds_language or work.options.condition_on_previous_text
         while work.waiting and not (one_by_one and work.in_flight):
             self._submit(work, work.waiting.popleft())
 
     def _submit(self, work: _Work, piece: Piece, attempt: int = 0, halved: _Halved | None = None) -> None:
         task = work.recording.task
-        if work.language and tasks.base_of(task) == tasks.DEFAULT and self._options.language:
+        if work.language and tasks.base_of(task) == tasks.DEFAULT and work.options.language:
             spoken = tasks.state_name(tasks.DEFAULT, work.language, by_lang=True)
             task = spoken if spoken in self._model.initial_states else task
         self._request(_Place(work, piece, attempt, halved), task)
 
     def _request(self, place: _Place, task: str) -> None:
         work, piece, attempt = place.work, place.piece, place.attempt
-        recording, seconds = work.recording, len(piece.waveform) / SAMPLE_RATE
+        recording, o, seconds = work.recording, work.options, len(piece.waveform) / SAMPLE_RATE
         sample = Sample(
             recording.name, piece.waveform, "", [], seconds, piece.start, task, work.language, recording.normalised,
             prompt_ids=recording.prompt_ids,
@@ -197,9 +248,10 @@ class Transcriber:
         request = Request(
             key=place,
             sample=sample,
-            limit=self._options.token_limit(seconds),
-            temperature=self._options.temperatures[attempt],
-            before=join_texts([self._options.initial_prompt, work.context]) if work.context else None,
+            limit=o.token_limit(seconds),
+            temperature=o.temperatures[attempt],
+            before=join_texts([o.initial_prompt, work.context]) if work.context else o.initial_prompt,
+            keywords=recording.keywords,
         )
         work.in_flight += 1
         self._engine.submit(request)
@@ -211,7 +263,7 @@ class Transcriber:
         if place.finds_language:
             place.work.language = self._model.tokenizer.decode(done.hypotheses[0].ids).strip()
             return self._add(place.work, ())
-        silence, o = self._silence(done), self._options
+        silence, o = self._silence(done), place.work.options
         again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
         if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
             return self._submit(place.work, place.piece, place.attempt + 1, place.halved)
@@ -226,13 +278,13 @@ class Transcriber:
 
     def _keep(self, done: Done) -> None:
         """The text of a piece becomes a segment, unless the piece holds no speech."""
-        work, piece, o = done.request.key.work, done.request.key.piece, self._options
+        work, piece = done.request.key.work, done.request.key.piece
         text, silence = self._text(done), self._silence(done)
         if done.ctc is not None and self._model.ctc is not None:
             work.heard[piece.start] = self._model.ctc.spec.text(done.ctc)
         if text.strip():
             work.segments.append(self._segment(done, text, silence))
-        if o.condition_on_previous_text:
+        if work.options.condition_on_previous_text:
             hot = done.request.temperature > _CONTEXT_TEMPERATURE
             work.context = "" if hot else self._recent(join_texts([work.context, text]))
 
@@ -246,7 +298,8 @@ class Transcriber:
 
     def _text(self, done: Done) -> str:
         """The text of a piece, none of silence, and none that is made up."""
-        text, head, o = self._model.tokenizer.decode(done.hypotheses[0].ids), self._model.ctc, self._options
+        text, head = self._model.tokenizer.decode(done.hypotheses[0].ids), self._model.ctc
+        o = done.request.key.work.options
         if head is None or done.ctc is None or not self._says_what_is_heard(done):
             return text
         is_silence = guards.is_silence(self._silence(done), o)
@@ -290,10 +343,10 @@ class Transcriber:
         return tokenizer.decode(tokenizer.encode(text)[-_CONTEXT_TOKENS:]).lstrip("\ufffd")
 
     def _segment(self, done: Done, text: str, silence: float) -> Segment:
-        best, piece = done.hypotheses[0], done.request.key.piece
+        best, piece, o = done.hypotheses[0], done.request.key.piece, done.request.key.work.options
         start, end = piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE
         words = None
-        if self._times and done.ctc is not None:
+        if o.word_timestamps and self._times and done.ctc is not None:
             words = self._times.words(text, done.ctc, start, end, judge(self._model, best, done.ctc))
         return Segment(
             id=0,
@@ -307,6 +360,7 @@ class Transcriber:
             no_speech_prob=silence,
             cut=best.cut,
             words=words,
+            logprobs=best.logprobs,
         )
 
     def _result(self, work: _Work) -> Transcript | BadSample:
@@ -323,11 +377,3 @@ class Transcriber:
             removed_seconds=work.removed / SAMPLE_RATE,
             ctc=join_texts(work.heard[start] for start in sorted(work.heard)) if self._model.ctc else None,
         )
-
-
-def _word_times(model: speech_lm.SpeechLM) -> WordTimes:
-    if model.ctc is None:
-        raise UserError(
-            "--word_timestamps 1: the weights have no CTC head, which finds the words; train one with --ctc 1"
-        )
-    return WordTimes(model.ctc, model.encoder)

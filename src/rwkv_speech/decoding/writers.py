@@ -97,6 +97,7 @@ def _json(transcript: Transcript, layout: Layout) -> str:
     content = asdict(transcript)
     for segment in content["segments"]:
         segment["seek"] = int(100 * segment["start"])
+        del segment["logprobs"]
         if segment["words"] is None:
             del segment["words"]
     content["duration"] = content.pop("seconds")

@@ -1,0 +1,42 @@
+"""Flags of the server."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rwkv_speech.config.decoding import DecodeFlags
+from rwkv_speech.config.forms import STATE_HELP
+from rwkv_speech.config.model import ModelConfig, check_one_device
+from rwkv_speech.errors import UserError
+from rwkv_speech.flags import flag
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """What a client may ask for; beyond each the answer is an error, whose status is named here."""
+
+    group: ClassVar[str] = "serving"
+    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0: all, for other machines")
+    port: int = flag(8000, "where it listens; 0: any that is free", at_most=65535, at_least=0)
+    api_keys: str = flag("", "file of the keys that clients may have, one a line; empty: none is asked for (401)")
+    max_upload_mb: float = flag(25.0, "most megabytes of a request (413)", above=0, at_most=2000)
+    max_audio_seconds: float = flag(3600.0, "most seconds of a recording (413)", above=0, at_most=360_000)
+    max_requests: int = flag(64, "most requests that wait or are decoded (503)", at_least=1, at_most=10_000)
+    max_client_requests: int = flag(64, "most of these that one key has, or one address (429)", at_least=1)
+    upload_seconds: float = flag(60.0, "most seconds until a request has arrived (408)", above=0, at_most=3600)
+    request_seconds: float = flag(600.0, "most seconds until it is answered (503)", above=0, at_most=86_400)
+
+
+@dataclass(frozen=True)
+class ServeConfig(LimitFlags, DecodeFlags, ModelConfig):
+    """python -m rwkv_speech serve"""
+
+    group: ClassVar[str] = "run"
+    micro_bsz: int = flag(8, "pieces of audio that are decoded together", at_least=1)
+    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    state: str = flag("", STATE_HELP)
+
+    def check(self) -> None:
+        """Raises UserError for flags that have no effect here, or on one device."""
+        check_one_device(self)
+        if self.word_timestamps:
+            raise UserError("--word_timestamps: has no effect on a server, whose clients ask for them; leave it out")

@@ -1,0 +1,1 @@
+"""A server of transcripts that speaks the API which clients know."""

@@ -1,0 +1,136 @@
+"""The fields of a request for a transcript, and what they ask of decoding: each is honoured, or refused by its name."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from torch import Tensor
+
+from rwkv_speech import tasks
+from rwkv_speech.audio import SAMPLE_RATE, AudioError, read_blocks
+from rwkv_speech.decoding.keywords import Keywords
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.transcriber import Recording
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.serving.faults import Fault
+
+# A short block keeps the others waiting for a short time only while it is read.
+_BLOCK_SECONDS = 5.0
+_MOST_KEYWORDS, _MOST_LETTERS = 100, 4000
+
+Text = Annotated[str, StringConstraints(max_length=_MOST_LETTERS)]
+Language = Annotated[str, StringConstraints(pattern=r"^([A-Za-z]{2,3}([-_][A-Za-z0-9]+)*)?$", max_length=16)]
+
+
+class Form(BaseModel):
+    """The fields of openai's `audio.transcriptions.create` that can be honoured; any other is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: UploadFile
+    model: Text
+    language: Language = ""
+    prompt: Text = ""
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
+    temperature: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    timestamp_granularities: list[Literal["word", "segment"]] = Field([], alias="timestamp_granularities[]")
+    include: list[Literal["logprobs"]] = Field([], alias="include[]")
+    keywords: list[Text] = Field([], alias="keywords[]", max_length=_MOST_KEYWORDS)
+    languages: list[Language] = Field([], alias="languages[]", max_length=1)
+    chunking_strategy: Literal["auto"] | None = None
+    stream: Literal[False] = False
+
+    def check(self, model: SpeechLM) -> None:
+        """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
+        if self.model not in model.initial_states:
+            known = ", ".join(sorted(model.initial_states))
+            raise Fault(404, f"there is no such model here; expected one of {known}", "model_not_found", "model")
+        is_recognition = tasks.base_of(self.model) == tasks.DEFAULT
+        if self.spoken and not is_recognition:
+            raise _unsupported("language", "this model does not recognise speech; leave it out")
+        if self.languages and self.language:
+            raise _unsupported("languages", "a language is given, too; leave one of them out")
+        spoken = tasks.state_name(tasks.DEFAULT, self.spoken, by_lang=True)
+        if self.spoken and self.model not in (tasks.DEFAULT, spoken) and spoken not in model.initial_states:
+            raise _unsupported("language", "this model recognises another one; expected its own, or none")
+        if self.timestamp_granularities and self.response_format != "verbose_json":
+            raise _unsupported("timestamp_granularities", "expected response_format verbose_json with it")
+        if self.has_words and (model.ctc is None or not is_recognition):
+            raise _unsupported("timestamp_granularities", "this model has no times of words; expected segment")
+        if self.include and self.response_format != "json":
+            raise _unsupported("include", "expected response_format json with it")
+
+    @property
+    def spoken(self) -> str:
+        """The language that the client says is spoken, "" if none."""
+        return self.language or next(iter(self.languages), "")
+
+    @property
+    def has_words(self) -> bool:
+        """Whether times of words are wanted."""
+        return "word" in self.timestamp_granularities
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether times of segments are wanted, as they are if nothing is said."""
+        return "segment" in self.timestamp_granularities or not self.timestamp_granularities
+
+    def options(self, default: Options, model: SpeechLM) -> Options:
+        """The server's own with what is asked for; the temperature 0 stands for all of its own, as in the API."""
+        finds = tasks.LANGUAGE in model.initial_states and self.model == tasks.DEFAULT
+        changes: dict[str, Any] = {"language": self.spoken or default.language or ("auto" if finds else "")}
+        if self.temperature:
+            changes["temperature"] = f"{self.temperature:g}"
+        if self.prompt:
+            changes["initial_prompt"] = self.prompt
+        return replace(default, word_timestamps=int(self.has_words), **changes)
+
+
+class Audio:
+    """An uploaded recording, decoded as it is needed and no further than the limit."""
+
+    def __init__(self, content: bytes, most_seconds: float) -> None:
+        self._content, self._most_seconds = content, most_seconds
+        self._is_too_long = False
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Its samples (S,) at 16 kHz; raises AudioError for what is broken or too long."""
+        total = 0
+        for block in read_blocks(self._content, _BLOCK_SECONDS, name="file"):
+            total += len(block)
+            if total > self._most_seconds * SAMPLE_RATE:
+                self._is_too_long = True
+                raise AudioError(f"file: lasts more than {self._most_seconds:g} s; expected a shorter recording")
+            yield block
+
+    def fault(self, reason: str) -> Fault:
+        """What is answered when it could not be read."""
+        if self._is_too_long:
+            return Fault(413, reason, "audio_too_long", "file")
+        return Fault(400, reason, "invalid_audio", "file")
+
+
+def recording_of(form: Form, audio: Audio, model: SpeechLM, default: Options) -> Recording:
+    """What the transcriber is asked; raises Fault as `Form.check`, and for keywords that are none."""
+    form.check(model)
+    try:
+        keywords = _keywords(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
+    except UserError as error:
+        raise Fault(400, str(error), "invalid_value", "keywords") from error
+    return Recording(
+        object(), "file", audio.blocks, form.model, options=form.options(default, model), keywords=keywords
+    )
+
+
+@lru_cache(16)
+def _keywords(phrases: tuple[str, ...], weight: float, model: SpeechLM) -> Keywords | None:
+    """Made once for clients that ask again with the same ones: a large vocabulary takes its time."""
+    options = Options.given(keywords=phrases, keyword_weight=weight)
+    return Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
+
+
+def _unsupported(param: str, message: str) -> Fault:
+    return Fault(400, f"{param}: {message}", "unsupported_value", param)
