@@ -78,6 +78,7 @@ def test_no_circles():
         ("starlette", "serving"),
         ("uvicorn", "serving"),
         ("pydantic", "serving"),
+        ("prometheus_client", "serving"),
     ],
 )
 def test_a_library_has_one_home(library: str, home: str):
@@ -175,7 +176,9 @@ TESTED_IN = {
     "ops.wkv6_ref": "ops/test_wkv6.py",
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",
-    **dict.fromkeys("serving.answers serving.faults serving.form serving.worker".split(), "serving/test_server.py"),
+    **dict.fromkeys(
+        "serving.answers serving.faults serving.form serving.metrics serving.worker".split(), "serving/test_server.py"
+    ),
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
     ),

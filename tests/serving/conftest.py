@@ -21,7 +21,13 @@ from rwkv_speech.serving.server import Service, read_keys, web_server
 
 KEY = "a-key-of-the-tests"
 # Of noise nothing else would be left; what stands here is what a client's text is compared with.
-OPTIONS: dict[str, Any] = {"temperature": 0.0, "vad": "none", "no_speech_threshold": 1.0, "max_new_tokens": 8}
+OPTIONS: dict[str, Any] = {
+    "temperature": 0.0,
+    "vad": "none",
+    "no_speech_threshold": 1.0,
+    "max_new_tokens": 8,
+    "max_segment": 1.0,
+}
 
 
 def noise(number: int, seconds: float = 0.4) -> np.ndarray:

@@ -17,6 +17,7 @@ import pytest
 import srt
 import webvtt
 from hard_files import sound
+from prometheus_client.parser import text_string_to_metric_families
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -24,6 +25,8 @@ from rwkv_speech.decoding.transcriber import Transcriber
 from rwkv_speech.decoding.writers import render
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.serving.answers import Deltas
+from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.server import read_keys
 from serving.conftest import OPTIONS, connected, noise, running, wav
 
@@ -34,6 +37,14 @@ def offline(model: SpeechLM, number: int = 0, **options: Any) -> Any:
     task = options.pop("task", "asr")
     [found] = model.transcribe(noise(number), 4, task, **{**OPTIONS, **options})
     return found
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, nothing is decoded."""
+    gate, poll = threading.Event(), Transcriber.poll
+    monkeypatch.setattr(Transcriber, "poll", lambda mine: poll(mine) if gate.wait(0.01) else [])
+    return gate
 
 
 def test_json_is_the_text_and_what_it_cost(client: openai.OpenAI, model: SpeechLM):
@@ -110,6 +121,96 @@ def test_what_is_asked_for_changes_the_text(sent: Any, option: Any, client: open
     assert plain.result().text == offline(model, 4).text != found.text
 
 
+@pytest.mark.parametrize("include", [[], ["logprobs"]], ids=str)
+def test_streamed_parts_are_the_whole(include: Any, client: openai.OpenAI, model: SpeechLM):
+    upload = ("a.wav", sound(noise(7, 4.0), "WAV"))
+    more = {"include": include} if include else {}
+    *parts, last = client.audio.transcriptions.create(file=upload, model="asr", stream=True, **more)
+    [expected] = model.transcribe(noise(7, 4.0), 4, "asr", **OPTIONS)
+    assert len(parts) == len(expected.segments) > 3 and last.type == "transcript.text.done"
+    assert "".join(part.delta for part in parts) == last.text == expected.text
+    assert {part.type for part in parts} == {"transcript.text.delta"}
+    if include:
+        found = [[entry.logprob for entry in part.logprobs] for part in parts]
+        assert found == [list(segment.logprobs[: len(segment.tokens)]) for segment in expected.segments]
+        assert [entry.logprob for entry in last.logprobs] == [x for part in found for x in part]
+    else:
+        assert last.logprobs is None
+
+
+def test_the_first_part_comes_before_the_recording_is_decoded(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+):
+    """It is sent, and then decoding stops."""
+    settled = Transcriber.settled
+
+    def stopping(transcriber: Transcriber, key: Any) -> Any:
+        found = settled(transcriber, key)
+        if found:
+            gate.clear()
+        return found
+
+    monkeypatch.setattr(Transcriber, "settled", stopping)
+    gate.set()
+    with client.audio.transcriptions.create(
+        file=("a.wav", sound(noise(7, 4.5), "WAV")), model="asr", stream=True
+    ) as events:
+        assert next(events).type == "transcript.text.delta" and not gate.is_set()
+        monkeypatch.setattr(Transcriber, "settled", settled)
+        gate.set()
+        assert [event.type for event in events][-1] == "transcript.text.done"
+
+
+def test_what_goes_wrong_in_a_stream_is_told(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(openai.BadRequestError, match="cannot be decoded"):  # before its first part
+        client.audio.transcriptions.create(file=("a.wav", b"no" * 500), model="asr", stream=True)
+
+    def fail(deltas: Deltas, found: Any) -> Any:
+        raise Fault(413, "too long after all", "audio_too_long", "file")
+
+    monkeypatch.setattr(Deltas, "done", fail)
+    events = client.audio.transcriptions.create(file=("a.wav", sound(noise(7, 4.0), "WAV")), model="asr", stream=True)
+    assert next(events).type == "transcript.text.delta"
+    with pytest.raises(openai.APIError, match="too long after all") as caught:
+        list(events)
+    assert (caught.value.code, caught.value.param) == ("audio_too_long", "file")
+
+
+def test_translation(client: openai.OpenAI, model: SpeechLM):
+    found: Any = client.audio.translations.create(file=wav(1), model="st_en", response_format="verbose_json")
+    expected = offline(model, 1, task="st_en")
+    assert (found.text, found.language, found.task) == (expected.text, "english", "translate")
+    assert [segment.text for segment in found.segments] == [segment.text for segment in expected.segments]
+    assert client.audio.translations.create(file=wav(1), model="st_en", prompt="the").text != found.text
+    assert client.audio.translations.create(file=wav(1), model="st_en", response_format="srt") == render(
+        expected, "srt"
+    )  # type: ignore[comparison-overlap]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.audio.translations.create(file=wav(1), model="asr")
+    assert caught.value.param == "model"
+
+
+def test_metrics_are_prometheus_text(client: openai.OpenAI, server: Any):
+    def read() -> dict[str, float]:
+        text = client._client.get(f"{server.address}/metrics").text
+        samples = [x for family in text_string_to_metric_families(text) for x in family.samples]
+        return {x.name + "".join(f" {value}" for value in x.labels.values()): x.value for x in samples}
+
+    before = read()
+    client.audio.transcriptions.create(file=wav(0), model="asr")
+    client._client.get(f"{server.address}/a/path/that/is/none")
+    after = read()
+    path = "/v1/audio/transcriptions"
+    for name, more in {
+        f"rwkv_speech_requests_total {path} 200": 1,
+        "rwkv_speech_requests_total other 404": 1,
+        f"rwkv_speech_request_seconds_count {path}": 1,
+        "rwkv_speech_audio_seconds_total": len(noise(0)) / 16_000,
+    }.items():
+        assert after[name] - before.get(name, 0) == pytest.approx(more)
+    assert after["rwkv_speech_requests_in_flight"] == 0 and not any("that" in name for name in after)
+
+
 def test_sixteen_clients_get_what_one_alone_gets(server: Any, model: SpeechLM):
     expected = [offline(model, number).text for number in range(16)]
     clients = [connected(server) for _ in expected]
@@ -163,6 +264,7 @@ SENT: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "speakers": (
         {"response_format": "diarized_json"}, 422, "invalid_value", "response_format",
     ),
+    "stream of subtitles": ({"stream": True, "response_format": "srt"}, 400, "unsupported_value", "stream"),
     "times in json": (
         {"timestamp_granularities": ["word"]}, 400, "unsupported_value", "timestamp_granularities",
     ),
@@ -269,14 +371,6 @@ def test_a_model_without_ctc_head_has_no_times_of_words(client: openai.OpenAI, m
     finally:
         model.ctc = head
     assert caught.value.param == "timestamp_granularities"
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Until it is set, nothing is decoded."""
-    gate, poll = threading.Event(), Transcriber.poll
-    monkeypatch.setattr(Transcriber, "poll", lambda mine: poll(mine) if gate.wait(0.01) else [])
-    return gate
 
 
 @pytest.fixture

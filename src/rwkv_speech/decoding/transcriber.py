@@ -6,6 +6,7 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 # S samples
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,7 @@ class _Work:
     recording: Recording
     options: Options
     waiting: deque[Piece] = field(default_factory=deque)  # for the text of the one before, their context
-    in_flight: int = 0
+    in_flight: list[int] = field(default_factory=list)  # where each piece that is being decoded starts
     segments: list[Segment] = field(default_factory=list)
     heard: dict[int, str] = field(default_factory=dict)  # what the CTC head alone hears, by where a piece starts
     samples: int = 0
@@ -169,6 +170,14 @@ class Transcriber:
             self._open.remove(work)
         return [(work.recording, self._result(work)) for work in ended]
 
+    def settled(self, key: Any) -> list[Segment]:
+        """The segments of a recording on its way that nothing can change any more, in order: all of its beginning."""
+        found = list[Segment]()
+        for work in (work for work in self._open if work.recording.key == key):
+            first = min([*work.in_flight, *(piece.start for piece in work.waiting)], default=math.inf)
+            found += (x for x in work.segments if round(x.start * SAMPLE_RATE) < first)
+        return sorted(found, key=lambda segment: segment.start)
+
     def cancel(self, key: Any) -> None:
         """Give up the recording of this key, if it is on its way; nothing comes of it."""
         dropped = [work for work in self._open if work.recording.key == key]
@@ -253,13 +262,13 @@ class Transcriber:
             before=join_texts([o.initial_prompt, work.context]) if work.context else o.initial_prompt,
             keywords=recording.keywords,
         )
-        work.in_flight += 1
+        work.in_flight.append(piece.start)
         self._engine.submit(request)
 
     def _take(self, done: Done) -> None:
         """A decoded piece is kept, unless it is to be decoded again: at a higher temperature, or in two."""
         place: _Place = done.request.key
-        place.work.in_flight -= 1
+        place.work.in_flight.remove(place.piece.start)
         if place.finds_language:
             place.work.language = self._model.tokenizer.decode(done.hypotheses[0].ids).strip()
             return self._add(place.work, ())

@@ -1,7 +1,8 @@
 """The fields of a request for a transcript, and what they ask of decoding: each is honoured, or refused by its name."""
 
+import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from rwkv_speech import tasks
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, read_blocks
+from rwkv_speech.batch import BadSample
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.results import Transcript
 from rwkv_speech.decoding.transcriber import Recording
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -20,28 +23,40 @@ from rwkv_speech.serving.faults import Fault
 
 # A short block keeps the others waiting for a short time only while it is read.
 _BLOCK_SECONDS = 5.0
+_INTO_ENGLISH = ("st_en", "st")
 _MOST_KEYWORDS, _MOST_LETTERS = 100, 4000
 
 Text = Annotated[str, StringConstraints(max_length=_MOST_LETTERS)]
 Language = Annotated[str, StringConstraints(pattern=r"^([A-Za-z]{2,3}([-_][A-Za-z0-9]+)*)?$", max_length=16)]
 
 
-class Form(BaseModel):
-    """The fields of openai's `audio.transcriptions.create` that can be honoured; any other is refused."""
+class TranslationForm(BaseModel):
+    """The fields of openai's `audio.translations.create`; any other is refused."""
 
     model_config = ConfigDict(extra="forbid")
     file: UploadFile
     model: Text
-    language: Language = ""
     prompt: Text = ""
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
     temperature: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+
+    def transcription(self) -> "Form":
+        """The same request for that model's texts; raises Fault for a model that does not translate into English."""
+        if self.model not in _INTO_ENGLISH:
+            raise _unsupported("model", f"expected one that translates into English: {' or '.join(_INTO_ENGLISH)}")
+        return Form.model_validate(dict(self))
+
+
+class Form(TranslationForm):
+    """The fields of `audio.transcriptions.create` that can be honoured; any other is refused."""
+
+    language: Language = ""
     timestamp_granularities: list[Literal["word", "segment"]] = Field([], alias="timestamp_granularities[]")
     include: list[Literal["logprobs"]] = Field([], alias="include[]")
     keywords: list[Text] = Field([], alias="keywords[]", max_length=_MOST_KEYWORDS)
     languages: list[Language] = Field([], alias="languages[]", max_length=1)
     chunking_strategy: Literal["auto"] | None = None
-    stream: Literal[False] = False
+    stream: bool = False
 
     def check(self, model: SpeechLM) -> None:
         """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
@@ -60,6 +75,8 @@ class Form(BaseModel):
             raise _unsupported("timestamp_granularities", "expected response_format verbose_json with it")
         if self.has_words and (model.ctc is None or not is_recognition):
             raise _unsupported("timestamp_granularities", "this model has no times of words; expected segment")
+        if self.stream and self.response_format not in ("json", "text"):
+            raise _unsupported("stream", "expected response_format json or text with it")
         if self.include and self.response_format != "json":
             raise _unsupported("include", "expected response_format json with it")
 
@@ -113,16 +130,34 @@ class Audio:
         return Fault(400, reason, "invalid_audio", "file")
 
 
-def recording_of(form: Form, audio: Audio, model: SpeechLM, default: Options) -> Recording:
-    """What the transcriber is asked; raises Fault as `Form.check`, and for keywords that are none."""
-    form.check(model)
-    try:
-        keywords = _keywords(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
-    except UserError as error:
-        raise Fault(400, str(error), "invalid_value", "keywords") from error
-    return Recording(
-        object(), "file", audio.blocks, form.model, options=form.options(default, model), keywords=keywords
-    )
+@dataclass(frozen=True)
+class Order:
+    """A recording as the transcriber takes it, and the upload that it is made of."""
+
+    recording: Recording
+    audio: Audio
+
+    @classmethod
+    def of(cls, form: Form, audio: Audio, model: SpeechLM, default: Options) -> "Order":
+        """What a form asks for; raises Fault as `Form.check`, and for keywords that are none."""
+        form.check(model)
+        try:
+            keywords = _keywords(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
+        except UserError as error:
+            raise Fault(400, str(error), "invalid_value", "keywords") from error
+        options = form.options(default, model)
+        return cls(Recording(object(), "file", audio.blocks, form.model, options=options, keywords=keywords), audio)
+
+    def result(self, future: asyncio.Future[Transcript | BadSample], limit: float) -> Transcript:
+        """What was found; raises Fault for a broken recording, and where nothing is there after `limit` seconds."""
+        if not future.done():
+            raise Fault(503, f"the recording was not transcribed within {limit:g} s; send a shorter one", "timeout")
+        if future.exception():
+            raise Fault(500, "decoding failed; the server's log says why", "server_error")
+        found = future.result()
+        if isinstance(found, BadSample):
+            raise self.audio.fault(found.reason)
+        return found
 
 
 @lru_cache(16)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rwkv_speech.config import LimitFlags
 from rwkv_speech.serving.faults import Fault
+from rwkv_speech.serving.metrics import Metrics
 
 _MEGABYTE = 1_000_000
 # A refused upload is read so long, and so far, before the answer: a client that is still sending would not hear it.
@@ -22,15 +23,33 @@ _FORM, _JSON = "multipart/form-data", "application/json"
 class Guard:
     """Lets through what is allowed, and counts the requests that are being answered; an ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, limits: LimitFlags, keys: Sequence[str]) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, limits: LimitFlags, keys: Sequence[str], metrics: Metrics) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
+        metrics.watch(lambda: self.num_requests)
         self._keys = [key.encode() for key in keys]
         self._most_bytes = round(limits.max_upload_mb * _MEGABYTE)
         self._clients = Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        """Answer one request, and count it."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status, begun = 499, time.monotonic()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, watched)
+        finally:
+            # The route is known by its pattern: whatever paths are tried, there are no more counts than routes.
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.answered(path, status, time.monotonic() - begun)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope["path"].startswith("/v1/"):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         try:

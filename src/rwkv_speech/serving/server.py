@@ -1,36 +1,38 @@
 """The server: the API of openai's audio client over one model on this machine."""
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi import Form as FormFields
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from rwkv_speech.batch import BadSample
 from rwkv_speech.checks import before_serving
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.options import Options
-from rwkv_speech.decoding.results import Transcript
-from rwkv_speech.decoding.transcriber import Recording
+from rwkv_speech.decoding.results import Segment, Transcript
 from rwkv_speech.devices import compute_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving import faults
-from rwkv_speech.serving.answers import answer
+from rwkv_speech.serving.answers import Deltas, answer
 from rwkv_speech.serving.faults import Fault
-from rwkv_speech.serving.form import Audio, Form, recording_of
+from rwkv_speech.serving.form import Audio, Form, Order, TranslationForm
 from rwkv_speech.serving.guard import Guard
+from rwkv_speech.serving.metrics import Metrics
 from rwkv_speech.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LEAST_KEY = 16  # letters
 
@@ -46,10 +48,13 @@ class Service:
         faults.register(api)
         api.get("/health/live")(self.live)
         api.get("/health/ready")(self.ready)
+        api.get("/metrics")(self.metrics)
         api.get("/v1/models")(self.models)
         api.get("/v1/models/{name}")(self.model)
         api.post("/v1/audio/transcriptions")(self.transcriptions)
-        self.app = Guard(api, config, keys)
+        api.post("/v1/audio/translations")(self.translations)
+        self._metrics = Metrics()
+        self.app = Guard(api, config, keys, self._metrics)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -65,6 +70,10 @@ class Service:
         is_ready = self._worker.is_alive and self.app.has_room
         return JSONResponse({"status": "ok" if is_ready else "busy"}, 200 if is_ready else 503)
 
+    async def metrics(self) -> Response:
+        """What Prometheus reads."""
+        return self._metrics.response()
+
     async def models(self) -> dict[str, Any]:
         """Each learned state is a model."""
         return {"object": "list", "data": [self._described(name) for name in self._model.initial_states]}
@@ -79,34 +88,94 @@ class Service:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "rwkv_speech"}
 
     async def transcriptions(self, request: Request, form: Annotated[Form, FormFields()]) -> Response:
-        """The transcript of a recording."""
+        """The transcript of a recording, whole or in parts."""
+        order = await self._order(form)
+        if form.stream:
+            events = self._events(order, form)
+            first = await _while_there(
+                request, anext(events)
+            )  # what is wrong until then is answered with its own status
+            return StreamingResponse(_sent(first, events), media_type="text/event-stream")
+        return answer(form, await self._transcript(request, order), self._model.tokenizer)
+
+    async def translations(self, request: Request, form: Annotated[TranslationForm, FormFields()]) -> Response:
+        """What is said in a recording, in English."""
+        wanted = form.transcription()
+        found = await self._transcript(request, await self._order(wanted))
+        return answer(wanted, found, self._model.tokenizer, "english")
+
+    async def _order(self, form: Form) -> Order:
         audio = Audio(await form.file.read(), self._config.max_audio_seconds)
         await form.file.close()
-        recording = await asyncio.to_thread(recording_of, form, audio, self._model, self._options)
-        found = await self._result(request, recording)
-        if isinstance(found, BadSample):
-            raise audio.fault(found.reason)
-        return answer(form, found, self._model.tokenizer)
+        return await asyncio.to_thread(Order.of, form, audio, self._model, self._options)
 
-    async def _result(self, request: Request, recording: Recording) -> Transcript | BadSample:
+    async def _transcript(self, request: Request, order: Order) -> Transcript:
         """What the worker finds; it is told to give up for a client that has gone, or when it takes too long."""
-        limit = self._config.request_seconds
-        future = asyncio.wrap_future(self._worker.submit(recording))
-        gone = asyncio.ensure_future(_disconnected(request))
+        future, limit = asyncio.wrap_future(self._worker.submit(order.recording)), self._config.request_seconds
         try:
-            await asyncio.wait((future, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if future.done() and future.exception():
-                raise Fault(500, "decoding failed; the server's log says why", "server_error")
-            if future.done():
-                return future.result()
-            if gone.done():
-                raise Fault(499, "the client has gone", "client_closed_request")
-            raise Fault(503, f"the recording was not transcribed within {limit:g} s; send a shorter one", "timeout")
+            await _while_there(request, asyncio.wait((future,), timeout=limit))
+            return self._result(order, future)
         finally:
-            gone.cancel()
-            if not future.done():
-                future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
-                self._worker.cancel(recording.key)
+            self._leave(order, future)
+
+    def _result(self, order: Order, future: asyncio.Future[Transcript | BadSample]) -> Transcript:
+        found = order.result(future, self._config.request_seconds)
+        self._metrics.transcribed(found.seconds)
+        return found
+
+    async def _events(self, order: Order, form: Form) -> AsyncGenerator[dict[str, Any]]:
+        """The transcript in parts, as soon as nothing can change them any more."""
+        loop, parts, deltas = asyncio.get_running_loop(), asyncio.Queue[Any](), Deltas(form, self._model.tokenizer)
+        end = loop.time() + self._config.request_seconds
+
+        def listen(segments: list[Segment] | None) -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, segments)
+
+        future = asyncio.wrap_future(self._worker.submit(order.recording, listen))
+        future.add_done_callback(lambda _: parts.put_nowait(None))
+        try:
+            with suppress(TimeoutError):
+                while (segments := await asyncio.wait_for(parts.get(), end - loop.time())) is not None:
+                    for event in deltas.of(segments):
+                        yield event
+            for event in deltas.done(self._result(order, future)):
+                yield event
+        finally:
+            self._leave(order, future)
+
+    def _leave(self, order: Order, future: asyncio.Future[Any]) -> None:
+        if not future.done():
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
+            self._worker.cancel(order.recording.key)
+
+
+async def _sent(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events, with what goes wrong on the way as one of them."""
+    async with aclosing(events):
+        yield _event(first)
+        try:
+            async for event in events:
+                yield _event(event)
+        except Fault as fault:
+            yield _event({"error": fault.content()})
+        yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _while_there(request: Request, wanted: Awaitable[Found]) -> Found:
+    """What is wanted; raises Fault when the client goes before it is there."""
+    task, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Fault(499, "the client has gone", "client_closed_request")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
 
 
 async def _disconnected(request: Request) -> None:
