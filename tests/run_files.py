@@ -1,24 +1,44 @@
-"""What a finished run left in its folder, for the tests of several ranks."""
+"""Trainings as processes of their own or in this one, and what a run left in its folder."""
 
 import csv
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import train as train_script
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rwkv_speech.decoding.results import Row, write_rows
-from rwkv_speech.models.checkpoint import named_tensors
+from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.reports.record import VALIDATION
 
+ROOT = Path(__file__).parents[1]
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.
 LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
+
+
+def start(argv: list[str], **options: Any) -> "subprocess.Popen[str]":
+    """The real command, as a user gives it; each process on one thread."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def wait_for_a_point(process: "subprocess.Popen[str]", run: Path) -> None:
+    """Until the run has saved what it can be resumed from."""
+    while not list((run / "resume").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def finish(argv: list[str]) -> None:
@@ -57,7 +77,9 @@ def assert_steps_alike(run: Path, other: Path, first_norm: float, later_norms: f
 
 def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:
     """How far each trained tensor of a run with this seed is from what it began with."""
+    trained = load_trained(run / "last.safetensors")
     torch.manual_seed(seed)
-    start = SpeechLM.build(Parts("tiny"))
-    before = named_tensors(start.adapter.state_dict(), dict(start.initial_states.items()))
-    return {name: x - before[name] for name, x in load_file(run / "last.safetensors").items()}
+    model = SpeechLM.build(Parts("tiny"), task_names=list(trained.initial_states))
+    model.add_soft_prompts(sorted(trained.soft_prompts), max(map(len, trained.soft_prompts.values()), default=0))
+    before = {name: x.detach() for name, x in model.named_parameters()}
+    return {name: x - before[name] for name, x in trained.named_tensors().items()}

@@ -4,21 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, assert_steps_alike, column, finish, learned
+from run_files import LINEAR_STEPS, assert_steps_alike, column, finish, learned, start, wait_for_a_point
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import newest_point
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "subprocess.Popen[str] | None":
-    """The real command, as a user gives it; each process on one thread, a single one in this process."""
+    """The real command, but for a single process, which is this one."""
     values = {
         "device": "cpu:2", "strategy": "ddp", "proj_dir": run, "train_data": corpus / "train.jsonl", "micro_bsz": 2,
         "workers": 0, "log_every": 1, "warmup_steps": 1, "lr_adapter": 1e-3, "save_steps": 1, **flags,
@@ -38,11 +35,7 @@ def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "su
     if values["device"] == "cpu":
         finish(argv)
         return None
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv], env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start(argv, start_new_session=True)
     if wait:
         shown, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
@@ -96,8 +89,7 @@ def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     train(corpus, tmp_path / "whole", **flags)
     run = tmp_path / "killed"
     process = train(corpus, run, wait=False, **flags)
-    while not list((run / "resume").glob("step-*")):
-        assert process.poll() is None
+    wait_for_a_point(process, run)
     os.killpg(process.pid, 9)
     process.communicate()
     point = newest_point(run / "resume")

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import train as train_script
-from run_files import column, finish
+from run_files import column, finish, start, wait_for_a_point
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
@@ -22,8 +21,6 @@ from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import begin_point, finish_point, newest_point
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_point(folder: Path, step: int, content: bytes = b"weights") -> Path:
@@ -129,14 +126,6 @@ def arguments(corpus: Path, run: Path, **flags: object) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def start(argv: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    code = "import torch, sys; torch.set_num_threads(1); import train; sys.exit(train.main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
-
-
 def results(run: Path) -> dict[str, str]:
     """SHA-256 of all checkpoints, and the losses that were logged."""
     found = {path.name: sha256_file(path) for path in run.glob("*.safetensors")}
@@ -200,9 +189,9 @@ def test_signals_save_and_end(corpus: Path, whole: Path, tmp_path: Path):
         time.sleep(later)  # somewhere else in a step
         os.killpg(process.pid, number) if to_all else process.send_signal(number)
         shown, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, errors.decode()[-3000:]
-        assert shown.decode().count("this run ends after this step") == 1 and b"the same command resumes" in shown
-        assert b"Traceback" not in errors
+        assert process.returncode == 128 + number, errors[-3000:]
+        assert shown.count("this run ends after this step") == 1 and "the same command resumes" in shown
+        assert "Traceback" not in errors
         point = newest_point(run / "resume")
         assert point is not None and point.step > steps
         lines, steps = table.read_text().count("\n"), point.step
@@ -298,9 +287,7 @@ def test_second_run_in_a_folder_ends_at_once(corpus: Path, tmp_path: Path, capsy
     argv = arguments(corpus, tmp_path / "run", epoch_count=500)
     first = start(argv)
     try:
-        while not list((tmp_path / "run").glob("resume/step-*")):
-            assert first.poll() is None
-            time.sleep(0.01)
+        wait_for_a_point(first, tmp_path / "run")
         assert train_script.main(argv) == 2
         assert f"--proj_dir: {tmp_path / 'run'} is used by a run that has not ended" in capsys.readouterr().err
     finally:
