@@ -26,6 +26,18 @@ ROOT = Path(__file__).parents[1]
 LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
 
 
+def command_line(**values: object) -> list[str]:
+    """The words of a command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def tiny_run(corpus: Path, run: Path, **more: object) -> list[str]:
+    """The embedded default on a corpus of make_corpus."""
+    values: dict[str, object] = {"load_model": "tiny", "device": "cpu", "micro_bsz": 4, "workers": 0, "log_every": 1}
+    values |= {"warmup_steps": 1, "proj_dir": run, "train_data": corpus / "train.jsonl"}
+    return command_line(**values | more)
+
+
 def start(argv: list[str], **options: Any) -> "subprocess.Popen[str]":
     """The real command, as a user gives it; each process on one thread."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}

@@ -143,7 +143,7 @@ def test_blocks_are_those_of_the_whole(tmp_path: Path, rate: int, seconds: float
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(1.73 * rate)).astype(np.float32)
     soundfile.write(file, noise, rate)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rwkv_speech.media._BLOCK", 97)
+        patch.setattr("rwkv_speech.media.decoding._BLOCK", 97)
         blocks = list(read_blocks(file, seconds))
     whole = load_audio(file)
     assert len(blocks) > 1.73 / (seconds + 0.1) and max(map(len, blocks)) < 16_000 * seconds + 2_000

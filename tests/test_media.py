@@ -131,7 +131,7 @@ def test_a_lossy_file_shorter_than_its_header_claims_is_used_with_a_note(caplog:
 
 
 def test_more_samples_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rwkv_speech.media._MOST_VALUES", 10_000)
+    monkeypatch.setattr("rwkv_speech.media.decoding._MOST_VALUES", 10_000)
     for content in (FLAC, encode("mp4", "aac")):
         with pytest.raises(AudioError, match="long.x: holds more than 10,000 samples"):
             load_audio(content, name="long.x")

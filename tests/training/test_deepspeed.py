@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, assert_steps_alike, column, learned
+from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, learned
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[2]
 STAGES = (1, 2, 3)
 
 
-def run_of(folder: Path, name: str, die_at: int | None = None, **flags: object) -> dict[str, Any]:
+def run_of(folder: Path, name: str, die_at: int | None = None, **more: object) -> dict[str, Any]:
     """8 micro batches of 2: 2 steps of 2 ranks x 2, or 4 of 2 ranks x 1; clipped, or the norm would not matter."""
     values = {
         "device": "cpu:2", "proj_dir": folder / name, "train_data": folder / "train.jsonl", "micro_bsz": 2,
-        "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, "grad_clip": 0.1, **LINEAR_STEPS, **flags,
+        "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, "grad_clip": 0.1, **LINEAR_STEPS, **more,
     }  # fmt: skip
-    return {"argv": [word for key, value in values.items() for word in (f"--{key}", str(value))], "die_at": die_at}
+    return {"argv": command_line(**values), "die_at": die_at}
 
 
 def launch(runs: list[dict[str, Any]], processes: int = 2) -> list[int]:

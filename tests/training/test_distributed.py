@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, assert_steps_alike, column, finish, learned, start, wait_for_a_point
+from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, finish, learned, start, wait_for_a_point
 from safetensors.torch import load_file
 
 from rwkv_speech.files import sha256_file
@@ -25,13 +25,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(corpus: Path, run: Path, *, wait: bool = True, **flags: object) -> "subprocess.Popen[str] | None":
+def train(corpus: Path, run: Path, *, wait: bool = True, **more: object) -> "subprocess.Popen[str] | None":
     """The real command, but for a single process, which is this one."""
     values = {
         "device": "cpu:2", "strategy": "ddp", "proj_dir": run, "train_data": corpus / "train.jsonl", "micro_bsz": 2,
-        "workers": 0, "log_every": 1, "warmup_steps": 1, "lr_adapter": 1e-3, "save_steps": 1, **flags,
+        "workers": 0, "log_every": 1, "warmup_steps": 1, "lr_adapter": 1e-3, "save_steps": 1, **more,
     }  # fmt: skip
-    argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    argv = command_line(**values)
     if values["device"] == "cpu":
         finish(argv)
         return None

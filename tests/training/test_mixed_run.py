@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, assert_steps_alike, column, finish, learned, start, wait_for_a_point
+from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, finish, learned, start, wait_for_a_point
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
@@ -33,12 +33,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mixed.jsonl"
 
 
-def arguments(manifest: Path, run: Path, **flags: object) -> list[str]:
+def arguments(manifest: Path, run: Path, **more: object) -> list[str]:
     values = {
         "device": "cpu", "proj_dir": run, "train_data": manifest, "loss": "kl", "soft_prompt": 2, "micro_bsz": 2,
-        "volume_db": "-6,6", "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, **LINEAR_STEPS, **flags,
+        "volume_db": "-6,6", "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, **LINEAR_STEPS, **more,
     }  # fmt: skip
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return command_line(**values)
 
 
 def test_a_killed_run_ends_as_the_whole_one(manifest: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ import predict as predict_script
 import pytest
 import torch
 import train as train_script
+from run_files import command_line
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
@@ -28,12 +29,12 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "pairs.jsonl"
 
 
-def arguments(manifest: Path, run: Path, **flags: object) -> list[str]:
+def arguments(manifest: Path, run: Path, **more: object) -> list[str]:
     values = {
         "load_model": "tiny", "device": "cpu", "proj_dir": run, "train_data": manifest, "input": "text",
-        "workers": 0, "warmup_steps": 1, "lr_schedule": "constant", **flags,
+        "workers": 0, "warmup_steps": 1, "lr_schedule": "constant", **more,
     }  # fmt: skip
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return command_line(**values)
 
 
 def test_no_encoder_is_loaded_or_needed(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import train as train_script
-from run_files import column, finish, start, wait_for_a_point
+from run_files import column, command_line, finish, start, wait_for_a_point
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
@@ -117,13 +117,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(corpus: Path, run: Path, **flags: object) -> list[str]:
+def arguments(corpus: Path, run: Path, **more: object) -> list[str]:
     values = {
         "device": "cpu", "proj_dir": run, "train_data": corpus / "train.jsonl", "valid_data": corpus / "valid.jsonl",
         "micro_bsz": 2, "workers": 0, "log_every": 1, "warmup_steps": 2, "epoch_count": 2, "save_steps": 1,
-        "lr_adapter": 1e-3, **flags,
+        "lr_adapter": 1e-3, **more,
     }  # fmt: skip
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return command_line(**values)
 
 
 def results(run: Path) -> dict[str, str]:
