@@ -8,12 +8,8 @@ data=${1:-}
 base=${base-$root/output/small}
 export encoder="${encoder-openai/whisper-tiny.en}" proj_dir="${proj_dir-$root/output/real-tasks}"
 
-for file in "$data/prompts/asr.train.jsonl" "$data/stamps/asr.train.jsonl" "$data/emotion/emotion.train.jsonl"; do
-    if [ ! -f "$file" ]; then
-        echo "usage: demo/real-tasks.sh FOLDER: expected prompts/, stamps/ and emotion/ in FOLDER; '$file' is not there" >&2
-        exit 2
-    fi
-done
+. "$root/demo/env.sh"
+needs_manifests "$data" prompts/asr.train stamps/asr.train emotion/emotion.train
 if [ ! -f "$base/rwkv6.safetensors" ]; then
     echo "base=$base: found no rwkv6.safetensors there; make one with demo/pretrain-small.sh, or name its folder" >&2
     exit 2
