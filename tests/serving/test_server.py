@@ -297,6 +297,9 @@ SENT: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "known speakers": (
         {"known_speaker_names": ["Ann"]}, 422, "unknown_parameter", "known_speaker_names",
     ),
+    "chunking of a server without a VAD": (
+        {"chunking_strategy": "auto"}, 400, "unsupported_value", "chunking_strategy",
+    ),
     "chunking": (
         {"chunking_strategy": {"type": "server_vad"}},
         422, "unknown_parameter", "chunking_strategy",

@@ -58,7 +58,7 @@ class Form(TranslationForm):
     chunking_strategy: Literal["auto"] | None = None
     stream: bool = False
 
-    def check(self, model: SpeechLM) -> None:
+    def check(self, model: SpeechLM, default: Options) -> None:
         """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
         if self.model not in model.initial_states:
             known = ", ".join(sorted(model.initial_states))
@@ -77,6 +77,8 @@ class Form(TranslationForm):
             raise _unsupported("timestamp_granularities", "this model has no times of words; expected segment")
         if self.stream and self.response_format not in ("json", "text"):
             raise _unsupported("stream", "expected response_format json or text with it")
+        if self.chunking_strategy and default.vad == "none":
+            raise _unsupported("chunking_strategy", "this server cuts by length alone; leave it out")
         if self.include and self.response_format != "json":
             raise _unsupported("include", "expected response_format json with it")
 
@@ -140,7 +142,7 @@ class Order:
     @classmethod
     def of(cls, form: Form, audio: Audio, model: SpeechLM, default: Options) -> "Order":
         """What a form asks for; raises Fault as `Form.check`, and for keywords that are none."""
-        form.check(model)
+        form.check(model, default)
         try:
             keywords = _keywords(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
         except UserError as error:
