@@ -60,9 +60,7 @@ class Guard:
             with self._place(client):
                 await self._app(scope, self._bounded(receive), send)
         except Fault as fault:
-            with suppress(TimeoutError):
-                async with timeout(_DRAIN_SECONDS):
-                    await self._drain(receive)
+            await self._drain(receive)
             await fault.response()(scope, receive, send)
 
     @property
@@ -131,14 +129,19 @@ class Guard:
             total += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if total > self._most_bytes:
+                if not is_whole:
+                    await self._drain(receive)
                 raise self._too_large()
             return message
 
         return bounded
 
     async def _drain(self, receive: Receive) -> None:
+        """Read what is still being sent, and forget it."""
         total, has_more = 0, True
-        while has_more and total < _DRAIN_TIMES * self._most_bytes:
-            message = await receive()
-            total += len(message.get("body", b""))
-            has_more = bool(message.get("more_body", False))
+        with suppress(TimeoutError):
+            async with timeout(_DRAIN_SECONDS):
+                while has_more and total < _DRAIN_TIMES * self._most_bytes:
+                    message = await receive()
+                    total += len(message.get("body", b""))
+                    has_more = bool(message.get("more_body", False))
