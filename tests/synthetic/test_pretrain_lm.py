@@ -1,6 +1,9 @@
 """A small language model of a text: what is learned, resumed and written."""
 
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,30 @@ def pretrain_until(config: Flags, step: int) -> None:
     for number in range(step):
         run.learn(run.batches[number])
     run.save()
+
+
+DIES = """
+import os, signal, sys
+from rwkv_speech.synthetic import pretrain_lm
+made = pretrain_lm.LessonBatches.__getitem__
+def dies(batches, step):
+    os.kill(os.getpid(), signal.SIGSEGV) if step == 3 else None
+    return made(batches, step)
+pretrain_lm.LessonBatches.__getitem__ = dies
+sys.exit(pretrain_lm.main(sys.argv[1:]))
+"""
+
+
+def test_a_data_worker_that_dies_is_said_and_loses_nothing_that_was_saved(tmp_path: Path, texts: Path):
+    flags = {**SIZES, "out": tmp_path / "out", "texts": texts, "steps": 9, "save_steps": 1}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    ended = subprocess.run([sys.executable, "-c", DIES, *words], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    match = re.search(r"the lessons died at step \d; the same command resumes behind step (\d)$", ended.stderr.strip())
+    assert match, ended.stderr
+    run = Pretraining(Flags(str(tmp_path / "out"), texts=str(texts), steps=9, save_steps=1, **SIZES))
+    run.resume()
+    assert run.step == int(match[1])
 
 
 def test_it_learns(tmp_path: Path, texts: Path):

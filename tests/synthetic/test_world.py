@@ -17,13 +17,13 @@ def answer_of(question: str) -> str:
         return NUMBERS[NUMBERS.index(match[1]) + NUMBERS.index(match[3])]
     if match := re.fullmatch(r"how is the \w+ if it is not (\w+)", question):
         return OPPOSITES[OPPOSITES.index(match[1]) ^ 1]
-    if match := re.fullmatch(r"who has more \w+ if (.+) has (\w+) and (.+) has (\w+)", question):
-        return match[1] if NUMBERS.index(match[2]) > NUMBERS.index(match[4]) else match[3]
-    if match := re.fullmatch(r"who bought the (\w+) if (.+) bought the (\w+) and (.+) bought the (\w+)", question):
-        return match[2] if match[1] == match[3] else match[4]
-    match = re.fullmatch(r"(?:where|what colour) is the (\w+) if the (\w+) is (.+) and the (\w+) is (.+)", question)
+    if match := re.fullmatch(r"(.+) has (\w+) (\w+) and (.+) has (\w+) who has more \3", question):
+        return match[1] if NUMBERS.index(match[2]) > NUMBERS.index(match[5]) else match[4]
+    if match := re.fullmatch(r"(.+) bought the (\w+) and (.+) bought the (\w+) who bought the (\w+)", question):
+        return match[1] if match[2] == match[5] else match[3]
+    match = re.fullmatch(r"the (\w+) is (.+) and the (\w+) is (.+) (?:where|what colour) is the (\w+)", question)
     assert match, question
-    return match[3] if match[1] == match[2] else match[5]
+    return match[2] if match[1] == match[5] else match[4]
 
 
 def test_questions_have_the_answer_that_their_words_give():
@@ -31,6 +31,22 @@ def test_questions_have_the_answer_that_their_words_give():
     lines = [world.draw(rng, "qa") for _ in range(600)]
     assert [line.text for line in lines] == [answer_of(line.said) for line in lines]
     assert len({line.said for line in lines}) > 500
+
+
+def test_claims_are_all_asked_for_and_answered():
+    rng, counts = random.Random(5), set[int]()
+    for _ in range(200):
+        (first, *_), *_ = turns = world.follow_ups(rng, "en")
+        counts.add(len(turns))
+        asks = r" (where is the \w+|what colour is the \w+|who bought the \w+)$"
+        told, question = re.split(asks, first)[:2]
+        claims = told.split(" and ")
+        assert len(claims) == len(turns) == len({said for said, _ in turns})
+        for said, answer in ((question, turns[0][1]), *turns[1:]):
+            thing = said.split()[-1]
+            assert {f"the {thing} is {answer}", f"{answer} bought the {thing}"} & set(claims)
+        assert world.split(told) == "train"
+    assert counts == {2, 3, 4}
 
 
 def test_the_same_meaning_in_five_languages():

@@ -168,16 +168,64 @@ SENTENCES = (
 )
 
 
-def _two(values: list[Word]) -> Callable[[random.Random], Row]:
-    """Objects a and b with the values x and y; q, the one that is asked for, and r, its value."""
-    draw = _pick(a=_OBJECTS, b=_OBJECTS, x=values, y=values)
+@dataclass(frozen=True)
+class Claims:
+    """Claims of one kind about different things, how one is asked for and the answer, in the order of LANGUAGES.
 
-    def fill(rng: random.Random) -> Row:
-        row = draw(rng)
-        asked, value = rng.choice([("a", "x"), ("b", "y")])
-        return {**row, "q": row[asked], "r": row[value]}
+    `{n}` is the thing, `{v}` what is said of it, one of `values`.
+    """
 
-    return fill
+    claim: tuple[str, ...]
+    question: tuple[str, ...]
+    answers: tuple[str, ...]
+    values: list[Word]
+
+    def draw(self, rng: random.Random, count: int) -> list[Row]:
+        """The rows of `count` claims."""
+        things, values = rng.sample(_OBJECTS, count), rng.sample(self.values, count)
+        return [{"n": thing, "v": value, "w": _BOUGHT} for thing, value in zip(things, values, strict=True)]
+
+    def say(self, rows: list[Row], lang: str) -> str:
+        at = LANGUAGES.index(lang)
+        return f" {_AND[at]} ".join(said(self.claim[at], row, lang) for row in rows)
+
+    def ask(self, row: Row, lang: str) -> str:
+        return said(self.question[LANGUAGES.index(lang)], row, lang)
+
+    def answer(self, row: Row, lang: str) -> str:
+        return said(self.answers[LANGUAGES.index(lang)], row, lang)
+
+
+_AND = _templates("and | y | et | e | а")
+_BOUGHT = lexicon.PAST_VERBS[0]
+
+CLAIMS = (
+    Claims(
+        _templates("the {n} is {v} | {n.the} está {v} | {n.the} est {v} | {n.the} è {v} | {n} {v}"),
+        _templates("where is the {n} | dónde está {n.the} | où est {n.the} | dov'è {n.the} | где {n}"),
+        _templates("{v} | {v} | {v} | {v} | {v}"),
+        lexicon.PLACES,
+    ),
+    Claims(
+        _templates("the {n} is {v} | {n.the} es {v@n} | {n.the} est {v@n} | {n.the} è {v@n} | {n} {v@n}"),
+        _templates(
+            "what colour is the {n} | de qué color es {n.the} | de quelle couleur est {n.the} | "
+            "di che colore è {n.the} | какого цвета {n}"
+        ),
+        _templates("{v} | {v@n} | {v@n} | {v@n} | {v@n}"),
+        lexicon.COLOURS,
+    ),
+    Claims(
+        _templates(
+            "{v} bought the {n} | {v} compró {n.the} | {v} a acheté {n.the} | {v} ha comprato {n.the} | {v} {w@v} {n.acc}"
+        ),
+        _templates(
+            "who bought the {n} | quién compró {n.the} | qui a acheté {n.the} | chi ha comprato {n.the} | кто купил {n.acc}"
+        ),
+        _templates("{v} | {v} | {v} | {v} | {v}"),
+        lexicon.PEOPLE,
+    ),
+)
 
 
 def _sum(rng: random.Random) -> Row:
@@ -202,39 +250,6 @@ def _opposite(rng: random.Random) -> Row:
 QUESTIONS = (
     Frame(
         _templates(
-            "where is the {q} if the {a} is {x} and the {b} is {y} | "
-            "dónde está {q.the} si {a.the} está {x} y {b.the} está {y} | "
-            "où est {q.the} si {a.the} est {x} et {b.the} est {y} | "
-            "dov'è {q.the} se {a.the} è {x} e {b.the} è {y} | "
-            "где {q} если {a} {x} а {b} {y}"
-        ),
-        _two(lexicon.PLACES),
-        answers=_templates("{r} | {r} | {r} | {r} | {r}"),
-    ),
-    Frame(
-        _templates(
-            "what colour is the {q} if the {a} is {x} and the {b} is {y} | "
-            "de qué color es {q.the} si {a.the} es {x@a} y {b.the} es {y@b} | "
-            "de quelle couleur est {q.the} si {a.the} est {x@a} et {b.the} est {y@b} | "
-            "di che colore è {q.the} se {a.the} è {x@a} e {b.the} è {y@b} | "
-            "какого цвета {q} если {a} {x@a} а {b} {y@b}"
-        ),
-        _two(lexicon.COLOURS),
-        answers=_templates("{r} | {r@q} | {r@q} | {r@q} | {r@q}"),
-    ),
-    Frame(
-        _templates(
-            "who bought the {q} if {x} bought the {a} and {y} bought the {b} | "
-            "quién compró {q.the} si {x} compró {a.the} y {y} compró {b.the} | "
-            "qui a acheté {q.the} si {x} a acheté {a.the} et {y} a acheté {b.the} | "
-            "chi ha comprato {q.the} se {x} ha comprato {a.the} e {y} ha comprato {b.the} | "
-            "кто купил {q.acc} если {x} {v@x} {a.acc} а {y} {v@y} {b.acc}"
-        ),
-        lambda rng: {**_two(lexicon.PEOPLE)(rng), "v": lexicon.PAST_VERBS[0]},
-        answers=_templates("{r} | {r} | {r} | {r} | {r}"),
-    ),
-    Frame(
-        _templates(
             "how many are {i} {n.many} and {k} {n.many} | cuánto suman {i} {n.many} y {k} {n.many} | "
             "combien font {i} {n.many} et {k} {n.many} | quanti sono {i} {n.many} e {k} {n.many} | "
             "сколько будет {i@n} {n*i} и {k@n} {n*k}"
@@ -244,11 +259,11 @@ QUESTIONS = (
     ),
     Frame(
         _templates(
-            "who has more {n.many} if {a} has {i} and {b} has {k} | "
-            "quién tiene más {n.many} si {a} tiene {i} y {b} tiene {k} | "
-            "qui a plus de {n.many} si {a} en a {i} et {b} en a {k} | "
-            "chi ha più {n.many} se {a} ne ha {i} e {b} ne ha {k} | "
-            "у кого больше {n.many} если у {a.of} {i@n} а у {b.of} {k@n}"
+            "{a} has {i} {n.many} and {b} has {k} who has more {n.many} | "
+            "{a} tiene {i} {n.many} y {b} tiene {k} quién tiene más {n.many} | "
+            "{a} a {i} {n.many} et {b} en a {k} qui a plus de {n.many} | "
+            "{a} ha {i} {n.many} e {b} ne ha {k} chi ha più {n.many} | "
+            "у {a.of} {i@n} {n*i} а у {b.of} {k@n} у кого больше {n.many}"
         ),
         _more,
         answers=_templates("{r} | {r} | {r} | {r} | у {r.of}"),

@@ -19,6 +19,7 @@ from rwkv_speech.tokenizer import EOS_ID, WorldTokenizer
 SEPARATOR = "#"
 # What may stand between two turns: nothing, the end of text that was predicted, an empty line.
 _BETWEEN = ("", None, "\n\n")
+_LONGEST_READ = 60  # words that a lesson gives as text
 
 
 class Batch(NamedTuple):
@@ -49,8 +50,11 @@ class LessonBatches(Dataset[Batch]):
         prompts, layout, size = list[Tensor](), list[list[splice.Segment]](), 0
         while size < self._positions:
             lesson = self._lessons.draw(rng, self._held_out)
-            # One word is learned before twelve.
-            if sum(len(turn.said.split()) for turn in lesson.turns) > 1 + 20 * difficulty:
+            # One word is heard before twelve.
+            heard, read = (
+                sum(len(turn.said.split()) for turn in lesson.turns if turn.heard is kind) for kind in (True, False)
+            )
+            if heard > 1 + 20 * difficulty or read > _LONGEST_READ:
                 continue
             segments = list(self._segments(lesson, self._speaker, prompts, rng, difficulty))
             layout.append(segments)

@@ -58,13 +58,13 @@ class TextLessons:
         there = [(lang, text) for lang, text in zip(lines.langs, row, strict=True) if text]
         lang, said = rng.choice(there)
         kind = rng.random()
-        if kind < 0.15 or lang not in LANGUAGES:
+        if kind < 0.1 or lang not in LANGUAGES:
             return Lesson("", (Turn("", lang, self._more(lines, lang, said, rng)),))
         others = [pair for pair in there if pair[0] != lang]
-        if kind < 0.45 and others:
+        if kind < 0.28 and others:
             target, text = rng.choice(others)
-            return Lesson(f"{target}: ", (Turn(said, lang, text, heard=kind < 0.3),))
-        if kind < 0.47:
+            return Lesson(f"{target}: ", (Turn(said, lang, text, heard=kind < 0.19),))
+        if kind < 0.3:
             return Lesson("lang: ", (Turn(said, lang, NAMES[lang]),))
         return Lesson(rng.choice(["", f"{lang}: "]), (Turn(said, lang, said),))
 

@@ -92,7 +92,7 @@ class Pretraining:
         )
         batches = lessons, self.tokenizer, config.positions, max(1, round(0.15 * config.steps)), config.seed
         self.batches, self.held_out = LessonBatches(*batches), LessonBatches(*batches, held_out=True)
-        self.step, self.seconds, self.recent = 0, 0.0, list[tuple[float, float]]()
+        self.step, self.saved, self.seconds, self.recent = 0, 0, 0.0, list[tuple[float, float]]()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss, its number of targets, and how many of these are guessed right."""
@@ -136,6 +136,7 @@ class Pretraining:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         write_atomically(self.out / _RESUME, lambda path: torch.save(point, path))
+        self.saved = self.step
 
     def resume(self) -> None:
         """Take the run up where it stopped, if it did; raises UserError where its settings were others."""
@@ -152,6 +153,7 @@ class Pretraining:
         self.model.load_state_dict(point["model"])
         self.optimizer.load_state_dict(point["optimizer"])
         self.step, self.seconds, self.recent = point["step"], point["seconds"], point["recent"]
+        self.saved = self.step
 
     @torch.no_grad()
     def score(self, batches: int = 20) -> dict[str, float]:
@@ -172,18 +174,31 @@ def _lessons(config: Flags) -> Lessons:
 
 
 def pretrain(config: Flags) -> dict[str, Any]:
-    """Trains, or resumes; writes rwkv6.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states."""
+    """Trains, or resumes; writes rwkv6.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states.
+
+    Raises UserError if the process that makes the lessons dies, as eSpeak NG lets it do now and then on real text.
+    """
     run = Pretraining(config)
     run.resume()
     if run.step:
         print(f"resuming behind step {run.step}", flush=True)
-    for batch in run.batches.loader(run.step, config.steps):
-        run.learn(batch)
-        if run.step % 50 == 0 or run.step == config.steps:
-            loss, right = (sum(column) / len(run.recent) for column in zip(*run.recent, strict=True))
-            print(f"step {run.step}/{config.steps} loss {loss:.3f} right {right:.3f} {run.seconds:.0f} s", flush=True)
-        if run.step % config.save_steps == 0 or run.step == config.steps:
-            run.save()
+    try:
+        for batch in run.batches.loader(run.step, config.steps):
+            run.learn(batch)
+            if run.step % 50 == 0 or run.step == config.steps:
+                loss, right = (sum(column) / len(run.recent) for column in zip(*run.recent, strict=True))
+                print(
+                    f"step {run.step}/{config.steps} loss {loss:.3f} right {right:.3f} {run.seconds:.0f} s", flush=True
+                )
+            if run.step % config.save_steps == 0 or run.step == config.steps:
+                run.save()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{config.out}: the process that makes the lessons died at step {run.step}; the same command resumes "
+            f"behind step {run.saved}"
+        ) from error
     facts = {
         "parameters": sum(x.numel() for x in run.model.parameters()),
         "vocabulary": run.tokenizer.vocab_size,

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-from rwkv_speech.synthetic.grammar import CHAT_LANGUAGES, FACTS, QUESTIONS, SENTENCES, SMALL_TALK, said
+from rwkv_speech.synthetic.grammar import CHAT_LANGUAGES, CLAIMS, FACTS, QUESTIONS, SENTENCES, SMALL_TALK, said
 
 TOPICS = ("food", "home", "numbers", "people", "travel", "weather")
 TASKS = ("asr", "st", "qa", "topic", "chat")
@@ -50,13 +50,33 @@ def conversation(rng: random.Random, lang: str, between: int) -> Line:
     return Line("chat", asked, lang, answer, lang, ((told, fact.reply[at]), *turns), key)
 
 
+def follow_ups(rng: random.Random, lang: str, part: str = "train") -> list[tuple[str, str]]:
+    """Two to four claims and all of them asked for in some order: (said, answer) of each turn."""
+    claims = rng.choice(CLAIMS)
+    while split(claims.say(rows := claims.draw(rng, rng.randint(2, 4)), "en")) != part:
+        pass
+    asked = [(claims.ask(row, lang), claims.answer(row, lang)) for row in rng.sample(rows, len(rows))]
+    return [(f"{claims.say(rows, lang)} {asked[0][0]}", asked[0][1]), *asked[1:]]
+
+
+def _question(rng: random.Random, lang: str, text_lang: str) -> Line:
+    kind = rng.randrange(len(CLAIMS) + len(QUESTIONS))
+    if kind < len(CLAIMS):
+        claims = CLAIMS[kind]
+        rows = claims.draw(rng, 2)
+        asked = rng.choice(rows)
+        text = f"{claims.say(rows, lang)} {claims.ask(asked, lang)}"
+        return Line("qa", text, lang, claims.answer(asked, text_lang), text_lang, key=claims.say(rows, "en"))
+    frame = QUESTIONS[kind - len(CLAIMS)]
+    row = frame.fill(rng)
+    return Line("qa", frame.say(row, lang), lang, frame.answer(row, text_lang), text_lang, key=frame.say(row, "en"))
+
+
 def _draw(rng: random.Random, task: str, lang: str, text_lang: str) -> Line:
     if task == "chat":
         return conversation(rng, lang, rng.choice((0, 0, 1, 2)))
     if task == "qa":
-        frame = rng.choice(QUESTIONS)
-        row = frame.fill(rng)
-        return Line(task, frame.say(row, lang), lang, frame.answer(row, text_lang), text_lang, key=frame.say(row, "en"))
+        return _question(rng, lang, text_lang)
     if task == "topic":
         topic = rng.choice(TOPICS)
         frame = rng.choice([frame for frame in SENTENCES if frame.topic == topic])

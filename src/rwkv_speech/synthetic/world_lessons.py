@@ -9,8 +9,13 @@ from rwkv_speech.synthetic.lessons import NAMES, Lesson, Turn
 from rwkv_speech.synthetic.phones import LANGUAGES
 
 # How often each kind of lesson comes.
-_SHARES = {"corpus": 22, "salad": 8, "asr": 24, "st": 16, "qa": 12, "topic": 3, "chat": 11, "lang": 1, "text": 3}
-_READ = 0.15  # of the lessons give what is said as text
+_SHARES = {
+    "corpus": 14, "salad": 6, "asr": 18, "st": 14, "qa": 20, "follow_ups": 14, "topic": 3, "chat": 8, "lang": 1,
+    "text": 2,
+}  # fmt: skip
+# Of the lessons of a kind, so many give what is said as text. To find what was asked for is learned from text, of which
+# a lesson is short, and then serves speech too.
+_READ, _OFTEN_READ = 0.15, {"qa": 0.4, "follow_ups": 0.8}
 
 
 class WorldLessons:
@@ -24,7 +29,7 @@ class WorldLessons:
         """One lesson; of the world's test lines it is for scoring alone."""
         part = "test" if held_out else "train"
         (kind,) = rng.choices(list(_SHARES), list(_SHARES.values()))
-        heard = rng.random() >= _READ
+        heard = rng.random() >= _OFTEN_READ.get(kind, _READ)
         # English and Spanish are those that the demos translate between.
         lang, other = (rng.choice(("en", "es")) if rng.random() < 0.5 else rng.choice(LANGUAGES) for _ in range(2))
         if kind in ("corpus", "salad"):
@@ -45,6 +50,9 @@ class WorldLessons:
             lang = rng.choice(CHAT_LANGUAGES)
         elif rng.random() < 0.7:
             lang = "en"
+        if kind == "follow_ups":
+            turns = world.follow_ups(rng, lang, part)
+            return Lesson("answer: ", tuple(Turn(said, lang, text, heard) for said, text in turns))
         line = world.draw(rng, kind, lang, None, part)
         instruction = {"qa": "answer: ", "topic": "topic: ", "chat": "chat: "}[kind]
         turns = [*line.before, (line.said, line.text)]
