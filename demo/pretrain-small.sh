@@ -13,11 +13,13 @@ fi
 out=${out-$root/output/small}
 n_layer=${n_layer-4}
 n_embd=${n_embd-256}
-vocab=${vocab-4096} # or world: the World vocabulary, for a larger model
-steps=${steps-4000}
+# Short tokens are soon read: with 4,096 the model wrote 45 % of the tokens of held-out lines that it heard rightly, with 640
+# 74 %. world: the World vocabulary, for a larger model.
+vocab=${vocab-640}
+steps=${steps-6000}
 positions=${positions-4000}
 device=${device-cpu}
-compile=${compile-0}
+compile=${compile-1}
 
 . "$root/demo/env.sh"
 setup_environment

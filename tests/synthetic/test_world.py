@@ -19,8 +19,8 @@ def answer_of(question: str) -> str:
         return OPPOSITES[OPPOSITES.index(match[1]) ^ 1]
     if match := re.fullmatch(r"(.+) has (\w+) (\w+) and (.+) has (\w+) who has more \3", question):
         return match[1] if NUMBERS.index(match[2]) > NUMBERS.index(match[5]) else match[4]
-    if match := re.fullmatch(r"(.+) bought the (\w+) and (.+) bought the (\w+) who bought the (\w+)", question):
-        return match[1] if match[2] == match[5] else match[3]
+    if match := re.fullmatch(r"(.+) bought (the \w+) and (.+) bought (the \w+) what did (.+) buy", question):
+        return match[2] if match[1] == match[5] else match[4]
     match = re.fullmatch(r"the (\w+) is (.+) and the (\w+) is (.+) (?:where|what colour) is the (\w+)", question)
     assert match, question
     return match[2] if match[1] == match[5] else match[4]
@@ -38,15 +38,15 @@ def test_claims_are_all_asked_for_and_answered():
     for _ in range(200):
         (first, *_), *_ = turns = world.follow_ups(rng, "en")
         counts.add(len(turns))
-        asks = r" (where is the \w+|what colour is the \w+|who bought the \w+)$"
+        asks = r" (where is the \w+|what colour is the \w+|what did .+ buy)$"
         told, question = re.split(asks, first)[:2]
         claims = told.split(" and ")
         assert len(claims) == len(turns) == len({said for said, _ in turns})
         for said, answer in ((question, turns[0][1]), *turns[1:]):
-            thing = said.split()[-1]
-            assert {f"the {thing} is {answer}", f"{answer} bought the {thing}"} & set(claims)
+            of = re.sub("^(where is|what colour is|what did) | buy$", "", said)
+            assert {f"{of} is {answer}", f"{of} bought {answer}"} & set(claims)
         assert world.split(told) == "train"
-    assert counts == {2, 3, 4}
+    assert counts == {2, 3, 4, 5, 6}
 
 
 def test_the_same_meaning_in_five_languages():

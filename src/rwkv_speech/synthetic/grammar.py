@@ -220,9 +220,9 @@ CLAIMS = (
             "{v} bought the {n} | {v} compró {n.the} | {v} a acheté {n.the} | {v} ha comprato {n.the} | {v} {w@v} {n.acc}"
         ),
         _templates(
-            "who bought the {n} | quién compró {n.the} | qui a acheté {n.the} | chi ha comprato {n.the} | кто купил {n.acc}"
+            "what did {v} buy | qué compró {v} | qu'a acheté {v} | che cosa ha comprato {v} | что {w@v} {v}"
         ),
-        _templates("{v} | {v} | {v} | {v} | {v}"),
+        _templates("the {n} | {n.the} | {n.the} | {n.the} | {n.acc}"),
         lexicon.PEOPLE,
     ),
 )

@@ -51,9 +51,9 @@ def conversation(rng: random.Random, lang: str, between: int) -> Line:
 
 
 def follow_ups(rng: random.Random, lang: str, part: str = "train") -> list[tuple[str, str]]:
-    """Two to four claims and all of them asked for in some order: (said, answer) of each turn."""
+    """Two to six claims and all of them asked for in some order: (said, answer) of each turn."""
     claims = rng.choice(CLAIMS)
-    while split(claims.say(rows := claims.draw(rng, rng.randint(2, 4)), "en")) != part:
+    while split(claims.say(rows := claims.draw(rng, rng.randint(2, 6)), "en")) != part:
         pass
     asked = [(claims.ask(row, lang), claims.answer(row, lang)) for row in rng.sample(rows, len(rows))]
     return [(f"{claims.say(rows, lang)} {asked[0][0]}", asked[0][1]), *asked[1:]]

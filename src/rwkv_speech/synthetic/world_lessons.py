@@ -10,7 +10,7 @@ from rwkv_speech.synthetic.phones import LANGUAGES
 
 # How often each kind of lesson comes.
 _SHARES = {
-    "corpus": 14, "salad": 6, "asr": 18, "st": 14, "qa": 20, "follow_ups": 14, "topic": 3, "chat": 8, "lang": 1,
+    "corpus": 12, "salad": 5, "asr": 14, "st": 13, "qa": 18, "follow_ups": 26, "topic": 2, "chat": 7, "lang": 1,
     "text": 2,
 }  # fmt: skip
 # Of the lessons of a kind, so many give what is said as text. To find what was asked for is learned from text, of which
