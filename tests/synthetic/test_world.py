@@ -19,7 +19,7 @@ def answer_of(question: str) -> str:
         return OPPOSITES[OPPOSITES.index(match[1]) ^ 1]
     if match := re.fullmatch(r"(.+) has (\w+) (\w+) and (.+) has (\w+) who has more \3", question):
         return match[1] if NUMBERS.index(match[2]) > NUMBERS.index(match[5]) else match[4]
-    if match := re.fullmatch(r"(.+) bought (the \w+) and (.+) bought (the \w+) what did (.+) buy", question):
+    if match := re.fullmatch(r"(.+) bought (the \w+) and (.+) bought (the \w+) what was bought by (.+)", question):
         return match[2] if match[1] == match[5] else match[4]
     match = re.fullmatch(r"the (\w+) is (.+) and the (\w+) is (.+) (?:where|what colour) is the (\w+)", question)
     assert match, question
@@ -38,12 +38,12 @@ def test_claims_are_all_asked_for_and_answered():
     for _ in range(200):
         (first, *_), *_ = turns = world.follow_ups(rng, "en")
         counts.add(len(turns))
-        asks = r" (where is the \w+|what colour is the \w+|what did .+ buy)$"
+        asks = r" (where is the \w+|what colour is the \w+|what was bought by .+)$"
         told, question = re.split(asks, first)[:2]
         claims = told.split(" and ")
         assert len(claims) == len(turns) == len({said for said, _ in turns})
         for said, answer in ((question, turns[0][1]), *turns[1:]):
-            of = re.sub("^(where is|what colour is|what did) | buy$", "", said)
+            of = re.sub("^(where is|what colour is|what was bought by) ", "", said)
             assert {f"{of} is {answer}", f"{of} bought {answer}"} & set(claims)
         assert world.split(told) == "train"
     assert counts == {2, 3, 4, 5, 6}

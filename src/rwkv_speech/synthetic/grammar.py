@@ -220,7 +220,7 @@ CLAIMS = (
             "{v} bought the {n} | {v} compró {n.the} | {v} a acheté {n.the} | {v} ha comprato {n.the} | {v} {w@v} {n.acc}"
         ),
         _templates(
-            "what did {v} buy | qué compró {v} | qu'a acheté {v} | che cosa ha comprato {v} | что {w@v} {v}"
+            "what was bought by {v} | qué compró {v} | qu'a acheté {v} | che cosa ha comprato {v} | что {w@v} {v}"
         ),
         _templates("the {n} | {n.the} | {n.the} | {n.the} | {n.acc}"),
         lexicon.PEOPLE,
