@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the embedded default again: about an hour and a half on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the
+# Makes the embedded default again: about three hours on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the
 # shipped one alone and writes rwkv6.safetensors, vocab.txt and wavlm/ into FOLDER.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/output/tiny}
 
-steps=${steps-2100}
+steps=${steps-8000}
 hours=${hours-8}
 epoch_count=${epoch_count-4}
 
