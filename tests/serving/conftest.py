@@ -15,6 +15,7 @@ from hard_files import sound
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.transcribe import SpeechLM
+from rwkv_speech.decoding.transcriber import Transcriber
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.serving.server import Service, read_keys, web_server
@@ -101,3 +102,22 @@ def connected(server: Any, key: str = KEY, **options: Any) -> openai.OpenAI:
 @pytest.fixture(scope="session")
 def client(server: Any) -> openai.OpenAI:
     return connected(server)
+
+
+def offline(model: SpeechLM, number: int = 0, **options: Any) -> Any:
+    task = options.pop("task", "asr")
+    [found] = model.transcribe(noise(number), 4, task, **{**OPTIONS, **options})
+    return found
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, nothing is decoded."""
+    gate, poll = threading.Event(), Transcriber.poll
+    monkeypatch.setattr(Transcriber, "poll", lambda mine: poll(mine) if gate.wait(0.01) else [])
+    return gate
+
+
+@pytest.fixture
+def open_to_all(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "api_keys": ""}
