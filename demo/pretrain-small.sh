@@ -20,7 +20,7 @@ vocab=${vocab-640}
 steps=${steps-6000}
 positions=${positions-4000}
 device=${device-cpu}
-compile=${compile-1}
+compile=${compile-0}
 
 . "$root/demo/env.sh"
 setup_environment

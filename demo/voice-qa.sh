@@ -18,13 +18,14 @@ export eval_data="${eval_data-$made/test.jsonl,$data/test.jsonl}"
 if [ "${OP:-train}" = train ]; then
     export load_model="${load_model-$root/RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth}"
     setup_environment
+    form=${form-user} # how the text model is asked; a template with {text} for one that knows no chat
     for part in train valid test; do
         "$python" -m rwkv_speech make_answers --data "$data/$part.jsonl" --output "$made/$part.jsonl" \
-            --load_model "$load_model" --micro_bsz "${answers_at_once-64}"
+            --load_model "$load_model" --form "$form" --micro_bsz "${answers_at_once-64}"
     done
     export train_data="${train_data-$made/train.jsonl,$data/train.jsonl@0.5}"
     export valid_data="${valid_data-$made/valid.jsonl}"
     export lr_adapter="${lr_adapter-2e-3}" warmup_steps="${warmup_steps-1000}" epoch_count="${epoch_count-2}"
-    set -- --loss "${loss-kl}" "$@"
+    set -- --loss "${loss-kl}" --kl_form "$form" "$@"
 fi
 exec sh "$root/demo/demo-state-tuning.sh" "$@"

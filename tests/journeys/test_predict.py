@@ -60,7 +60,8 @@ def call(run: Path, *words: object) -> int:
 def test_one_text_stands_alone_and_several_behind_their_names(run: Path, audio: Path, capsys):
     assert call(run, "one.wav") == 0
     alone = capsys.readouterr()
-    assert alone.out.count("\n") == 1 and alone.err == ""
+    # What random weights say may be cut off at --max_new_tokens, and that is said.
+    assert alone.out.count("\n") == 1 and all("--max_new_tokens" in line for line in alone.err.splitlines())
     assert call(run, "rec", "my talk, two.flac", "one.wav", "./one.wav") == 0
     shown = capsys.readouterr()
     lines = [line.split("\t") for line in shown.out.splitlines()]

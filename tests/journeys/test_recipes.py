@@ -92,7 +92,8 @@ def test_voice_qa_on_the_tiny_model(tmp_path: Path):
     make = ["-m", "rwkv_speech.synthetic.make_corpus", "--out", str(tmp_path), "--train", "8", "--valid", "2", "--test"]
     subprocess.run([sys.executable, *make, "2"], check=True, capture_output=True)
     tiny = {"load_model": "tiny", "proj_dir": tmp_path / "run", "PYTHON": sys.executable, "device": "cpu",
-            "epoch_count": 1, "micro_bsz": 2, "workers": 0}  # fmt: skip
+            "epoch_count": 1, "micro_bsz": 2, "workers": 0,
+            "form": "answer: {text}#"}  # fmt: skip
     done = run("voice-qa.sh", tmp_path, cwd=tmp_path, **tiny)
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     done = run("voice-qa.sh", tmp_path, cwd=tmp_path, OP="eval", **tiny)

@@ -217,7 +217,8 @@ CLAIMS = (
     ),
     Claims(
         _templates(
-            "{v} bought the {n} | {v} compró {n.the} | {v} a acheté {n.the} | {v} ha comprato {n.the} | {v} {w@v} {n.acc}"
+            "{v} bought the {n} | {v} compró {n.the} | {v} a acheté {n.the} | {v} ha comprato {n.the} | "
+            "{v} {w@v} {n.acc}"
         ),
         _templates(
             "what was bought by {v} | qué compró {v} | qu'a acheté {v} | che cosa ha comprato {v} | что {w@v} {v}"

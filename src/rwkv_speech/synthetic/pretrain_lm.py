@@ -44,7 +44,7 @@ class Flags(OutFlags):
 
     texts: str = flag("", "folders of .txt files, separated by commas, each with @WEIGHT if it is to come more often")
     world: float = flag(0.0, "share of lessons from the small world of the embedded default", at_least=0, at_most=1)
-    vocab: str = flag("4096", "the World vocabulary ('world'), or the size of one made of the texts (byte-level BPE)")
+    vocab: str = flag("640", "the World vocabulary ('world'), or the size of one made of the texts (byte-level BPE)")
     n_layer: int = flag(4, "layers", at_least=1)
     n_embd: int = flag(256, "channels, a multiple of 64", at_least=64)
     steps: int = flag(5000, "optimizer steps", at_least=1)
