@@ -74,11 +74,16 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
 
 
+def _shown(word: str) -> str:
+    """A word of a command, its absolute paths without what is of one machine alone: all folders but the last."""
+    return ",".join("/".join(Path(part).parts[-2:]) if part.startswith("/") else part for part in word.split(","))
+
+
 def write_result(name: str, folder: Path, command: Sequence[str], device: str, **content: Any) -> Path:
     """Keep a result with its circumstances as JSON, named by `name` and time; returns its path."""
     now = datetime.now(UTC)
     result = {
-        "command": " ".join(command),
+        "command": " ".join(map(_shown, command)),
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device,

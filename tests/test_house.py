@@ -1,6 +1,8 @@
 """The house rules that a machine can check."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,11 @@ def _records(path: Path) -> dict[str, list[str]]:
                 ]
                 found[node.name] = fields
     return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
+def test_a_result_names_no_folder_of_one_machine(path: Path):
+    assert not re.search(r"(?<![^\s,=])/", json.loads(path.read_text()).get("command", ""))
 
 
 def test_every_field_is_read():
