@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from rwkv_speech.synthetic import lexicon
 from rwkv_speech.synthetic.lexicon import Word
@@ -58,6 +59,10 @@ class Frame:
 
     def answer(self, row: Row, lang: str) -> str:
         return said(self.answers[LANGUAGES.index(lang)], row, lang)
+
+    def key(self, row: Row) -> str:
+        """The same for the same meaning in all languages."""
+        return self.say(row, "en")
 
 
 def _pick(**words: list[Word]) -> Callable[[random.Random], Row]:
@@ -185,15 +190,30 @@ class Claims:
         things, values = rng.sample(_OBJECTS, count), rng.sample(self.values, count)
         return [{"n": thing, "v": value, "w": _BOUGHT} for thing, value in zip(things, values, strict=True)]
 
-    def say(self, rows: list[Row], lang: str) -> str:
+    def tell(self, rows: list[Row], lang: str) -> str:
         at = LANGUAGES.index(lang)
         return f" {_AND[at]} ".join(said(self.claim[at], row, lang) for row in rows)
 
     def ask(self, row: Row, lang: str) -> str:
         return said(self.question[LANGUAGES.index(lang)], row, lang)
 
-    def answer(self, row: Row, lang: str) -> str:
+    def reply(self, row: Row, lang: str) -> str:
         return said(self.answers[LANGUAGES.index(lang)], row, lang)
+
+    def fill(self, rng: random.Random) -> tuple[list[Row], Row]:
+        """Two claims, and the one that is asked for."""
+        rows = self.draw(rng, 2)
+        return rows, rng.choice(rows)
+
+    def say(self, filled: tuple[list[Row], Row], lang: str) -> str:
+        return f"{self.tell(filled[0], lang)} {self.ask(filled[1], lang)}"
+
+    def answer(self, filled: tuple[list[Row], Row], lang: str) -> str:
+        return self.reply(filled[1], lang)
+
+    def key(self, filled: tuple[list[Row], Row]) -> str:
+        """The claims alone: what else is asked of them belongs to the same part."""
+        return self.tell(filled[0], "en")
 
 
 _AND = _templates("and | y | et | e | а")
@@ -248,7 +268,17 @@ def _opposite(rng: random.Random) -> Row:
     return {"n": rng.choice(_OBJECTS), "w": lexicon.PRONOUNS[0], **words}
 
 
-QUESTIONS = (
+class Question(Protocol):
+    """What is asked and answered; `fill` draws what it is about, which the others are given."""
+
+    def fill(self, rng: random.Random) -> Any: ...
+    def say(self, filled: Any, lang: str) -> str: ...
+    def answer(self, filled: Any, lang: str) -> str: ...
+    def key(self, filled: Any) -> str: ...
+
+
+QUESTIONS: tuple[Question, ...] = (
+    *CLAIMS,
     Frame(
         _templates(
             "how many are {i} {n.many} and {k} {n.many} | cuánto suman {i} {n.many} y {k} {n.many} | "

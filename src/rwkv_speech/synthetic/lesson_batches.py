@@ -51,9 +51,8 @@ class LessonBatches(Dataset[Batch]):
         while size < self._positions:
             lesson = self._lessons.draw(rng, self._held_out)
             # One word is heard before twelve.
-            heard, read = (
-                sum(len(turn.said.split()) for turn in lesson.turns if turn.heard is kind) for kind in (True, False)
-            )
+            heard = sum(len(turn.said.split()) for turn in lesson.turns if turn.heard)
+            read = sum(len(turn.said.split()) for turn in lesson.turns if not turn.heard)
             if heard > 1 + 20 * difficulty or read > _LONGEST_READ:
                 continue
             segments = list(self._segments(lesson, self._speaker, prompts, rng, difficulty))

@@ -89,7 +89,7 @@ THINGS = _words(
     ball/balls | f/pelota/pelotas | m/ballon/ballons | f/palla/palle | m/мяч/мяч/мяча/мячей
     phone/phones | m/teléfono/teléfonos | m/téléphone/téléphones | m/telefono/telefoni | m/телефон/телефон/телефона/телефонов
     bed/beds | f/cama/camas | m/lit/lits | m/letto/letti | f/кровать/кровать/кровати/кроватей
-    """,  # noqa: E501
+    """,  # noqa: E501 (a row is a word)
     _NOUN,
 )
 COLOURS = _words(

@@ -53,38 +53,30 @@ def conversation(rng: random.Random, lang: str, between: int) -> Line:
 def follow_ups(rng: random.Random, lang: str, part: str = "train") -> list[tuple[str, str]]:
     """Two to six claims and all of them asked for in some order: (said, answer) of each turn."""
     claims = rng.choice(CLAIMS)
-    while split(claims.say(rows := claims.draw(rng, rng.randint(2, 6)), "en")) != part:
+    while split(claims.tell(rows := claims.draw(rng, rng.randint(2, 6)), "en")) != part:
         pass
-    asked = [(claims.ask(row, lang), claims.answer(row, lang)) for row in rng.sample(rows, len(rows))]
-    return [(f"{claims.say(rows, lang)} {asked[0][0]}", asked[0][1]), *asked[1:]]
-
-
-def _question(rng: random.Random, lang: str, text_lang: str) -> Line:
-    kind = rng.randrange(len(CLAIMS) + len(QUESTIONS))
-    if kind < len(CLAIMS):
-        claims = CLAIMS[kind]
-        rows = claims.draw(rng, 2)
-        asked = rng.choice(rows)
-        text = f"{claims.say(rows, lang)} {claims.ask(asked, lang)}"
-        return Line("qa", text, lang, claims.answer(asked, text_lang), text_lang, key=claims.say(rows, "en"))
-    frame = QUESTIONS[kind - len(CLAIMS)]
-    row = frame.fill(rng)
-    return Line("qa", frame.say(row, lang), lang, frame.answer(row, text_lang), text_lang, key=frame.say(row, "en"))
+    asked = [(claims.ask(row, lang), claims.reply(row, lang)) for row in rng.sample(rows, len(rows))]
+    return [(f"{claims.tell(rows, lang)} {asked[0][0]}", asked[0][1]), *asked[1:]]
 
 
 def _draw(rng: random.Random, task: str, lang: str, text_lang: str) -> Line:
     if task == "chat":
         return conversation(rng, lang, rng.choice((0, 0, 1, 2)))
     if task == "qa":
-        return _question(rng, lang, text_lang)
+        question = rng.choice(QUESTIONS)
+        filled = question.fill(rng)
+        return Line(
+            task, question.say(filled, lang), lang, question.answer(filled, text_lang), text_lang,
+            key=question.key(filled),
+        )  # fmt: skip
     if task == "topic":
         topic = rng.choice(TOPICS)
         frame = rng.choice([frame for frame in SENTENCES if frame.topic == topic])
         row = frame.fill(rng)
-        return Line(task, frame.say(row, lang), lang, topic, text_lang, key=frame.say(row, "en"))
+        return Line(task, frame.say(row, lang), lang, topic, text_lang, key=frame.key(row))
     frame = rng.choice(SENTENCES)
     row = frame.fill(rng)
-    return Line(task, frame.say(row, lang), lang, frame.say(row, text_lang), text_lang, key=frame.say(row, "en"))
+    return Line(task, frame.say(row, lang), lang, frame.say(row, text_lang), text_lang, key=frame.key(row))
 
 
 def draw(rng: random.Random, task: str, lang: str = "en", text_lang: str | None = None, part: str = "train") -> Line:
