@@ -72,7 +72,7 @@ class Side:
         torch.manual_seed(seed)
         self.model = SpeechLM.build(parts, task_names=tasks)
         encoder, self._is_first = self.model.encoder, first
-        drops = encoder.model.config.model_type != "whisper"  # type: ignore[union-attr]
+        drops = encoder.model.config.model_type != "whisper"  # type: ignore[union-attr] # transformers types it loosely
         self._encode = in_training_mode(encoder) if first and drops else kept(encoder)
         states = self.model.initial_states.values()
         self._optimizer = make_optimizer(self.model.adapter.parameters(), states, *rates, WEIGHT_DECAY)

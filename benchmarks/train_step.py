@@ -70,7 +70,8 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         samples = torch.linspace(*self.seconds, self.utterances).mul(SAMPLE_RATE).long()
         text = torch.linspace(*self.text_tokens, self.utterances).round().long()
-        return tuple(x[torch.randperm(len(x), generator=generator)] for x in (samples, text))  # type: ignore[return-value]
+        samples = samples[torch.randperm(len(samples), generator=generator)]
+        return samples, text[torch.randperm(len(text), generator=generator)]
 
     def operations(self, encoder: str) -> dict[str, float]:
         """What the true lengths need, without padding, of `encoder`, a configuration in JSON, and language model."""

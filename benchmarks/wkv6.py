@@ -104,7 +104,7 @@ def measure_cpu(rounds: int, threads: int) -> list[Row]:
                 "torch": functools.partial(call, "torch"),
             }
             if shape[0] == 1 and which == "forward":
-                calls["pip_rwkv"] = lambda: peer(inputs)  # noqa: B023
+                calls["pip_rwkv"] = functools.partial(peer, inputs)
             repeats = 3 if shape[1] > 1 else 50
             times = interleaved(calls, rounds, repeats)
             several = [_scaling(functools.partial(call, "auto"), threads) for _ in range(rounds)]

@@ -10,7 +10,7 @@ from rwkv_speech.errors import UserError
 
 
 def options(keywords: object, **others: float) -> Options:
-    return Options.given(keywords=keywords, **others)  # type: ignore[arg-type]
+    return Options.given(keywords=keywords, **others)  # type: ignore[arg-type] # wrong ones, too
 
 
 def test_read_phrases_of_a_file_and_of_a_list(tmp_path: Path):

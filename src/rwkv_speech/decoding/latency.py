@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -89,7 +90,7 @@ def listen(
     milliseconds = 1000 / SAMPLE_RATE
     for start in range(0, len(waveform), chunk):
         part = waveform[start : start + chunk]
-        take(lambda part=part: stream.push(part), (start + len(part)) * milliseconds)  # type: ignore[misc]
+        take(partial(stream.push, part), (start + len(part)) * milliseconds)
     take(stream.finish, len(waveform) * milliseconds)
     # A word is there with its last character.
     ends = [i for i, x in enumerate(text) if not x.isspace() and (characters or not text[i + 1 : i + 2].strip())]

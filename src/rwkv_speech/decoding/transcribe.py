@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def _heard(
     def recordings() -> Iterator[Recording]:
         for sample in samples:
             rows[sample.index] = _row(model, sample)
-            blocks = lambda samples=sample.waveform: [samples]  # noqa: E731
+            blocks = partial(iter, [sample.waveform])
             known = sample.task, sample.lang, sample.normalised, sample.prompt_ids
             yield Recording(sample.index, sample.id, blocks, *known)
 

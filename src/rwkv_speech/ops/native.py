@@ -5,6 +5,7 @@
 import ctypes
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -113,17 +114,19 @@ def _problem(x: Inputs, cu_seqlens: Tensor | None) -> _Problem:
     return problem
 
 
-class Kernels:
+class Kernels(ABC):
     """The kernels of one device, in one compiled library; the two differ in how they are called."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
 
+    @abstractmethod
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
-        raise NotImplementedError
+        """Call the kernel of this name."""
 
+    @abstractmethod
     def _scratch_bytes(self, problem: _Problem) -> int:
-        raise NotImplementedError
+        """What it needs beside its inputs and results."""
 
     def forward(self, x: Inputs, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """y and the last state, as `wkv6`."""

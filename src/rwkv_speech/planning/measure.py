@@ -150,7 +150,7 @@ def _learning(sizes: Sizes, batch: MicroBatch, dtype: torch.dtype, grad_cp: bool
     model.lm.grad_cp = grad_cp
     # Module by module, since nothing is left around a layer that the backward pass computes again.
     for part in (model.adapter, *model.lm.blocks, model.lm.ln_out, model.lm.head) if dtype == torch.bfloat16 else ():
-        setattr(part, "forward", _under_autocast(part.forward))  # noqa: B010
+        setattr(part, "forward", _under_autocast(part.forward))  # noqa: B010 (an assignment to a method is none for mypy)
     for p in model.trained_parameters():
         p.grad = torch.empty_like(p)
     with _Meter(x for p in model.parameters() for x in (p, p.grad) if x is not None) as meter:

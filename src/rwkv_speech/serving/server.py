@@ -92,9 +92,8 @@ class Service:
         order = await self._order(form)
         if form.stream:
             events = self._events(order, form)
-            first = await _while_there(
-                request, anext(events)
-            )  # what is wrong until then is answered with its own status
+            # What is wrong until the first event is answered with its own status.
+            first = await _while_there(request, anext(events))
             return StreamingResponse(_sent(first, events), media_type="text/event-stream")
         return answer(form, await self._transcript(request, order), self._model.tokenizer)
 

@@ -83,7 +83,7 @@ class SpeechModule(pl.LightningModule):
         path = Path(self.config.proj_dir) / "bad_files.jsonl"
         self.bad_files = BadFileLog(path, self.config.max_bad, writes=self.trainer.is_global_zero)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # torch has overloads of it
         """The trained tensors alone: frozen weights are in no checkpoint."""
         trained = {id(x) for x in self.model.trained_parameters()}
         wanted = {name for name, x in self.named_parameters() if id(x) in trained}
@@ -118,7 +118,7 @@ class SpeechModule(pl.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.last_epoch = self.start[0] * int(self.trainer.estimated_stepping_batches) // self.config.epoch_count
         self._longest = state["used"][2]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it by a name
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
 

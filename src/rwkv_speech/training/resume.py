@@ -207,7 +207,7 @@ class ResumePoints(Callback):
         number = trainer.global_step
         module.share_longest()
         made = begin_point(self.folder, number) if trainer.is_global_zero else None
-        pending: Path = trainer.strategy.broadcast(made)  # type: ignore[assignment]
+        pending: Path = trainer.strategy.broadcast(made)  # type: ignore[assignment] # rank 0 has a path
         trainer.save_checkpoint(pending / TRAINER_STATE)  # DeepSpeed: every rank writes its part
         trainer.strategy.barrier()
         if trainer.is_global_zero:

@@ -110,7 +110,7 @@ class DeepSpeed(Replicated):
     def step(self, trainer: pl.Trainer, optimizer: Any, model: SpeechLM, norm: Tensor, norm_found: float) -> float:
         """The engine clips, steps and clears by itself, at the last micro batch."""
         optimizer.step()
-        return float(trainer.model.get_global_grad_norm() or 0.0)  # type: ignore[union-attr, operator]
+        return float(trainer.model.get_global_grad_norm() or 0.0)  # type: ignore[union-attr, operator] # an engine
 
 
 class ShardedDeepSpeed(DeepSpeed):
