@@ -176,7 +176,7 @@ def _lessons(config: Flags) -> Lessons:
 def pretrain(config: Flags) -> dict[str, Any]:
     """Trains, or resumes; writes rwkv6.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states.
 
-    Raises UserError if the process that makes the lessons dies, as eSpeak NG lets it do now and then on real text.
+    Raises UserError if the process that makes the lessons dies: nothing that was saved is lost by it.
     """
     run = Pretraining(config)
     run.resume()
