@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
 
 def _shown(word: str) -> str:
     """A word of a command, its absolute paths without what is of one machine alone: all folders but the last."""
-    return ",".join("/".join(Path(part).parts[-2:]) if part.startswith("/") else part for part in word.split(","))
+    return re.sub(r"(?<![^=,])/[^,]*", lambda path: "/".join(Path(path[0]).parts[1:][-2:]), word)
 
 
 def write_result(name: str, folder: Path, command: Sequence[str], device: str, **content: Any) -> Path:
