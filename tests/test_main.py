@@ -52,7 +52,7 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "VERB: found none, expected average, calibrate, export, make_answers, report, serve or states"),
+        ([], "VERB: found none, expected average, calibrate, export, make_answers, predict, report, serve or states"),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),
         (["average", "--checkpoints", "a", "--output", "b"], "a: found no trained weights"),
@@ -64,6 +64,8 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["serve", "--port", "70000"], "--port: found 70000, expected a whole number at least 0 and at most 65535"),
         (["serve", "--word_timestamps", "1"], "--word_timestamps: has no effect on a server, whose clients ask for"),
         (["serve", "--proj_dir", "a"], "a: found no trained weights"),
+        (["predict", "--proj_dir", "a", "b.wav"], "a: found no trained weights"),
+        (["predict", "--no"], "--no: "),
         (["report", "a", "b"], "unrecognized arguments: b"),
         (["report", "a"], "a: found neither metrics nor validation.jsonl"),
     ],
@@ -96,7 +98,15 @@ def test_serve_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["average", "--help"], ["make_answers", "--help"], ["serve", "--help"], ["nothing"]]
+    "argv",
+    [
+        ["--help"],
+        ["average", "--help"],
+        ["make_answers", "--help"],
+        ["serve", "--help"],
+        ["predict", "--help"],
+        ["nothing"],
+    ],
 )
 def test_help_is_light(argv: list[str]):
     code = (

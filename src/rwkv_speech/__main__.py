@@ -45,6 +45,12 @@ def _make_answers(given: Namespace) -> Path:
     return make_answers(config)
 
 
+def _predict(given: Namespace) -> int:
+    from rwkv_speech.predict import main
+
+    return main(given.flags)
+
+
 def _report(given: Namespace) -> Path:
     from rwkv_speech.reports.page import write_report
 
@@ -142,6 +148,10 @@ def _parser() -> Parser:
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
 
+    predict = verbs.add_parser("predict", help="print what is said in audio", add_help=False, prefix_chars="\0")
+    predict.add_argument("flags", nargs="*")
+    predict.set_defaults(verb=_predict)
+
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
     report.set_defaults(verb=_report)
@@ -181,15 +191,17 @@ def _add_states_verbs(parser: ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
 
-    def run() -> None:
+    def run() -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers, report, serve or states; --help "
-                "says what each does"
+                "VERB: found none, expected average, calibrate, export, make_answers, predict, report, serve or "
+                "states; --help says what each does"
             )
-        if written := given.verb(given):
-            print(f"written to {written}")
+        done = given.verb(given)
+        if isinstance(done, Path):
+            print(f"written to {done}")
+        return done if isinstance(done, int) else 0
 
     return exit_code(run)
 
