@@ -186,8 +186,10 @@ TESTED_IN = {
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",
     **dict.fromkeys(
-        "serving.answers serving.faults serving.form serving.metrics serving.worker".split(), "serving/test_server.py"
+        "serving.answers serving.events serving.faults serving.form serving.metrics serving.worker".split(),
+        "serving/test_server.py",
     ),
+    **dict.fromkeys(("serving.chat_form", "serving.sessions"), "serving/test_chat.py"),
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
     ),

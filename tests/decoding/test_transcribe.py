@@ -335,7 +335,7 @@ def test_recordings_that_join_and_leave_do_not_change_the_others(model: SpeechLM
     while len(found) < len(waves) - 1:
         found |= {x.key: result for x, result in transcriber.poll()}
     assert found == {key: result for key, result in expected.items() if key != 5}
-    assert transcriber.poll() == [] and transcriber._engine.num_unfinished == 0
+    assert transcriber.poll() == [] and transcriber.engine.num_unfinished == 0
     plain = {key: model.transcribe(waves[key], max_new_tokens=6, **ONCE)[0].text for key in found}
     assert {key % 3 for key, text in plain.items() if found[key].text != text} == {1, 2}  # type: ignore[union-attr]
 

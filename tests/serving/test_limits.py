@@ -53,7 +53,7 @@ def test_a_client_that_goes_leaves_the_batch(model: SpeechLM, open_to_all: dict[
         with pytest.raises(openai.APITimeoutError):
             connected(server).with_options(timeout=0.3).audio.transcriptions.create(file=wav(5), model="asr")
         wait_until(lambda: not server.service._worker._futures and server.service.app.num_requests == 0)
-        assert server.service._worker._transcriber._engine.num_unfinished == 0
+        assert server.service._worker._transcriber.engine.num_unfinished == 0
 
 
 def test_what_takes_too_long_leaves_the_batch(model: SpeechLM, open_to_all: dict[str, Any], gate: threading.Event):
@@ -63,7 +63,7 @@ def test_what_takes_too_long_leaves_the_batch(model: SpeechLM, open_to_all: dict
         assert (caught.value.status_code, caught.value.code) == (503, "timeout")
         assert caught.value.response.headers["x-should-retry"] == "false"
         wait_until(lambda: not server.service._worker._futures)
-        assert server.service._worker._transcriber._engine.num_unfinished == 0
+        assert server.service._worker._transcriber.engine.num_unfinished == 0
 
 
 def test_a_recording_on_which_decoding_fails_does_not_end_the_server(

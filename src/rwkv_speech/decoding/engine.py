@@ -273,10 +273,9 @@ class Engine:
         return Track(request.limit, request.temperature, chance, keywords=request.keywords or self._keywords)
 
     def _draft(self, job: _Job) -> str | None:
-        if job.request.draft is not None or not self._options.draft:
-            return job.request.draft
         head = self._model.ctc
-        assert head is not None and job.ctc is not None
+        if job.request.draft is not None or not self._options.draft or head is None or job.ctc is None:
+            return job.request.draft  # of text that is read nothing is heard
         return head.spec.text(job.ctc)
 
     def _place(self, row: int, job: _Job, track: Track, logits: Tensor, state: State) -> None:

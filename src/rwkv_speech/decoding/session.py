@@ -28,6 +28,7 @@ from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import State
 from rwkv_speech.models.states import adapter_sha256
 from rwkv_speech.tasks import Naming
+from rwkv_speech.tokenizer import WorldTokenizer
 
 Said = Tensor | np.ndarray | Path | str
 FORMAT = "rwkv_speech-session-1"
@@ -42,6 +43,23 @@ class Turn:
     text: str
     tokens: tuple[int, ...]
     cut: bool
+
+
+class Parts:
+    """A text in parts of whole characters, as its tokens come."""
+
+    def __init__(self, tokenizer: WorldTokenizer) -> None:
+        self._decoder, self._known = tokenizer.incremental(), 0
+
+    def next(self, ids: Sequence[int]) -> str:
+        """What the tokens so far add to those of the last call."""
+        part = "".join(map(self._decoder.push, ids[self._known :]))
+        self._known = len(ids)
+        return part
+
+    def last(self, ids: Sequence[int]) -> str:
+        """What all tokens add, and what is left."""
+        return self.next(ids) + self._decoder.flush()
 
 
 class Session:
@@ -98,16 +116,13 @@ class Session:
     @torch.no_grad()
     def answer(self, said: Said, options: Options) -> Generator[str, None, Turn]:
         """What `stream` gives, and at its end the turn."""
-        engine, decoder = Engine(self._model, options, slots=1), self._model.tokenizer.incremental()
+        engine, parts, done = Engine(self._model, options, slots=1), Parts(self._model.tokenizer), list[Done]()
         engine.submit(self.request(said, options))
-        known, done = 0, list[Done]()
         while not done:
             done = engine.poll()
-            for ids in (done[0].hypotheses[0].ids,) if done else (ids for _, ids in engine.unfinished()):
-                if part := "".join(map(decoder.push, ids[known:])):
-                    yield part
-                known = len(ids)
-        if rest := decoder.flush():
+            if part := "".join(parts.next(ids) for _, ids in engine.unfinished()):
+                yield part
+        if rest := parts.last(done[0].hypotheses[0].ids):
             yield rest
         return self.take(done[0])
 

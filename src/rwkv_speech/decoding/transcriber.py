@@ -115,16 +115,20 @@ class _Halved:
 
 
 class Transcriber:
-    """Takes recordings to transcripts through an engine of so many slots, which several of them share."""
+    """Takes recordings to transcripts through an engine of so many slots, which several of them share.
+
+    The `engine` takes other requests, too, whose keys are the caller's; what is found of these is in `answered`.
+    """
 
     def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int) -> None:
         self._model, self._options = model, options
-        self._engine, self._reader = Engine(model, options, slots), Reader(model)
+        self.engine, self._reader = Engine(model, options, slots), Reader(model)
         self._ahead = _AHEAD * slots
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
         self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN
         self._times = None if model.ctc is None else WordTimes(model.ctc, model.encoder)
+        self.answered = deque[Done]()
         self._open = list[_Work]()
         self._reading = deque[_Reading]()
         if options.word_timestamps and model.ctc is None:
@@ -163,8 +167,11 @@ class Transcriber:
         """One round: a block of one recording is read, each in its turn, and texts go on by a token; what has ended."""
         if self._reading and self._has_room:
             self._read_on()
-        for done in self._engine.poll():
-            self._take(done)
+        for done in self.engine.poll():
+            if isinstance(done.request.key, _Place):
+                self._take(done)
+            else:
+                self.answered.append(done)
         ended = [work for work in self._open if work.has_ended]
         for work in ended:
             self._open.remove(work)
@@ -179,11 +186,12 @@ class Transcriber:
         return sorted(found, key=lambda segment: segment.start)
 
     def cancel(self, key: Any) -> None:
-        """Give up the recording of this key, if it is on its way; nothing comes of it."""
+        """Give up the recording, or other request, of this key, if it is on its way; nothing comes of it."""
         dropped = [work for work in self._open if work.recording.key == key]
         self._open = [work for work in self._open if work not in dropped]
         self._reading = deque(reading for reading in self._reading if reading.work not in dropped)
-        self._engine.cancel(lambda request: request.key.work in dropped)
+        works = {id(work) for work in dropped}
+        self.engine.cancel(lambda request: request.key is key or id(getattr(request.key, "work", None)) in works)
 
     def segmenter(self) -> Segmenter:
         """What cuts a recording into pieces."""
@@ -203,7 +211,7 @@ class Transcriber:
         def segments_of(piece: Piece) -> list[Segment]:
             self._add(work, [piece])
             while work.waiting or work.in_flight:
-                for done in self._engine.poll():
+                for done in self.engine.poll():
                     self._take(done)
             segments, work.segments, work.heard = work.segments, [], {}
             return sorted(segments, key=lambda segment: segment.start)
@@ -212,7 +220,7 @@ class Transcriber:
 
     @property
     def _has_room(self) -> bool:
-        return self._engine.num_unfinished < self._ahead
+        return self.engine.num_unfinished < self._ahead
 
     def _read_on(self) -> None:
         """Submit the pieces in the next block of the recording that has waited longest."""
@@ -263,7 +271,7 @@ class Transcriber:
             keywords=recording.keywords,
         )
         work.in_flight.append(piece.start)
-        self._engine.submit(request)
+        self.engine.submit(request)
 
     def _take(self, done: Done) -> None:
         """A decoded piece is kept, unless it is to be decoded again: at a higher temperature, or in two."""

@@ -38,11 +38,16 @@ def of_validation(error: RequestValidationError) -> Fault:
     """The first thing that is wrong with the fields of a request; what was found is not repeated."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        return Fault(400, "the request is no JSON; expected an object of the fields", "invalid_json")
     param = place[0].partition("[")[0] if place else None
     if first["type"] == "extra_forbidden":
         return Fault(422, "there is no such field; leave it out", "unknown_parameter", param)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return Fault(422, f"{param or 'request'}: {first['msg']}", code, param)
+    # A tag's own message would repeat what was found.
+    is_tag = first["type"] == "union_tag_invalid"
+    message = f"expected one of {first['ctx']['expected_tags']}" if is_tag else first["msg"]
+    return Fault(422, f"{param or 'request'}: {message}", code, param)
 
 
 def register(app: FastAPI) -> None:

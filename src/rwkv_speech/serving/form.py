@@ -43,7 +43,7 @@ class TranslationForm(BaseModel):
     def transcription(self) -> "Form":
         """The same request for that model's texts; raises Fault for a model that does not translate into English."""
         if self.model not in _INTO_ENGLISH:
-            raise _unsupported("model", f"expected one that translates into English: {' or '.join(_INTO_ENGLISH)}")
+            raise unsupported("model", f"expected one that translates into English: {' or '.join(_INTO_ENGLISH)}")
         return Form.model_validate(dict(self))
 
 
@@ -60,27 +60,25 @@ class Form(TranslationForm):
 
     def check(self, model: SpeechLM, default: Options) -> None:
         """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
-        if self.model not in model.initial_states:
-            known = ", ".join(sorted(model.initial_states))
-            raise Fault(404, f"there is no such model here; expected one of {known}", "model_not_found", "model")
+        check_model(self.model, model)
         is_recognition = tasks.base_of(self.model) == tasks.DEFAULT
         if self.spoken and not is_recognition:
-            raise _unsupported("language", "this model does not recognise speech; leave it out")
+            raise unsupported("language", "this model does not recognise speech; leave it out")
         if self.languages and self.language:
-            raise _unsupported("languages", "a language is given, too; leave one of them out")
+            raise unsupported("languages", "a language is given, too; leave one of them out")
         spoken = tasks.state_name(tasks.DEFAULT, self.spoken, by_lang=True)
         if self.spoken and self.model not in (tasks.DEFAULT, spoken) and spoken not in model.initial_states:
-            raise _unsupported("language", "this model recognises another one; expected its own, or none")
+            raise unsupported("language", "this model recognises another one; expected its own, or none")
         if self.timestamp_granularities and self.response_format != "verbose_json":
-            raise _unsupported("timestamp_granularities", "expected response_format verbose_json with it")
+            raise unsupported("timestamp_granularities", "expected response_format verbose_json with it")
         if self.has_words and (model.ctc is None or not is_recognition):
-            raise _unsupported("timestamp_granularities", "this model has no times of words; expected segment")
+            raise unsupported("timestamp_granularities", "this model has no times of words; expected segment")
         if self.stream and self.response_format not in ("json", "text"):
-            raise _unsupported("stream", "expected response_format json or text with it")
+            raise unsupported("stream", "expected response_format json or text with it")
         if self.chunking_strategy and default.vad == "none":
-            raise _unsupported("chunking_strategy", "this server cuts by length alone; leave it out")
+            raise unsupported("chunking_strategy", "this server cuts by length alone; leave it out")
         if self.include and self.response_format != "json":
-            raise _unsupported("include", "expected response_format json with it")
+            raise unsupported("include", "expected response_format json with it")
 
     @property
     def spoken(self) -> str:
@@ -109,27 +107,29 @@ class Form(TranslationForm):
 
 
 class Audio:
-    """An uploaded recording, decoded as it is needed and no further than the limit."""
+    """A recording in a request's `param`, decoded as it is needed and no further than the limit."""
 
-    def __init__(self, content: bytes, most_seconds: float) -> None:
-        self._content, self._most_seconds = content, most_seconds
+    def __init__(self, content: bytes, most_seconds: float, param: str = "file") -> None:
+        self._content, self._most_seconds, self._param = content, most_seconds, param
         self._is_too_long = False
 
     def blocks(self) -> Iterator[Tensor]:
         """Its samples (S,) at 16 kHz; raises AudioError for what is broken or too long."""
         total = 0
-        for block in read_blocks(self._content, _BLOCK_SECONDS, name="file"):
+        for block in read_blocks(self._content, _BLOCK_SECONDS, name=self._param):
             total += len(block)
             if total > self._most_seconds * SAMPLE_RATE:
                 self._is_too_long = True
-                raise AudioError(f"file: lasts more than {self._most_seconds:g} s; expected a shorter recording")
+                raise AudioError(
+                    f"{self._param}: lasts more than {self._most_seconds:g} s; expected a shorter recording"
+                )
             yield block
 
     def fault(self, reason: str) -> Fault:
         """What is answered when it could not be read."""
         if self._is_too_long:
-            return Fault(413, reason, "audio_too_long", "file")
-        return Fault(400, reason, "invalid_audio", "file")
+            return Fault(413, reason, "audio_too_long", self._param)
+        return Fault(400, reason, "invalid_audio", self._param)
 
 
 @dataclass(frozen=True)
@@ -169,5 +169,13 @@ def _keywords(phrases: tuple[str, ...], weight: float, model: SpeechLM) -> Keywo
     return Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
 
 
-def _unsupported(param: str, message: str) -> Fault:
+def check_model(name: str, model: SpeechLM) -> None:
+    """Raises Fault for a name that none of the learned states has."""
+    if name not in model.initial_states:
+        known = ", ".join(sorted(model.initial_states))
+        raise Fault(404, f"there is no such model here; expected one of {known}", "model_not_found", "model")
+
+
+def unsupported(param: str, message: str) -> Fault:
+    """What a field asks for that is not done here."""
     return Fault(400, f"{param}: {message}", "unsupported_value", param)

@@ -17,6 +17,7 @@ from rwkv_speech.serving.metrics import Metrics
 _MEGABYTE = 1_000_000
 # A refused upload is read so long, and so far, before the answer: a client that is still sending would not hear it.
 _DRAIN_SECONDS, _DRAIN_TIMES = 5.0, 8
+_UPLOADS = "/v1/audio/"
 _FORM, _JSON = "multipart/form-data", "application/json"
 
 
@@ -54,11 +55,12 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             client = self._client(scope, headers)
+            scope.setdefault("state", {})["client"] = client
             if scope["method"] != "POST":
                 return await self._app(scope, receive, send)
             self._check(headers, scope["path"])
             with self._place(client):
-                await self._app(scope, self._bounded(receive), send)
+                await self._app(scope, self._bounded(receive, scope["path"]), send)
         except Fault as fault:
             await self._drain(receive)
             await fault.response()(scope, receive, send)
@@ -86,16 +88,16 @@ class Guard:
 
     def _check(self, headers: Headers, path: str) -> None:
         """What the headers tell: the kind of the content and its length."""
-        expected = _FORM if path.startswith("/v1/audio/") else _JSON
+        expected = _FORM if path.startswith(_UPLOADS) else _JSON
         if headers.get("content-type", "").partition(";")[0].strip().lower() != expected:
             raise Fault(415, f"Content-Type: expected {expected}", "unsupported_media_type")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most_bytes:
-            raise self._too_large()
+            raise self._too_large(path)
 
-    def _too_large(self) -> Fault:
-        most = self._limits.max_upload_mb
-        return Fault(413, f"the request is larger than {most:g} MB; send less, or compressed", "too_large", "file")
+    def _too_large(self, path: str) -> Fault:
+        most, param = self._limits.max_upload_mb, "file" if path.startswith(_UPLOADS) else None
+        return Fault(413, f"the request is larger than {most:g} MB; send less, or compressed", "too_large", param)
 
     @contextmanager
     def _place(self, client: str) -> Iterator[None]:
@@ -113,7 +115,7 @@ class Guard:
             self._clients[client] -= 1
             self._clients += Counter()  # forgets clients that have gone
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, path: str) -> Receive:
         """Messages as they come, while they are neither too many nor too late."""
         total, is_whole, end = 0, False, time.monotonic() + self._limits.upload_seconds
 
@@ -131,7 +133,7 @@ class Guard:
             if total > self._most_bytes:
                 if not is_whole:
                     await self._drain(receive)
-                raise self._too_large()
+                raise self._too_large(path)
             return message
 
         return bounded

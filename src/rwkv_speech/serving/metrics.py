@@ -19,22 +19,27 @@ class Metrics:
             "rwkv_speech_request_seconds", "From a request to the end of its answer.", ["path"], buckets=_SECONDS,
             registry=self._registry,
         )  # fmt: skip
-        self._audio = Counter("rwkv_speech_audio_seconds", "Seconds of transcribed audio.", registry=self._registry)
+        self._audio = Counter("rwkv_speech_audio_seconds", "Seconds of audio that was heard.", registry=self._registry)
         self._in_flight = Gauge(
             "rwkv_speech_requests_in_flight", "Requests that are answered.", registry=self._registry
         )
+        self._sessions = Gauge("rwkv_speech_sessions", "Conversations that are remembered.", registry=self._registry)
 
     def watch(self, in_flight: Callable[[], float]) -> None:
         """Ask this function how many requests are being answered."""
         self._in_flight.set_function(in_flight)
+
+    def watch_sessions(self, count: Callable[[], float]) -> None:
+        """Ask this function how many conversations are remembered."""
+        self._sessions.set_function(count)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """A request to a route's path ended with this status."""
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def transcribed(self, seconds: float) -> None:
-        """So much audio became text."""
+    def heard(self, seconds: float) -> None:
+        """So much audio became text, or was answered."""
         self._audio.inc(seconds)
 
     def response(self) -> Response:

@@ -1,13 +1,13 @@
 """The server: the API of openai's audio client over one model on this machine."""
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -25,6 +25,8 @@ from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving import faults
 from rwkv_speech.serving.answers import Deltas, answer
+from rwkv_speech.serving.chat import Chat
+from rwkv_speech.serving.events import Told, sent, while_there
 from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.form import Audio, Form, Order, TranslationForm
 from rwkv_speech.serving.guard import Guard
@@ -32,7 +34,6 @@ from rwkv_speech.serving.metrics import Metrics
 from rwkv_speech.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
-Found = TypeVar("Found")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LEAST_KEY = 16  # letters
 
@@ -54,6 +55,8 @@ class Service:
         api.post("/v1/audio/transcriptions")(self.transcriptions)
         api.post("/v1/audio/translations")(self.translations)
         self._metrics = Metrics()
+        self._chat = Chat(model, config, self._options, self._worker, self._metrics)
+        api.post("/v1/chat/completions")(self._chat.completions)
         self.app = Guard(api, config, keys, self._metrics)
 
     @asynccontextmanager
@@ -93,8 +96,8 @@ class Service:
         if form.stream:
             events = self._events(order, form)
             # What is wrong until the first event is answered with its own status.
-            first = await _while_there(request, anext(events))
-            return StreamingResponse(_sent(first, events), media_type="text/event-stream")
+            first = await while_there(request, anext(events))
+            return StreamingResponse(sent(first, events), media_type="text/event-stream")
         return answer(form, await self._transcript(request, order), self._model.tokenizer)
 
     async def translations(self, request: Request, form: Annotated[TranslationForm, FormFields()]) -> Response:
@@ -110,76 +113,27 @@ class Service:
 
     async def _transcript(self, request: Request, order: Order) -> Transcript:
         """What the worker finds; it is told to give up for a client that has gone, or when it takes too long."""
-        future, limit = asyncio.wrap_future(self._worker.submit(order.recording)), self._config.request_seconds
-        try:
-            await _while_there(request, asyncio.wait((future,), timeout=limit))
-            return self._result(order, future)
-        finally:
-            self._leave(order, future)
+        told = self._told(order)
+        await while_there(request, told.ended(self._config.request_seconds))
+        return self._result(order, told)
 
-    def _result(self, order: Order, future: asyncio.Future[Transcript | BadSample]) -> Transcript:
-        found = order.result(future, self._config.request_seconds)
-        self._metrics.transcribed(found.seconds)
+    def _told(self, order: Order) -> Told[list[Segment], Transcript | BadSample]:
+        return Told(partial(self._worker.submit, order.recording), partial(self._worker.cancel, order.recording.key))
+
+    def _result(self, order: Order, told: Told[list[Segment], Transcript | BadSample]) -> Transcript:
+        found = order.result(told.future, self._config.request_seconds)
+        self._metrics.heard(found.seconds)
         return found
 
     async def _events(self, order: Order, form: Form) -> AsyncGenerator[dict[str, Any]]:
         """The transcript in parts, as soon as nothing can change them any more."""
-        loop, parts, deltas = asyncio.get_running_loop(), asyncio.Queue[Any](), Deltas(form, self._model.tokenizer)
-        end = loop.time() + self._config.request_seconds
-
-        def listen(segments: list[Segment] | None) -> None:
-            loop.call_soon_threadsafe(parts.put_nowait, segments)
-
-        future = asyncio.wrap_future(self._worker.submit(order.recording, listen))
-        future.add_done_callback(lambda _: parts.put_nowait(None))
-        try:
-            with suppress(TimeoutError):
-                while (segments := await asyncio.wait_for(parts.get(), end - loop.time())) is not None:
-                    for event in deltas.of(segments):
-                        yield event
-            for event in deltas.done(self._result(order, future)):
-                yield event
-        finally:
-            self._leave(order, future)
-
-    def _leave(self, order: Order, future: asyncio.Future[Any]) -> None:
-        if not future.done():
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
-            self._worker.cancel(order.recording.key)
-
-
-async def _sent(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events, with what goes wrong on the way as one of them."""
-    async with aclosing(events):
-        yield _event(first)
-        try:
-            async for event in events:
-                yield _event(event)
-        except Fault as fault:
-            yield _event({"error": fault.content()})
-        yield "data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
-async def _while_there(request: Request, wanted: Awaitable[Found]) -> Found:
-    """What is wanted; raises Fault when the client goes before it is there."""
-    task, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Fault(499, "the client has gone", "client_closed_request")
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        told, deltas = self._told(order), Deltas(form, self._model.tokenizer)
+        async with aclosing(told.parts(self._config.request_seconds)) as parts:
+            async for segments in parts:
+                for event in deltas.of(segments):
+                    yield event
+        for event in deltas.done(self._result(order, told)):
+            yield event
 
 
 def read_keys(path: str) -> list[str]:

@@ -1,17 +1,19 @@
-"""The one thread that owns the model: recordings join its running batch, and leave it when they are done."""
+"""The one thread that owns the model: recordings and turns join its running batch, and leave it when they are done."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from rwkv_speech.batch import BadSample
+from rwkv_speech.batch import BadSample, Sample
+from rwkv_speech.decoding.engine import Done, Request
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Segment, Transcript
+from rwkv_speech.decoding.session import Parts, Session, Turn
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.models.speech_lm import SpeechLM
 
@@ -32,6 +34,50 @@ class _Told:
             self.listener(segments)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What is said in a turn of a conversation, text that is read before it, and the answer where it is given."""
+
+    sample: Sample
+    before: str = ""
+    answer: tuple[int, ...] | None = None
+
+
+class Talk:
+    """The next turns of a conversation, the last of which is answered; the session is changed, and is its alone."""
+
+    def __init__(self, session: Session, said: Sequence[Said], options: Options, model: SpeechLM) -> None:
+        self.session = session
+        self._said, self._options, self._parts = list(said), options, Parts(model.tokenizer)
+        self._listener: Callable[[str], None] = lambda part: None
+
+    def begin(self, listener: Callable[[str], None]) -> Request:
+        """The first turn; the listener is told the parts of the answer."""
+        self._listener = listener
+        return self._request()
+
+    def tell(self, ids: Sequence[int]) -> None:
+        """The tokens so far of the turn that is being answered."""
+        if len(self._said) == 1 and (part := self._parts.next(ids)):
+            self._listener(part)
+
+    def take(self, done: Done) -> Request | Turn:
+        """Remember a turn: the next one's request, or the answer to the last."""
+        turn = self.session.take(done, self._said.pop(0).answer)
+        if self._said:
+            return self._request()
+        if rest := self._parts.last(turn.tokens):
+            self._listener(rest)
+        return turn
+
+    def _request(self) -> Request:
+        said = self._said[0]
+        # Of a turn whose answer is given nothing is written but what the engine cannot do without.
+        options = self._options if said.answer is None else replace(self._options, max_new_tokens=1)
+        request = self.session.request(said.sample, options, self)
+        return replace(request, before=said.before) if said.before else request
+
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +88,7 @@ class Worker:
         self._begin = partial(Transcriber, model, options, slots)
         self._transcriber: Transcriber | None = self._begin()
         self._orders = SimpleQueue[Callable[[], None]]()
-        self._futures = dict[Any, Future[Transcript | BadSample]]()
+        self._futures = dict[Any, Future[Any]]()
         self._listeners = dict[Any, _Told]()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -63,8 +109,18 @@ class Worker:
         self._orders.put(partial(self._take, recording, future, listener))
         return future
 
+    def converse(self, talk: Talk, listener: Callable[[str], None]) -> Future[Turn]:
+        """Have the turns of a conversation read and answered, beside the others; `cancel` knows it by the talk.
+
+        The listener is called in the worker's thread, with each part of the answer.
+        """
+        future = Future[Turn]()
+        future.set_running_or_notify_cancel()
+        self._orders.put(partial(self._begin_talk, talk, future, listener))
+        return future
+
     def cancel(self, key: Any) -> None:
-        """Give up a recording, and what it takes up in the batch."""
+        """Give up a recording or a talk, and what it takes up in the batch."""
         self._orders.put(partial(self._drop, key))
 
     def close(self) -> None:
@@ -76,9 +132,16 @@ class Worker:
         self._futures[recording.key] = future
         if listener:
             self._listeners[recording.key] = _Told(listener)
-        if self._transcriber is None:
-            self._transcriber = self._begin()
-        self._transcriber.submit(recording)
+        self._opened.submit(recording)
+
+    def _begin_talk(self, talk: Talk, future: Future[Turn], listener: Callable[[str], None]) -> None:
+        self._futures[talk] = future
+        self._opened.engine.submit(talk.begin(listener))
+
+    @property
+    def _opened(self) -> Transcriber:
+        self._transcriber = self._transcriber or self._begin()
+        return self._transcriber
 
     def _drop(self, key: Any) -> None:
         self._listeners.pop(key, None)
@@ -94,7 +157,7 @@ class Worker:
             try:
                 self._round()
             except Exception as error:  # the thread outlives whatever a recording does to it
-                logger.exception("decoding failed; %d recordings are given up", len(self._futures))
+                logger.exception("decoding failed; %d requests are given up", len(self._futures))
                 self._transcriber = None
                 for future in self._futures.values():
                     future.set_exception(error)
@@ -112,3 +175,18 @@ class Worker:
             self._futures.pop(recording.key).set_result(result)
         for key, told in self._listeners.items():
             told.tell(self._transcriber.settled(key))
+        self._go_on(self._transcriber)
+
+    def _go_on(self, transcriber: Transcriber) -> None:
+        """Take what has been found of talks, and tell what is being written."""
+        while transcriber.answered:
+            done = transcriber.answered.popleft()
+            talk: Talk = done.request.key
+            found = talk.take(done)
+            if isinstance(found, Turn):
+                self._futures.pop(talk).set_result(found)
+            else:
+                transcriber.engine.submit(found)
+        for request, ids in transcriber.engine.unfinished():
+            if isinstance(request.key, Talk):
+                request.key.tell(ids)
