@@ -155,7 +155,7 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(script: str,
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_flag_is_read(config: type[ModelConfig]):
-    scripts = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "predict.py"}
+    scripts = {TrainConfig: "train.py", EvalConfig: "eval.py", PredictConfig: "src/rwkv_speech/predict.py"}
     script = scripts.get(config, "src/rwkv_speech/serving/server.py")
     shared = [path for name in ("config.py", "serving", "checks.py", "devices.py", "models", "scoring") for path in
               [ROOT / "src/rwkv_speech" / name, *(ROOT / "src/rwkv_speech" / name).glob("*.py")]]  # fmt: skip
