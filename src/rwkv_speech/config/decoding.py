@@ -34,7 +34,7 @@ class DecodeFlags(Flags):
     )
     ctc_weight: float = flag(
         0.0,
-        "weight of the CTC head's log-probability in choosing among the texts of --beam or --best_of",
+        "weight of the CTC head's log-probability: in each step of a search of --beam, among the samples of --best_of",
         at_least=0,
         at_most=10,
     )

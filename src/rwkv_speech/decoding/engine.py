@@ -18,9 +18,10 @@ from rwkv_speech.decoding.beam import Beam, candidates
 from rwkv_speech.decoding.draft import Verifier
 from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.keywords import Keywords
+from rwkv_speech.decoding.listener import Listener, Spelling
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader, Reading
-from rwkv_speech.decoding.rescoring import Rank, by_score, rank_of
+from rwkv_speech.decoding.rescoring import Rank, by_score, is_spoken, rank_of
 from rwkv_speech.decoding.strategy import Hypothesis, Scores, Strategy, Track
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -100,6 +101,8 @@ class Engine:
         self._state = model.lm.zero_state(rows)
         self._graph = StepGraph.of(model.lm, self._state)
         self._keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
+        listens = model.ctc if options.ctc_weight and options.beam > 1 else None
+        self._spelling = listens and Spelling(listens.spec, model.tokenizer, model.lm.sizes.vocab)
         self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
         self._logits: Tensor | None = None  # (S, V) of the next token of each row
         self._jobs: list[_Job | None] = [None] * rows  # whose each row is
@@ -230,8 +233,7 @@ class Engine:
                 here = slice(row, row + 1)
                 mine = State(*(x[:, here] for x in state))
                 kept = State(*(x.clone() for x in mine)) if request.start else None
-                rank = rank_of(self._model, request.sample.task, one.ctc, self._options.ctc_weight)
-                self._read.append((_Job(request, one.ctc, state=kept, rank=rank), logits[here], mine))
+                self._read.append((_Job(request, one.ctc, state=kept), logits[here], mine))
         return [Done(request, [Hypothesis((), (), (), False)], one.ctc, 0) for request, one in empty]
 
     def _kind(self, request: Request) -> tuple[Any, ...]:
@@ -252,17 +254,20 @@ class Engine:
         request, options = job.request, self._options
         if request.temperature > 0:
             job.wanted = options.best_of
+            job.rank = rank_of(self._model, request.sample.task, job.ctc, options.ctc_weight)
             for number in range(job.wanted):
                 chance = random.Random(f"{options.sampling_seed} {request.temperature} {number}")
                 track = self._track(request, chance)
                 self._texts.append((job, track, logits, state))
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
-            track = self._track(request)
+            track, listener = self._track(request), self._listener(job)
+            track.heard = listener and listener.start
             self._place(rows[0], job, track, logits, state)
             for row in rows[1:]:
                 self._jobs[row] = job
-            self._beams.append((job, Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy)))
+            beam = Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy, listener=listener)
+            self._beams.append((job, beam))
         elif (draft := self._draft(job)) is not None:
             verifier = Verifier(self._model, self._strategy, self._track(request), draft, logits, state)
             self._verifiers.append((job, verifier))
@@ -271,6 +276,11 @@ class Engine:
 
     def _track(self, request: Request, chance: random.Random | None = None) -> Track:
         return Track(request.limit, request.temperature, chance, keywords=request.keywords or self._keywords)
+
+    def _listener(self, job: _Job) -> Listener | None:
+        if self._spelling is None or job.ctc is None or not is_spoken(job.request.sample.task):
+            return None
+        return Listener(job.ctc, self._spelling)
 
     def _draft(self, job: _Job) -> str | None:
         head = self._model.ctc

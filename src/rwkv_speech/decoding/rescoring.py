@@ -1,4 +1,4 @@
-"""Which of several texts is taken: the language model's score, and how well the CTC head hears the text."""
+"""What part the CTC head takes in the choice of a text: in each step of a beam search, and among samples."""
 
 # F frames · K labels of the CTC head
 
@@ -21,13 +21,18 @@ def by_score(text: Hypothesis) -> tuple[float, float]:
     return text.score, 0.0
 
 
+def is_spoken(task: str) -> bool:
+    """Whether a text of this task is what is said: nothing else can be heard."""
+    return tasks.base_of(task) == tasks.DEFAULT
+
+
 def rank_of(model: SpeechLM, task: str, ctc: Tensor | None, weight: float) -> Rank:
-    """The order of the texts of a piece with log-probabilities `ctc` (F, K); only what is said can be heard.
+    """The order of samples of a piece with log-probabilities `ctc` (F, K).
 
     Source: joint CTC/attention decoding, Watanabe et al. 2017, in its rescoring form.
     """
     head = model.ctc
-    if not weight or head is None or ctc is None or tasks.base_of(task) != tasks.DEFAULT:
+    if not weight or head is None or ctc is None or not is_spoken(task):
         return by_score
 
     def rank(text: Hypothesis) -> tuple[float, float]:

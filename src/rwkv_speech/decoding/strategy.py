@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.decoding.keywords import Keywords
+from rwkv_speech.decoding.listener import Heard
 from rwkv_speech.decoding.options import Options
 
 # A text that says the same over and over: at least so many times, and so many tokens in all.
@@ -38,20 +39,24 @@ class Hypothesis:
 
 
 class Choice(NamedTuple):
-    """A token that is taken: what it was chosen by, and the model's log-probability and entropy there."""
+    """A token that is taken: what it was chosen by, and the model's log-probability and entropy there.
+
+    `heard` is the text up to it as the CTC head hears it, where a search listens.
+    """
 
     token: int
     score: float
     logprob: float
     entropy: float
+    heard: Heard | None = None
 
 
 @dataclass
 class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
-    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`.
-    `node` is the place in their trie.
+    `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`,
+    and where it is `heard`, the CTC head's part. `node` is the place in the keywords' trie.
     """
 
     limit: int
@@ -63,11 +68,12 @@ class Track:
     entropies: list[float] = field(default_factory=list)
     node: int = Keywords.start
     keywords: Keywords | None = None
+    heard: Heard | None = None
 
     def fork(self) -> "Track":
         """A copy that goes its own way."""
         texts = [*self.ids], [*self.logprobs], [*self.entropies]
-        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords)
+        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.heard)
 
     def append(self, choice: Choice) -> None:
         """Take the next token, the end of text among them."""
@@ -75,6 +81,7 @@ class Track:
         self.total += choice.score
         self.logprobs.append(choice.logprob)
         self.entropies.append(choice.entropy)
+        self.heard = choice.heard
 
     @property
     def is_full(self) -> bool:
