@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_speech.config import AnswerConfig, EvalConfig, TrainConfig
 from rwkv_speech.flags import Flags, parse
-from rwkv_speech.synthetic import pretrain_lm
+from rwkv_speech.synthetic import pretrain_lm, say_texts
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("train", "valid", "test")
@@ -35,8 +35,9 @@ def parsed(line: str) -> Flags:
     """What a call of an interpreter asks for."""
     first, *words = line[:-1].split("\x1f")
     if first == "-m":
-        if words[0] == "rwkv_speech.synthetic.pretrain_lm":
-            return parse(pretrain_lm.Flags, words[1:], "")
+        for module in (pretrain_lm, say_texts):
+            if words[0] == module.__name__:
+                return parse(module.Flags, words[1:], "")
         assert words[:2] == ["rwkv_speech", "make_answers"]
         return parse(AnswerConfig, words[2:], "")
     return parse({"train.py": TrainConfig, "eval.py": EvalConfig}[Path(first).name], words, "")
@@ -70,10 +71,15 @@ def test_real_tasks_trains_and_scores_on_a_small_base_model(pretender: Path, tmp
     assert done.returncode == 2 and "demo/pretrain-small.sh" in done.stderr
     base.mkdir()
     (base / "rwkv6.safetensors").touch()
-    done = run("real-tasks.sh", data, cwd=tmp_path, PYTHON=pretender, base=base, proj_dir=tmp_path / "run")
+    own = {"base": base, "proj_dir": tmp_path / "run", "PYTHON": pretender}
+    done = run("real-tasks.sh", data, cwd=tmp_path, texts=f"{data}@3,{base}", **own)
     calls = [parsed(line) for line in done.stdout.splitlines() if "\x1f" in line]
-    assert [type(call) for call in calls] == [TrainConfig, TrainConfig, EvalConfig, EvalConfig], done.stderr
-    assert all(isinstance(x, EvalConfig) or x.vocab_file == str(base / "vocab.txt") for x in calls)
+    kinds = [say_texts.Flags, TrainConfig, TrainConfig, TrainConfig, *[EvalConfig] * 5]
+    assert [type(call) for call in calls] == kinds, done.stderr
+    said, *rest = calls
+    assert isinstance(said, say_texts.Flags) and said.texts == f"{data}@3,{base}"
+    assert all(x.vocab_file == str(base / "vocab.txt") for x in rest if isinstance(x, TrainConfig | EvalConfig))
+    assert isinstance(rest[0], TrainConfig) and rest[0].train_data.endswith(f",{said.out}/train.jsonl")
 
 
 def test_voice_qa_learns_the_answers_that_it_makes(pretender: Path, tmp_path: Path):

@@ -56,10 +56,12 @@ def test_text_joins_repeats_and_drops_blanks():
     assert spec.text(torch.eye(4)[path]) == "aab b"
 
 
-@pytest.fixture(scope="module")
-def head() -> CtcHead:
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def head(request: pytest.FixtureRequest) -> CtcHead:
     torch.manual_seed(0)
-    return CtcHead(24, CtcSpec(" abc", hidden=16)).eval()
+    head = CtcHead(24, CtcSpec(" abc", hidden=16, layers=request.param)).eval()
+    assert len(head.state_dict()) == 2 * request.param + 2
+    return head
 
 
 def test_padding_changes_no_row(head: CtcHead):

@@ -140,6 +140,8 @@ class _OptimizerFlags:
         resume=True,
     )
     lr_ctc: float = flag(4e-3, "learning rate of the CTC head", above=0, needs="ctc", resume=True)
+    ctc_hidden: int = flag(256, "channels of the CTC head", at_least=1, needs="ctc", resume=True)
+    ctc_layers: int = flag(2, "convolutions of the CTC head", at_least=1, needs="ctc", resume=True)
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,9 @@ class Engine:
         self._state = model.lm.zero_state(rows)
         self._graph = StepGraph.of(model.lm, self._state)
         self._keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, self._state.wkv.device)
-        listens = model.ctc if options.ctc_weight and options.beam > 1 else None
-        self._spelling = listens and Spelling(listens.spec, model.tokenizer, model.lm.sizes.vocab)
+        self._spelling: Spelling | None = None
+        if model.ctc and options.ctc_weight and options.beam > 1:
+            self._spelling = Spelling(model.ctc.spec, model.tokenizer, model.lm.sizes.vocab)
         self._reader, self._strategy = Reader(model), Strategy(options, model.tokenizer.eos_id)
         self._logits: Tensor | None = None  # (S, V) of the next token of each row
         self._jobs: list[_Job | None] = [None] * rows  # whose each row is
@@ -262,7 +263,7 @@ class Engine:
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
             track, listener = self._track(request), self._listener(job)
-            track.heard = listener and listener.start
+            track.heard = listener.start if listener else None
             self._place(rows[0], job, track, logits, state)
             for row in rows[1:]:
                 self._jobs[row] = job

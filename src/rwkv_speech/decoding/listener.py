@@ -93,7 +93,7 @@ class Listener:
         """Each of the n texts with each of its tokens behind it; of an impossible one the total alone means something."""
         read = [[self._spelling.read(text.rest, x) for x in row] for text, row in zip(texts, tokens, strict=True)]
         wanted = [(i, labels) for i, row in enumerate(read) for labels, _ in row if self._spelling.star not in labels]
-        known = {(i, ()): text for i, text in enumerate(texts)}
+        known: dict[tuple[int, tuple[int, ...]], Heard] = {(i, ()): text for i, text in enumerate(texts)}
         for length in range(1, 1 + max((len(labels) for _, labels in wanted), default=0)):
             # Tokens that begin alike share their beginning.
             new = list(dict.fromkeys((i, labels[:length]) for i, labels in wanted if len(labels) >= length))
@@ -126,6 +126,6 @@ class Listener:
 
 
 def _staying(entering: Tensor, sums: Tensor) -> Tensor:
-    """Log-probabilities (n, F + 1) of the paths in a label whose own add up to `sums`, entered a frame after `entering`."""
+    """Log-probabilities (n, F + 1) of being in a label that adds up to `sums`, entered a frame after `entering`."""
     found = (entering - sums)[:, :-1].logcumsumexp(-1) + sums[:, 1:]
     return F.pad(found, (1, 0), value=-torch.inf)

@@ -73,7 +73,9 @@ class Track:
     def fork(self) -> "Track":
         """A copy that goes its own way."""
         texts = [*self.ids], [*self.logprobs], [*self.entropies]
-        return Track(self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.heard)
+        return Track(
+            self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.heard
+        )
 
     def append(self, choice: Choice) -> None:
         """Take the next token, the end of text among them."""

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from rwkv_speech.audio import length_mask
 from rwkv_speech.devices import autocast
 
 BLANK = 0
-HIDDEN, KERNEL = 256, 5
+HIDDEN, LAYERS, KERNEL = 256, 2, 5
 _DROPOUT = 0.1
 
 
@@ -31,6 +32,7 @@ class CtcSpec:
     labels: str
     hidden: int = HIDDEN
     kernel: int = KERNEL
+    layers: int = LAYERS
     start_shift: float = 0.0
     end_shift: float = 0.0
 
@@ -56,7 +58,7 @@ class CtcSpec:
 
 
 class CtcHead(nn.Module):
-    """Two convolutions over the frames, and a log-probability of each label in each frame.
+    """A few convolutions over the frames, and a log-probability of each label in each frame.
 
     Source: connectionist temporal classification, Graves et al. 2006.
     """
@@ -64,8 +66,9 @@ class CtcHead(nn.Module):
     def __init__(self, D: int, spec: CtcSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.conv1 = nn.Conv1d(D, spec.hidden, spec.kernel, padding=spec.kernel // 2)
-        self.conv2 = nn.Conv1d(spec.hidden, spec.hidden, spec.kernel, padding=spec.kernel // 2)
+        for number in range(spec.layers):
+            width = spec.hidden if number else D
+            self.add_module(f"conv{number + 1}", nn.Conv1d(width, spec.hidden, spec.kernel, padding=spec.kernel // 2))
         self.out = nn.Linear(spec.hidden, len(spec.labels) + 1)
 
     def forward(self, frames: Tensor, frame_lengths: Tensor) -> Tensor:
@@ -73,10 +76,14 @@ class CtcHead(nn.Module):
         outside = ~length_mask(frame_lengths, frames.shape[1], frames.device)[..., None]
         with autocast(frames.device.type, enabled=False):
             x = F.layer_norm(frames.float(), frames.shape[-1:])
-            for conv in (self.conv1, self.conv2):
+            for conv in self._convolutions:
                 x = F.dropout(x.masked_fill(outside, 0.0), _DROPOUT, self.training)
                 x = F.gelu(_convolved(x, conv))
             return self.out(x).log_softmax(-1)
+
+    @property
+    def _convolutions(self) -> list[nn.Conv1d]:
+        return [cast(nn.Conv1d, self.get_submodule(f"conv{number + 1}")) for number in range(self.spec.layers)]
 
     def is_like(self, other: "CtcHead | None") -> bool:
         """Whether the other head has the same record and weights, to the bit."""

@@ -131,7 +131,7 @@ class CtcModule(pl.LightningModule):
         self.config, self._data, self._speech, self._cache = config, data, speech, cache
         self._frozen = (encoder,)  # hidden from Lightning: it is neither trained, nor saved, nor shared out
         torch.manual_seed(_number(config.seed))
-        self.head = CtcHead(encoder.width, CtcSpec(speech.characters()))
+        self.head = CtcHead(encoder.width, CtcSpec(speech.characters(), config.ctc_hidden, layers=config.ctc_layers))
         world_size = config.num_nodes * accelerator(config)[1]
         cut = Cut(config.micro_bsz, config.batch_seconds, world_size=world_size, accumulate=config.accumulate)
         enough = math.ceil(_STEPS / len(data.loader(cut, config.epoch_steps)))
@@ -148,7 +148,7 @@ class CtcModule(pl.LightningModule):
         """
         c = self.config
         cut = {name: getattr(c, name) for name in ("micro_bsz", "batch_seconds", "accumulate", "device", "num_nodes")}
-        own = {"lr_ctc": c.lr_ctc, "ctc_epochs": c.ctc_epochs}
+        own = {name: getattr(c, name) for name in ("lr_ctc", "ctc_epochs", "ctc_hidden", "ctc_layers")}
         self._info = {"settings": {**settings, **own}, "cut": cut, "epochs": self.epochs}
         point = newest_point(Path(c.proj_dir) / FOLDER)
         if point is None:
