@@ -90,7 +90,7 @@ class Listener:
         return gains[:, self._spelling.first].float()
 
     def after(self, texts: Sequence[Heard], tokens: Sequence[Sequence[int]]) -> list[list[Heard]]:
-        """Each of the n texts with each of its tokens behind it; of an impossible one only the total means something."""
+        """Each of the n texts with each of its tokens behind it; an impossible one has the total -inf."""
         read = [[self._spelling.read(text.rest, x) for x in row] for text, row in zip(texts, tokens, strict=True)]
         wanted = [(i, labels) for i, row in enumerate(read) for labels, _ in row if self._spelling.star not in labels]
         known: dict[tuple[int, tuple[int, ...]], Heard] = {(i, ()): text for i, text in enumerate(texts)}
