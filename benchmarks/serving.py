@@ -23,9 +23,9 @@ from rwkv_speech.data.sources import open_source
 
 
 @contextmanager
-def serving(run: str, slots: int) -> Iterator[str]:
-    """The address of a server on a run's weights."""
-    words = ["serve", "--proj_dir", run, "--port", "0", "--micro_bsz", str(slots)]
+def serving(run: str, slots: int, more: Sequence[str] = ()) -> Iterator[str]:
+    """The address of a server on a run's weights, with `more` flags."""
+    words = ["serve", "--proj_dir", run, "--port", "0", "--micro_bsz", str(slots), *more]
     command = [sys.executable, "-m", "rwkv_speech", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr

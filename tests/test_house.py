@@ -190,6 +190,7 @@ TESTED_IN = {
         "serving/test_server.py",
     ),
     **dict.fromkeys(("serving.chat_form", "serving.sessions"), "serving/test_chat.py"),
+    **dict.fromkeys(("serving.hearing", "serving.realtime_form"), "serving/test_realtime.py"),
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
     ),

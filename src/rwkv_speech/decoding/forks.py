@@ -41,9 +41,9 @@ class Forks:
     """Readings of the piece of a recording that is being spoken, and of one that is complete."""
 
     def __init__(self, model: SpeechLM, task: str, options: Options) -> None:
-        keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
+        self.keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
         strategy = Strategy(options, model.tokenizer.eos_id)
-        self._begin = partial(OpenPiece, model, task, options, strategy, keywords)
+        self._begin = partial(OpenPiece, model, task, options, strategy, self.keywords)
         self.restart()
 
     def restart(self) -> None:

@@ -84,6 +84,11 @@ class Segmenter:
         return pieces
 
     @property
+    def speech_start(self) -> int | None:
+        """The sample at which the open piece begins, None where nobody speaks."""
+        return self._begin
+
+    @property
     def open_piece(self) -> Piece | None:
         """What the next piece begins with, as far as whole blocks of the recording go."""
         return None if self._begin is None else Piece(self._begin, self._samples(self._begin, self._end))

@@ -84,6 +84,12 @@ class Stream:
         self._check_open()
         return [event for block in self._given.push(as_waveform(samples, "stream")) for event in self._resample(block)]
 
+    @property
+    def speech_start(self) -> float | None:
+        """The second at which what is being said began, None where nobody speaks."""
+        start = self._segmenter.speech_start
+        return None if start is None else start / SAMPLE_RATE
+
     def finish(self) -> list[Event]:
         """The events of all that is left; nothing can be pushed after it."""
         self._check_open()

@@ -118,11 +118,29 @@ def stream(
     """What SpeechLM.stream gives."""
     task = Naming.among(list(model.initial_states), task).state(None, options.given_language)
     transcriber = Transcriber(model, options, batch_size)
+    return stream_through(transcriber, model, options, commit, pace, sample_rate, task, hold)
+
+
+def stream_through(
+    transcriber: Transcriber,
+    model: speech_lm.SpeechLM,
+    options: Options,
+    commit: str,
+    pace: float | None,
+    sample_rate: int,
+    task: str,
+    hold: float = HOLD_SECONDS,
+) -> Stream:
+    """A stream whose pieces that transcriber cuts and decodes, one stream's after the other's; its options may differ.
+
+    How tokens are chosen, and how audio is cut, is the transcriber's.
+    """
     listener: Listener
     if commit == "word":
         listener, pace = WordListener(model, options, task, hold), PACE_SECONDS if pace is None else pace
     elif commit == "segment":
-        listener = SegmentListener(transcriber.live(task), Forks(model, task, options))
+        forks = Forks(model, task, options)
+        listener = SegmentListener(transcriber.live(task, options, forks.keywords), forks)
     else:
         raise UserError(f"commit: found {commit!r}, expected segment or word")
     return Stream(transcriber.segmenter(), listener, pace, sample_rate)

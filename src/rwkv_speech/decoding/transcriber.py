@@ -203,9 +203,11 @@ class Transcriber:
         given = recording.language or options.given_language
         return _Work(recording, options, language=None if options.finds_language else given)
 
-    def live(self, task: str) -> Callable[[Piece], list[Segment]]:
-        """A function that takes the pieces of a recording, one after another, to their segments."""
-        work = self._begun(Recording(None, "stream", list, task))
+    def live(
+        self, task: str, options: Options | None = None, keywords: Keywords | None = None
+    ) -> Callable[[Piece], list[Segment]]:
+        """A function that takes the pieces of a recording, one after another, to their segments; as a Recording's."""
+        work = self._begun(Recording(None, "stream", list, task, options=options, keywords=keywords))
 
         @torch.no_grad()
         def segments_of(piece: Piece) -> list[Segment]:

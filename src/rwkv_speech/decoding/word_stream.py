@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+from rwkv_speech import tasks
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.decoding import guards
 from rwkv_speech.decoding.agreement import Agreement
@@ -18,6 +19,13 @@ from rwkv_speech.models.speech_lm import SpeechLM
 
 # Words end so long before they are committed; the piece is read so often.
 HOLD_SECONDS, PACE_SECONDS = 0.5, 0.25
+
+
+def can_commit_words(model: SpeechLM, task: str, options: Options) -> bool:
+    """Whether words of a task's texts are heard by a CTC head, and decoded so that none is taken back."""
+    is_greedy = options.beam == 1 and not options.draft and not options.condition_on_previous_text
+    is_greedy = is_greedy and options.temperatures[0] == 0
+    return model.ctc is not None and is_greedy and tasks.base_of(task) == tasks.DEFAULT
 
 
 class WordListener:

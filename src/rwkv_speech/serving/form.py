@@ -62,13 +62,9 @@ class Form(TranslationForm):
         """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
         check_model(self.model, model)
         is_recognition = tasks.base_of(self.model) == tasks.DEFAULT
-        if self.spoken and not is_recognition:
-            raise unsupported("language", "this model does not recognise speech; leave it out")
         if self.languages and self.language:
             raise unsupported("languages", "a language is given, too; leave one of them out")
-        spoken = tasks.state_name(tasks.DEFAULT, self.spoken, by_lang=True)
-        if self.spoken and self.model not in (tasks.DEFAULT, spoken) and spoken not in model.initial_states:
-            raise unsupported("language", "this model recognises another one; expected its own, or none")
+        check_language(self.model, self.spoken, model)
         if self.timestamp_granularities and self.response_format != "verbose_json":
             raise unsupported("timestamp_granularities", "expected response_format verbose_json with it")
         if self.has_words and (model.ctc is None or not is_recognition):
@@ -144,7 +140,7 @@ class Order:
         """What a form asks for; raises Fault as `Form.check`, and for keywords that are none."""
         form.check(model, default)
         try:
-            keywords = _keywords(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
+            keywords = expected(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
         except UserError as error:
             raise Fault(400, str(error), "invalid_value", "keywords") from error
         options = form.options(default, model)
@@ -163,8 +159,8 @@ class Order:
 
 
 @lru_cache(16)
-def _keywords(phrases: tuple[str, ...], weight: float, model: SpeechLM) -> Keywords | None:
-    """Made once for clients that ask again with the same ones: a large vocabulary takes its time."""
+def expected(phrases: tuple[str, ...], weight: float, model: SpeechLM) -> Keywords | None:
+    """The keywords, made once for clients that ask again with the same ones: a large vocabulary takes its time."""
     options = Options.given(keywords=phrases, keyword_weight=weight)
     return Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
 
@@ -174,6 +170,15 @@ def check_model(name: str, model: SpeechLM) -> None:
     if name not in model.initial_states:
         known = ", ".join(sorted(model.initial_states))
         raise Fault(404, f"there is no such model here; expected one of {known}", "model_not_found", "model")
+
+
+def check_language(name: str, spoken: str, model: SpeechLM) -> None:
+    """Raises Fault for a spoken language, "" for none, that a model does not recognise."""
+    if spoken and tasks.base_of(name) != tasks.DEFAULT:
+        raise unsupported("language", "this model does not recognise speech; leave it out")
+    own = tasks.state_name(tasks.DEFAULT, spoken, by_lang=True)
+    if spoken and name not in (tasks.DEFAULT, own) and own not in model.initial_states:
+        raise unsupported("language", "this model recognises another one; expected its own, or none")
 
 
 def unsupported(param: str, message: str) -> Fault:

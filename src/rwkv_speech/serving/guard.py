@@ -29,17 +29,17 @@ class Guard:
         metrics.watch(lambda: self.num_requests)
         self._keys = [key.encode() for key in keys]
         self._most_bytes = round(limits.max_upload_mb * _MEGABYTE)
-        self._clients = Counter[str]()
+        self._clients, self._num_streams = Counter[str](), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, and count it."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         status, begun = 499, time.monotonic()
 
         async def watched(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            status = 101 if message["type"] == "websocket.accept" else message.get("status", status)
             await send(message)
 
         try:
@@ -56,13 +56,18 @@ class Guard:
         try:
             client = self._client(scope, headers)
             scope.setdefault("state", {})["client"] = client
+            if scope["type"] == "websocket":
+                self._check_origin(headers)
+                with self._place(client), self._stream():
+                    return await self._app(scope, receive, send)
             if scope["method"] != "POST":
                 return await self._app(scope, receive, send)
             self._check(headers, scope["path"])
             with self._place(client):
                 await self._app(scope, self._bounded(receive, scope["path"]), send)
         except Fault as fault:
-            await self._drain(receive)
+            if scope["type"] == "http":
+                await self._drain(receive)
             await fault.response()(scope, receive, send)
 
     @property
@@ -98,6 +103,22 @@ class Guard:
     def _too_large(self, path: str) -> Fault:
         most, param = self._limits.max_upload_mb, "file" if path.startswith(_UPLOADS) else None
         return Fault(413, f"the request is larger than {most:g} MB; send less, or compressed", "too_large", param)
+
+    def _check_origin(self, headers: Headers) -> None:
+        """A browser lets any page connect, and names the page; only one of this server may."""
+        origin = headers.get("origin")
+        if origin and origin.partition("://")[2] != headers.get("host"):
+            raise Fault(403, "found another site's page; expected one of this server, or no browser", "forbidden")
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        if self._num_streams >= self._limits.max_streams:
+            raise Fault(503, "the server has too many connections; try again soon", "overloaded", retry=True)
+        self._num_streams += 1
+        try:
+            yield
+        finally:
+            self._num_streams -= 1
 
     @contextmanager
     def _place(self, client: str) -> Iterator[None]:

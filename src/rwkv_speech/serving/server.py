@@ -31,6 +31,7 @@ from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.form import Audio, Form, Order, TranslationForm
 from rwkv_speech.serving.guard import Guard
 from rwkv_speech.serving.metrics import Metrics
+from rwkv_speech.serving.realtime import FRAME_BYTES, Realtime
 from rwkv_speech.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Service:
         self._metrics = Metrics()
         self._chat = Chat(model, config, self._options, self._worker, self._metrics)
         api.post("/v1/chat/completions")(self._chat.completions)
+        realtime = Realtime(model, config, self._options, self._worker, self._metrics)
+        api.websocket("/v1/realtime")(realtime.connect)
         self.app = Guard(api, config, keys, self._metrics)
 
     @asynccontextmanager
@@ -171,6 +174,9 @@ def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         lifespan="on",
+        ws_max_size=FRAME_BYTES,
+        ws_max_queue=4,
+        ws_per_message_deflate=False,
         timeout_graceful_shutdown=round(config.upload_seconds + config.request_seconds),
     )
     return uvicorn.Server(settings)

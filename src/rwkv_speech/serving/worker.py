@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.decoding.engine import Done, Request
@@ -17,6 +17,7 @@ from rwkv_speech.decoding.session import Parts, Session, Turn
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.models.speech_lm import SpeechLM
 
+Found = TypeVar("Found")
 Listener = Callable[[list[Segment]], None]
 
 
@@ -119,6 +120,12 @@ class Worker:
         self._orders.put(partial(self._begin_talk, talk, future, listener))
         return future
 
+    def run(self, work: Callable[[], Found]) -> Future[Found]:
+        """Have the model's thread do something else between two rounds of the batch; it should take a short time."""
+        future = Future[Found]()
+        self._orders.put(partial(_run, work, future))
+        return future
+
     def cancel(self, key: Any) -> None:
         """Give up a recording or a talk, and what it takes up in the batch."""
         self._orders.put(partial(self._drop, key))
@@ -165,8 +172,9 @@ class Worker:
                 self._listeners.clear()
 
     def _round(self) -> None:
-        # With nothing to decode it sleeps until something comes.
-        while not self._orders.empty() or (self._is_open and not self._futures):
+        # With nothing to decode it sleeps until something comes; what comes meanwhile waits for a round.
+        is_idle = self._is_open and not self._futures
+        for _ in range(max(self._orders.qsize(), int(is_idle))):
             self._orders.get()()
         if self._transcriber is None:
             return
@@ -190,3 +198,12 @@ class Worker:
         for request, ids in transcriber.engine.unfinished():
             if isinstance(request.key, Talk):
                 request.key.tell(ids)
+
+
+def _run(work: Callable[[], Found], future: Future[Found]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except Exception as error:  # it is for whoever asked
+        future.set_exception(error)
