@@ -26,6 +26,7 @@ from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving import faults
 from rwkv_speech.serving.answers import Deltas, answer
 from rwkv_speech.serving.chat import Chat
+from rwkv_speech.serving.connections import impatient
 from rwkv_speech.serving.events import Told, sent, while_there
 from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.form import Audio, Form, Order, TranslationForm
@@ -177,6 +178,7 @@ def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
         ws_max_size=FRAME_BYTES,
         ws_max_queue=4,
         ws_per_message_deflate=False,
+        http=impatient(config.upload_seconds),
         timeout_graceful_shutdown=round(config.upload_seconds + config.request_seconds),
     )
     return uvicorn.Server(settings)
