@@ -22,7 +22,7 @@ def score_all(config: EvalConfig) -> None:
     from rwkv_speech.scoring.processes import Progress
 
     before_evaluation(config)
-    weights = "untrained" if config.untrained else str(find_checkpoint(config.checkpoint or config.proj_dir))
+    weights = "untrained" if config.untrained else str(find_checkpoint(config.checkpoint or Path(config.proj_dir)))
     then = {} if config.untrained else load_trained(weights).metrics  # of the training
     epoch = f", epoch {then['epoch']}" if "epoch" in then else ""
     print(f"weights: {weights}{epoch}" + (f", in training {then['validation']}" if "validation" in then else ""))

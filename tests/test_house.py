@@ -73,6 +73,8 @@ def test_no_circles():
         ("deepspeed", "training"),
         ("datasets", "data"),
         ("pyarrow", "data"),
+        ("huggingface_hub", "models"),
+        ("httpx2", "models"),
         ("matplotlib", "reports"),
         ("jinja2", "reports"),
         ("sacrebleu", "scoring"),

@@ -52,7 +52,10 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "VERB: found none, expected average, calibrate, export, make_answers, predict, report, serve or states"),
+        (
+            [],
+            "VERB: found none, expected average, calibrate, export, make_answers, predict, push, report, serve or",
+        ),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),
         (["average", "--checkpoints", "a", "--output", "b"], "a: found no trained weights"),

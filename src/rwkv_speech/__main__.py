@@ -51,6 +51,13 @@ def _predict(given: Namespace) -> int:
     return main(given.flags)
 
 
+def _push(given: Namespace) -> None:
+    from rwkv_speech.reports.card import Sharing, push
+
+    sharing = Sharing(given.license, given.base_model, given.encoder, given.private, given.endpoint)
+    print(f"written to {push(given.repo, given.checkpoint or given.proj_dir, sharing, given.folder)}")
+
+
 def _report(given: Namespace) -> Path:
     from rwkv_speech.reports.page import write_report
 
@@ -152,6 +159,18 @@ def _parser() -> Parser:
     predict.add_argument("flags", nargs="*")
     predict.set_defaults(verb=_predict)
 
+    push = verbs.add_parser("push", help="share a run on the Hugging Face hub", allow_abbrev=False)
+    push.add_argument("repo", metavar="NAME/REPO", help="the repository, made if it is new")
+    push.add_argument("--proj_dir", default="output", help="the run's folder; its best checkpoint is shared")
+    push.add_argument("--checkpoint", default="", help="another checkpoint; empty: the best of --proj_dir")
+    push.add_argument("--license", required=True, help="of the weights, as the hub names it, such as apache-2.0")
+    push.add_argument("--base_model", default="", help="the base model's id on the hub, for the card")
+    push.add_argument("--encoder", default="", help="the encoder's id on the hub, if it was trained with a folder")
+    push.add_argument("--private", action="store_true", help="let nobody else see it")
+    push.add_argument("--folder", type=Path, help="write to this new folder, and do not ask the hub")
+    push.add_argument("--endpoint", default="", help="the hub's address; empty: the usual one")
+    push.set_defaults(verb=_push)
+
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
     report.set_defaults(verb=_report)
@@ -195,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers, predict, report, serve or "
-                "states; --help says what each does"
+                "VERB: found none, expected average, calibrate, export, make_answers, predict, push, report, "
+                "serve or states; --help says what each does"
             )
         done = given.verb(given)
         if isinstance(done, Path):

@@ -15,6 +15,7 @@ from rwkv_speech.data.sources import KINDS
 from rwkv_speech.devices import accelerator
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
+from rwkv_speech.models.hub import is_id
 
 
 def before_training(config: TrainConfig) -> None:
@@ -133,9 +134,9 @@ def _check_model_files(config: ModelConfig) -> None:
 
 def _check_checkpoint(config: EvalConfig | PredictConfig | ServeConfig, checkpoint: str) -> None:
     """A checkpoint that is not there; flags that an own one, which states its sizes, makes useless."""
-    if checkpoint and not Path(checkpoint).exists():
+    if checkpoint and not (Path(checkpoint).exists() or is_id(checkpoint)):
         raise UserError(f"--checkpoint: no such file or folder {checkpoint!r}; give trained weights or a run's folder")
-    path = find_checkpoint(checkpoint or config.proj_dir)
+    path = find_checkpoint(checkpoint or Path(config.proj_dir))
     for flag, given in (("stack", config.stack), ("adapter_hidden", config.adapter_hidden),
                         ("separator", config.separator != ModelConfig.separator)):  # fmt: skip
         if given and load_trained(path).parts is not None:

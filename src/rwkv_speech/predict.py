@@ -121,7 +121,7 @@ def load(config: PredictConfig, hears: bool = True) -> "tuple[SpeechLM, str]":
     from rwkv_speech.models.speech_lm import SpeechLM
 
     parts, compute = Parts.of(config), compute_of(config)
-    path = config.checkpoint or config.proj_dir
+    path = config.checkpoint or Path(config.proj_dir)
     model = SpeechLM.from_pretrained(path, parts, compute, config.task or "asr", hears)
     return model, config.task or model.add_states(config.state)
 

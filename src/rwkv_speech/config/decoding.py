@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rwkv_speech.config.forms import (
+    CHECKPOINT_HELP,
     HISTORIES,
     LIBRISPEECH_TESTS,
     NORMALIZERS,
@@ -101,7 +102,7 @@ class EvalConfig(ColumnFlags, _EvalDecodeFlags, ModelConfig):
         "",
         "--compare A B: compare two results instead, each a file such as eval-best-test-1c9a04.jsonl or a run's folder",
     )
-    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    checkpoint: str = flag("", CHECKPOINT_HELP)
     eval_data: str = flag(LIBRISPEECH_TESTS, "what to score, each set by itself, separated by commas")
     task: str = flag("", "state for all utterances, whatever task they name; empty: each its own", form=TASK_FORM)
     state: str = flag("", STATE_HELP)

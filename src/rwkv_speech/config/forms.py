@@ -41,6 +41,7 @@ DATA_FORMS = {
 }
 ACCEPTED_FORMS = ", ".join(DATA_FORMS)
 TASK_FORM = (re.compile("[a-z][a-z0-9_]*").fullmatch, "a name of lower-case letters, digits and _, such as asr")
+CHECKPOINT_HELP = "trained weights, own, published, or NAME/REPO on the hub; empty: the best of --proj_dir"
 STATE_HELP = "file of states to use beside those of the weights; if it holds one and --task is empty, that is for all"
 LIBRISPEECH_TESTS = "librispeech:test-clean,librispeech:test-other"
 

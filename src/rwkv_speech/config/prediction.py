@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rwkv_speech.config.decoding import DecodeFlags
-from rwkv_speech.config.forms import COMMITS, FORMATS, OFF_ON, PRECISIONS, PROMPT_FORM, STATE_HELP, TASK_FORM
+from rwkv_speech.config.forms import (
+    CHECKPOINT_HELP,
+    COMMITS,
+    FORMATS,
+    OFF_ON,
+    PRECISIONS,
+    PROMPT_FORM,
+    STATE_HELP,
+    TASK_FORM,
+)
 from rwkv_speech.config.model import ModelConfig, check_one_device
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import Flags, flag
@@ -79,7 +88,7 @@ class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, Mode
         "is named and left out; the exit code is then 1.",
     )
     micro_bsz: int = flag(8, "pieces of audio that are decoded together", at_least=1)
-    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    checkpoint: str = flag("", CHECKPOINT_HELP)
     file_path: str = flag("", "inputs separated by commas")
     task: str = flag(
         "",

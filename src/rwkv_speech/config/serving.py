@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rwkv_speech.config.decoding import DecodeFlags
-from rwkv_speech.config.forms import STATE_HELP
+from rwkv_speech.config.forms import CHECKPOINT_HELP, STATE_HELP
 from rwkv_speech.config.model import ModelConfig, check_one_device
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import flag
@@ -38,7 +38,7 @@ class ServeConfig(LimitFlags, DecodeFlags, ModelConfig):
 
     group: ClassVar[str] = "run"
     micro_bsz: int = flag(8, "pieces of audio that are decoded together", at_least=1)
-    checkpoint: str = flag("", "trained weights, own or published; empty: the best of --proj_dir")
+    checkpoint: str = flag("", CHECKPOINT_HELP)
     state: str = flag("", STATE_HELP)
 
     def check(self) -> None:

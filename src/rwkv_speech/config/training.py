@@ -84,7 +84,9 @@ class _AudioFlags:
 @dataclass(frozen=True)
 class _OptimizerFlags:
     group: ClassVar[str] = "training"
-    init_from: str = flag("", "start from this checkpoint, own or published, instead of new weights")
+    init_from: str = flag(
+        "", "start from this checkpoint, own, published or NAME/REPO on the hub, not from new weights"
+    )
     soft_prompt: int = flag(
         0,
         "learned vectors that each new task reads between audio and separator, beside its state",

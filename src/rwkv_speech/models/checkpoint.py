@@ -22,6 +22,7 @@ from torch import Tensor
 from rwkv_speech import tasks
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.files import write_atomically
+from rwkv_speech.models import hub
 from rwkv_speech.models.base import read_tensors
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts, TrainedOn
@@ -218,11 +219,14 @@ def _described(metadata: Mapping[str, str]) -> tuple[Parts | None, TrainedOn | N
     return Parts.from_dict(json.loads(metadata["parts"])), trained_on, json.loads(metadata["metrics"])
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, endpoint: str = "") -> Path:
     """The checkpoint that a path means: the file itself, a run's best, else its last, else the only one in the folder.
 
+    Text that names nothing here is a repository of the hub at `endpoint`, as `hub.is_id` says, whose file is fetched.
     Raises UserError naming the folder and the remedy if there is none, or several to choose from.
     """
+    if hub.is_id(path):
+        return hub.download(str(path), BEST, endpoint)
     path = Path(path)
     if path.is_file():
         return path

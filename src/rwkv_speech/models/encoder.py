@@ -172,6 +172,15 @@ class SpeechEncoder(nn.Module):
                 digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def weights_sha256(self) -> str:
+        """SHA-256 (hex) of the weights, rounded to bfloat16: the same whatever they are computed or stored in."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.model.state_dict().items()):
+            if name != UNUSED:
+                digest.update(f"{name} {tuple(x.shape)}".encode())
+                digest.update(x.cpu().to(torch.bfloat16).reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
 
 class NoEncoder(SpeechEncoder):
     """In an encoder's place where text alone is read: nothing is loaded, and no adapter is built on its width of 0."""

@@ -21,7 +21,8 @@ class Parts:
     """Where the frozen parts come from and how the trained ones are shaped; what is empty is derived.
 
     "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
-    World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read.
+    World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read; `encoder_sha256`
+    is that of the encoder's weights in what was shared, else empty.
     """
 
     load_model: str = ""
@@ -34,6 +35,7 @@ class Parts:
     n_embd: int | None = None
     base_sha256: str = ""
     encoder_padding: float | None = None
+    encoder_sha256: str = ""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
@@ -113,6 +115,12 @@ class Parts:
                 f"{checkpoint}: trained on a base model with SHA-256 {wanted[:12]}..., found "
                 f"{self.base_sha256[:12]}... in {self.load_model}; give the same file with --load_model"
             )
+
+    def shared(self, encoder: str, encoder_sha256: str) -> "Parts":
+        """These for other machines: the encoder as named, its content, and no folder of this machine."""
+        base, vocabulary = Path(self.load_model).name, Path(self.vocab_file).name
+        known = replace(self, load_model=base, vocab_file=vocabulary)
+        return replace(known, encoder=encoder, encoder_sha256=encoder_sha256)
 
 
 @dataclass(frozen=True)

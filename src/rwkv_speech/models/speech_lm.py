@@ -90,13 +90,15 @@ class SpeechLM(nn.Module):
         compute: Compute | None = None,
         task: str = tasks.DEFAULT,
         hears: bool = True,
+        endpoint: str = "",
     ) -> Self:
         """Load a run's folder, an own checkpoint, or a published `.pth`, which needs `parts` and has one state, `task`.
 
-        `hears` as in `build`. Raises UserError if nothing is there, if the base model is not the one that the
-        checkpoint was trained on, and for a model to hear with whose checkpoint has no adapter.
+        Text that names nothing here, "NAME/REPO", is a repository on the hub, whose address is `endpoint` if that is
+        not the usual one. `hears` as in `build`. Raises UserError if nothing is there, if the base model or the encoder
+        is not the one that the checkpoint was trained on, and for a model to hear with whose checkpoint has no adapter.
         """
-        trained = load_trained(find_checkpoint(path), task)
+        trained = load_trained(find_checkpoint(path, endpoint), task)
         given = parts or Parts()
         if trained.parts is None and not given.load_model:
             raise UserError(
@@ -114,6 +116,7 @@ class SpeechLM(nn.Module):
         """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
         if trained.parts is not None:
             self.parts.check_base(trained.parts.base_sha256, trained.path)
+            self._check_encoder(trained.parts, trained.path)
         if trained.adapter and not self.encoder.width:  # of the encoder's width, whatever that is
             hidden, width = trained.adapter["0.weight"].shape
             known = Adapter(width // self.adapter.stack, self.lm.sizes.C, self.adapter.stack, hidden)
@@ -142,6 +145,14 @@ class SpeechLM(nn.Module):
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
+
+    def _check_encoder(self, wanted: Parts, checkpoint: Path) -> None:
+        """Raises UserError for an encoder that is not the one of a checkpoint that says which it is."""
+        if wanted.encoder_sha256 and self.encoder.width and self.encoder.weights_sha256() != wanted.encoder_sha256:
+            raise UserError(
+                f"{checkpoint}: trained on an encoder with SHA-256 {wanted.encoder_sha256[:12]}..., found another in "
+                f"{self.parts.encoder}; give the same with --encoder"
+            )
 
     def add_states(self, path: str | Path) -> str:
         """Take over the states of a file, in place of those of the same names; the name if it is one, else "".

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import torch
 
@@ -127,6 +128,6 @@ def _model(config: EvalConfig, device: str) -> tuple[SpeechLM, str]:
     if config.untrained:
         torch.manual_seed(config.seed)
         return SpeechLM.build(parts, compute, [task], hears).eval(), config.task
-    path = find_checkpoint(config.checkpoint or config.proj_dir)
+    path = find_checkpoint(config.checkpoint or Path(config.proj_dir))
     model = SpeechLM.from_pretrained(path, parts, compute, task, hears)
     return model, config.task or model.add_states(config.state)

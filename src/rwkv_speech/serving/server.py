@@ -161,7 +161,7 @@ def serve(config: ServeConfig) -> None:
     keys = read_keys(config.api_keys)
     if config.host not in _LOOPBACK and not keys:
         logger.warning("warning: --host %s without --api_keys: whoever reaches this machine may use it", config.host)
-    model = SpeechLM.from_pretrained(config.checkpoint or config.proj_dir, Parts.of(config), compute_of(config))
+    model = SpeechLM.from_pretrained(config.checkpoint or Path(config.proj_dir), Parts.of(config), compute_of(config))
     model.add_states(config.state)
     web_server(Service(model, config, keys), config).run()
 
