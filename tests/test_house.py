@@ -73,7 +73,6 @@ def test_no_circles():
         ("deepspeed", "training"),
         ("datasets", "data"),
         ("pyarrow", "data"),
-        ("huggingface_hub", "models"),
         ("httpx2", "models"),
         ("matplotlib", "reports"),
         ("jinja2", "reports"),
