@@ -40,23 +40,18 @@ def spoken(connection: Any, row: Row) -> tuple[list[tuple[str, float]], str, flo
         for end in range(PART, len(data) + PART, PART):
             time.sleep(max(0.0, begun + min(end, len(data)) / SAMPLE_RATE - time.perf_counter()))
             connection.input_audio_buffer.append(audio=base64.b64encode(data[end - PART : end].tobytes()).decode())
-        connection.send({"type": "input_audio_buffer.commit", "event_id": "end"})
+        connection.input_audio_buffer.clear()  # all turns have ended in the silence; its answer is the last event
 
     sender = threading.Thread(target=send)
     sender.start()
     deltas, texts, done = list[tuple[str, float]](), list[str](), 0.0
-    has_ended = False
-    while not has_ended:
-        event, now = connection.recv(), time.perf_counter() - begun
+    while (event := connection.recv()).type != "input_audio_buffer.cleared":
+        now = time.perf_counter() - begun
         if event.type.endswith(".delta"):
             deltas.append((event.delta, now))
         elif event.type.endswith(".completed"):
             texts.append(event.transcript)
             done = now
-            has_ended = not sender.is_alive()
-        elif event.type == "error":
-            assert event.error.event_id == "end", event  # all turns had ended before
-            has_ended = True
     sender.join()
     return deltas, " ".join(texts), done
 
