@@ -11,6 +11,7 @@ from rwkv_speech.errors import exit_code
 from rwkv_speech.flags import parse
 
 if TYPE_CHECKING:
+    from rwkv_speech.decoding.turns import Speaker
     from rwkv_speech.models.speech_lm import SpeechLM
 
 
@@ -31,6 +32,8 @@ def predict(config: PredictConfig) -> int:
     from rwkv_speech.tasks import Naming
 
     before_prediction(config)
+    if config.chat:
+        return predict_chat(config)
     if config.stream:
         return predict_stream(config)
     if config.session:
@@ -112,6 +115,40 @@ def predict_session(config: PredictConfig) -> int:
     for line in filter(str.strip, config.text.splitlines()):
         say(line)
     return 0
+
+
+def predict_chat(config: PredictConfig) -> int:
+    """Answer what is said in the samples that come from standard input, turn by turn."""
+    from rwkv_speech.decoding.options import Options
+    from rwkv_speech.decoding.session import Session
+    from rwkv_speech.decoding.transcriber import Transcriber
+    from rwkv_speech.decoding.turns import Turns, converse_live
+
+    speaker = speaker_of(config)
+    model, task = load(config)
+    session, options = Session.begun(model, task, config.session), Options.of(config)
+    turns = Turns(Transcriber(model, options, 1).segmenter(), config.turn_silence, config.stream_rate)
+
+    def remember() -> None:
+        if config.session:
+            session.save(config.session)
+
+    converse_live(session, options, turns, sys.stdin.buffer, sys.stdout, speaker, remember)
+    return 0
+
+
+def speaker_of(config: PredictConfig) -> "Speaker | None":
+    """What speaks answers, if anything does."""
+    from rwkv_speech.decoding.turns import Speaker, synthesised_by
+
+    name, _, voice = config.speak.partition(":")
+    if name != "espeak":
+        return Speaker(synthesised_by(config.speak), config.play) if config.speak else None
+    from rwkv_speech.synthetic.espeak import Synthesizer, Voice
+
+    synthesizer, chosen = Synthesizer(), Voice(voice or Voice.name)
+    print("note: answers are spoken by a synthetic voice (eSpeak NG)", file=sys.stderr)
+    return Speaker(lambda text: synthesizer.say(text, chosen).wav(), config.play)
 
 
 def load(config: PredictConfig, hears: bool = True) -> "tuple[SpeechLM, str]":

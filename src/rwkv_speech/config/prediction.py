@@ -78,7 +78,21 @@ class _SessionFlags:
 
 
 @dataclass(frozen=True)
-class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
+class _ChatFlags:
+    group: ClassVar[str] = "conversation"
+    chat: int = flag(0, "1: answer each turn of --stream -, and remember it", OFF_ON, needs="stream")
+    turn_silence: float = flag(0.7, "seconds of silence that end a turn", at_least=0.3, at_most=10, needs="chat")
+    speak: str = flag(
+        "",
+        "what speaks the answers: espeak or espeak:VOICE, the embedded synthetic voice (eSpeak NG), or a command that "
+        "reads text and writes a WAV file",
+        needs="chat",
+    )
+    play: str = flag("aplay -q", "command that plays the WAV file on its input", needs="speak")
+
+
+@dataclass(frozen=True)
+class PredictConfig(_ChatFlags, _SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, ModelConfig):
     """predict.py"""
 
     group: ClassVar[str] = "run"
@@ -102,10 +116,16 @@ class PredictConfig(_SessionFlags, _StreamFlags, _OutputFlags, DecodeFlags, Mode
         check_one_device(self)
         if self.stream and (self.inputs or self.file_path or self.output_format):
             raise UserError("--stream: found files or --output_format with it; leave out the one or the other")
-        if self.session:
+        if self.session or self.chat:
+            what = "chat" if self.chat else "session"
             for name in _NOT_IN_SESSIONS:
-                if getattr(self, name):
-                    raise UserError(f"--{name}: has no effect with --session; leave one of them out")
+                if getattr(self, name) and not (self.chat and name == "stream"):
+                    raise UserError(f"--{name}: has no effect with --{what}; leave one of them out")
+        if self.chat and (self.vad == "none" or self.commit != "segment" or self.pace or self.text):
+            raise UserError(
+                "--chat 1: found --vad none, --commit word, --pace or --text with it; leave them out: a silence ends "
+                "each turn, which is answered whole"
+            )
         if self.max_words_per_line and self.max_line_width:
             raise UserError("--max_words_per_line: has no effect with --max_line_width; leave one of them out")
 

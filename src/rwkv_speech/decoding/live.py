@@ -24,21 +24,21 @@ def transcribe_live(stream: Stream, source: BinaryIO, out: TextIO) -> None:
 
     Raises UserError for a terminal in place of samples, and for a file with a header.
     """
+    screen = Terminal(out) if out.isatty() else Lines(out)
+    if out.isatty():
+        print("listening; Ctrl-C ends", file=sys.stderr)
+    for samples in samples_of(source):
+        screen.show(stream.push(samples))
+    screen.show([*stream.finish(), Partial("")])
+
+
+def samples_of(source: BinaryIO) -> Iterator[Any]:
+    """Arrays (S,) of int16, as they come; raises UserError for a terminal, and for a file with a header."""
     if source.isatty():
         raise UserError(
             "--stream -: found a terminal, expected raw 16-bit samples from a pipe, as of "
             "arecord -f S16_LE -r 16000 -t raw | python predict.py --stream -"
         )
-    screen = Terminal(out) if out.isatty() else Lines(out)
-    if out.isatty():
-        print("listening; Ctrl-C ends", file=sys.stderr)
-    for samples in _samples(source):
-        screen.show(stream.push(samples))
-    screen.show([*stream.finish(), Partial("")])
-
-
-def _samples(source: BinaryIO) -> Iterator[Any]:
-    """Arrays (S,) of int16, as they come."""
     left, is_first = b"", True
     with _interruptible() as read:
         while data := read(source):
@@ -103,7 +103,7 @@ class Lines:
         """Write what has been committed."""
         for event in events:
             if isinstance(event, Committed):
-                text = _printable(event.text)
+                text = printable(event.text)
                 text = text if self._line else text.lstrip()
                 self._line = f"{self._line}{text}" if event.segment is None else ""
                 self._out.write(text + ("\n" if event.segment else ""))
@@ -121,7 +121,7 @@ class Terminal:
         """Write what has changed."""
         partial = None
         for event in events:
-            text, partial = _printable(event.text), ""
+            text, partial = printable(event.text), ""
             if isinstance(event, Committed):
                 self._line += text if self._line else text.lstrip()
                 self._wrap()
@@ -158,7 +158,8 @@ class Terminal:
         return max(2, shutil.get_terminal_size().columns - 1)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """A text in which nothing moves a cursor."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 

@@ -4,6 +4,8 @@ Only the tiny default and the tests use it; nothing in training or decoding of r
 """
 
 import ctypes
+import io
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
@@ -60,6 +62,16 @@ class Speech:
     def waveform(self, rate: int = SAMPLE_RATE) -> torch.Tensor:
         """(S,) float32 at `rate` Hz, by default the package's."""
         return F.resample(torch.from_numpy(self.samples), self.sample_rate, rate)
+
+    def wav(self) -> bytes:
+        """The bytes of a WAV file, 16-bit."""
+        file = io.BytesIO()
+        with wave.open(file, "wb") as writer:
+            writer.setnchannels(1)
+            writer.setsampwidth(2)
+            writer.setframerate(self.sample_rate)
+            writer.writeframes((32_767 * self.samples).astype("<i2").tobytes())
+        return file.getvalue()
 
 
 class Synthesizer:
