@@ -25,6 +25,23 @@ needs_manifests() {
     done
 }
 
+# mend_torchaudio PYTHON: transformers imports torchaudio, whose compiled part loads only beside a torch built with the same
+# CUDA. Its part in Python, all that is used here, needs no compiled one.
+mend_torchaudio() {
+    if ! "$1" -c 'import torchaudio' 2>/dev/null; then
+        echo "== torchaudio's compiled part cannot load beside this torch: removed, its Python part serves"
+        "$1" - <<'PYTHON_END'
+import importlib.util
+import pathlib
+
+for folder in importlib.util.find_spec("torchaudio").submodule_search_locations:
+    for library in pathlib.Path(folder).glob("lib/_torchaudio*.so"):
+        library.unlink()
+PYTHON_END
+        "$1" -c 'import torchaudio'
+    fi
+}
+
 setup_environment() {
     interpreter=${PYTHON:-python3}
     case ${venv:-auto} in
@@ -60,19 +77,6 @@ setup_environment() {
         "$interpreter" -m venv --clear "$root/.venv"
     fi
     (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt)
-    # transformers imports torchaudio, whose compiled part loads only beside a torch built with the same CUDA. Its part
-    # in Python, all that is used here, needs no compiled one.
-    if ! "$python" -c 'import torchaudio' 2>/dev/null; then
-        echo "== torchaudio's compiled part cannot load beside this torch: removed, its Python part serves"
-        "$python" - <<'PYTHON_END'
-import importlib.util
-import pathlib
-
-for folder in importlib.util.find_spec("torchaudio").submodule_search_locations:
-    for library in pathlib.Path(folder).glob("lib/_torchaudio*.so"):
-        library.unlink()
-PYTHON_END
-        "$python" -c 'import torchaudio'
-    fi
+    mend_torchaudio "$python"
     printf '%s' "$wanted" >"$root/.venv/installed"
 }

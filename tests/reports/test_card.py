@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import soundfile as sf
 import torch
 from conftest import write_wavlm
 from hub_server import running_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from tiny_models import random_rwkv6_tensors
 
 from rwkv_speech import SpeechLM
@@ -116,6 +117,12 @@ def test_a_push_is_what_another_machine_predicts_with(
     options = {"vad": "none", "temperature": 0.0, "no_speech_threshold": 1.0, "max_new_tokens": 8}
     for task in ("asr", "st_es"):
         assert found.transcribe(waveform, task=task, **options) == here.transcribe(waveform, task=task, **options)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the cache is enough now, for the command, too
+    sf.write("a.wav", waveform.numpy(), 16_000, subtype="FLOAT")
+    given = ["--load_model", files.load_model, "--encoder", files.encoder, "--vocab_file", files.vocab_file]
+    said = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["predict", "--checkpoint", "me/run", *given, *said, "a.wav"]) == 0
+    assert capsys.readouterr().out.strip() == here.transcribe(waveform, **options)[0].text.strip() != ""
     with pytest.raises(UserError, match="base.pth is neither there nor in .* of SHA-256 .* with --load_model"):
         SpeechLM.from_pretrained(str(next(tmp_path.rglob("best.safetensors"))))
 

@@ -1,8 +1,8 @@
 """Compiles the native kernels in `cuda/` once, when they are first needed; the only file that names compiler flags.
 
-Results lie in `build/` beside `cuda/`, in a folder named by what went into them, so that a changed source, flag or
-compiler never meets an old library. `python -m rwkv_speech.ops.build` compiles ahead of time, into the package: a
-wheel made after it needs no compiler where it is installed.
+Results lie in `build/` beside `cuda/`, or where a wheel is installed in the user's cache, in a folder named by what
+went into them, so that a changed source, flag or compiler never meets an old library. `python -m rwkv_speech.ops.build`
+compiles ahead of time, into the package: a wheel made after it needs no compiler where it is installed.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from typing import Any
 
 from rwkv_speech.errors import UserError, exit_code
 
-SOURCES = Path(__file__).resolve().parents[3] / "cuda"
-CACHE = SOURCES.parent / "build"
+_SOURCES = Path(__file__).parent / "sources"  # in a checkout a link to cuda/, in a wheel its files
+SOURCES = _SOURCES.resolve()
+CACHE = SOURCES.parent / "build" if _SOURCES.is_symlink() else Path.home() / ".cache" / "rwkv_speech"
 PREBUILT = Path(__file__).parent / "prebuilt"
 # What a wheel is built for: Ampere, Ada, Hopper and, where the compiler knows them, Blackwell.
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
