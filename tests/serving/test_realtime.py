@@ -75,7 +75,7 @@ def said(connection: Any, samples: np.ndarray) -> list[Any]:
 
 def alone(model: SpeechLM, samples: np.ndarray, **options: Any) -> list[Committed]:
     """What a stream commits."""
-    stream = model.stream(**{**OPTIONS, "commit": "word", "max_segment": 2.0, "hold": 0.25, **options})
+    stream = model.stream(**{**OPTIONS, "commit": "word", "max_segment": 2.0, "hold": 0.2, "pace": 0.125, **options})
     return [x for x in [*stream.push(samples), *stream.finish()] if isinstance(x, Committed)]
 
 

@@ -90,8 +90,11 @@ class Segmenter:
 
     @property
     def open_piece(self) -> Piece | None:
-        """What the next piece begins with, as far as whole blocks of the recording go."""
-        return None if self._begin is None else Piece(self._begin, self._samples(self._begin, self._end))
+        """What the next piece begins with, as far as the recording goes, and a piece may."""
+        if self._begin is None:
+            return None
+        heard = torch.cat([self._samples(self._begin, self._end), self._waiting])
+        return Piece(self._begin, heard[: self._max])
 
     def _add(self, block: Tensor) -> list[Piece]:
         starts = range(self._end, self._end + len(block), WINDOW)

@@ -19,6 +19,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.text import join_texts
 
 _RATES = 1000, 1_000_000
+# Samples from one possible look at the open piece to the next: an eighth of a second.
+_LOOK = BLOCK // 2
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Stream:
         # How a resampler rounds depends on the length of what it is given.
         self._given = _Blocks(sample_rate // 10)
         self._resampler = Resampler(sample_rate, "stream")
-        self._blocks = _Blocks(BLOCK)
+        self._blocks = _Blocks(_LOOK)
         # Blocks from one look at the open piece to the next.
-        self._every = max(1, round(pace * SAMPLE_RATE / BLOCK)) if pace else 0
+        self._every = max(1, round(pace * SAMPLE_RATE / _LOOK)) if pace else 0
         self._num_blocks = 0
         self._has_ended = False
 

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 FRAME_BYTES = 1_000_000  # most bytes of a message: 15 s of audio
 # The model's thread does so much for a connection before it turns to the others.
 _PART_SECONDS = 0.25
+# What is being said is read so often: words wait for the next reading.
+_PACE_SECONDS = 0.125
 _POLICY, _FAILED = 1008, 1011  # codes of closing
 Found = TypeVar("Found")
 
@@ -117,7 +119,8 @@ class Realtime:
         self._transcriber = self._transcriber or Transcriber(self._model, self._options, slots=1)
         task, rate = wanted.state(self._model), wanted.format.rate
         commit = "word" if can_commit_words(self._model, task, options) else "segment"
-        return stream_through(self._transcriber, self._model, options, commit, None, rate, task, wanted.hold)
+        pace = _PACE_SECONDS if commit == "word" else None
+        return stream_through(self._transcriber, self._model, options, commit, pace, rate, task, wanted.hold)
 
     def heard(self, seconds: float, total: float) -> None:
         """Count audio; raises Fault where a connection has sent more than it may."""

@@ -17,7 +17,7 @@ from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.form import Language, Text, check_language, check_model, expected, unsupported
 
 # Seconds that a word ended before it is sent.
-_HOLDS = {"minimal": 0.1, "low": 0.25, "medium": 0.5, "high": 1.0, "xhigh": 1.5}
+_HOLDS = {"minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 1.0, "xhigh": 1.5}
 
 
 class _Fields(BaseModel):
