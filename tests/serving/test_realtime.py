@@ -268,8 +268,12 @@ def closed(connection: Any) -> tuple[str | None, int]:
 
 
 def test_connections_are_bounded(model: SpeechLM, limited: dict[str, Any]):
-    limits = {"idle_seconds": 0.3, "stream_seconds": 2.0}
-    with running(model, ServeConfig(**{**limited, **limits})) as server:
+    with (
+        running(model, ServeConfig(**{**limited, "idle_seconds": 0.3})) as server,
+        connected(server).realtime.connect(extra_query=INTENT) as silent,
+    ):
+        assert closed(silent) == ("idle_timeout", 1008)
+    with running(model, ServeConfig(**{**limited, "stream_seconds": 2.0})) as server:
 
         def after(act: Callable[[Any], None]) -> tuple[str | None, int]:
             with connected(server).realtime.connect(extra_query=INTENT) as connection:
@@ -282,7 +286,6 @@ def test_connections_are_bounded(model: SpeechLM, limited: dict[str, Any]):
                 connection.input_audio_buffer.clear()
                 time.sleep(0.05)
 
-        assert after(lambda connection: None) == ("idle_timeout", 1008)
         assert after(lambda connection: append(connection, noise(0, 5.0), 8_000)) == ("session_expired", 1008)
         assert after(lambda connection: connection.send_raw(" " * (FRAME_BYTES + 1))) == (None, 1009)
         assert after(chatter) == ("session_expired", 1008)
