@@ -1,13 +1,15 @@
 """Our recipe against that of the idea's first implementation: `python -m benchmarks.first_recipe --train_data FILE`.
 
-The same frozen parts, data, order of batches, steps, schedule and initial values; both are decoded greedily. "first":
-one learning rate of 1e-4 for adapter and state; the encoder in training mode, with the dropout, layer drop and masking
-that its configuration says (Whisper's says none); the loss divided by the positions of audio and text. "ours": two
-learning rates, the encoder as it is, the loss divided by the tokens that are learned.
+The same frozen parts, data, order of batches, steps, schedule and initial values; both are decoded greedily, and with
+--ctc_epochs ours once more, by a beam search that listens to a CTC head trained on the same recordings ("joint").
+"first": one learning rate of 1e-4 for adapter and state; the encoder in training mode, with the dropout, layer drop and
+masking that its configuration says (Whisper's says none); the loss divided by the positions of audio and text. "ours":
+two learning rates, the encoder as it is, the loss divided by the tokens that are learned.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,15 +22,19 @@ from torch import Tensor
 from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech.audio import length_mask
 from rwkv_speech.batch import Batch
+from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.epoch import Cut
 from rwkv_speech.data.sources import open_sources
+from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.transcribe import transcribe_batches
+from rwkv_speech.models.checkpoint import LAST, load_trained
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.scoring.metrics import score_rows
 from rwkv_speech.tasks import DEFAULT
+from rwkv_speech.training.ctc import fit_ctc
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 
 FIRST_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.01, 1.0
@@ -115,9 +121,27 @@ def learned(side: Side, args: argparse.Namespace) -> dict[str, Any]:
         print(f"  epoch {epoch + 1}: loss {sum(losses[-len(loader) :]) / len(loader):.3f}", flush=True)
     seconds = time.perf_counter() - started
     side.model.eval()
-    batches = (batch for (batch,) in valid.loader(Cut(args.micro_bsz, shuffle=False)))
-    scores = score_rows(list(transcribe_batches(side.model, batches)))
-    return {"steps": total, "loss": losses[-1], "seconds": seconds, "wer": scores.wer, "cer": scores.cer}
+    return {"steps": total, "loss": losses[-1], "seconds": seconds, **errors(side.model, valid, args.micro_bsz)}
+
+
+def errors(model: SpeechLM, valid: SpeechDataset, size: int, options: Options = GREEDY) -> dict[str, float]:
+    """WER and CER, `size` utterances at a time."""
+    batches = (batch for (batch,) in valid.loader(Cut(size, shuffle=False)))
+    scores = score_rows(list(transcribe_batches(model, batches, options)))
+    return {"wer": scores.wer, "cer": scores.cer}
+
+
+def joint(side: Side, args: argparse.Namespace) -> dict[str, float]:
+    """Give a trained side a CTC head of the same recordings, and score both together."""
+    train, valid = datasets(args, side.model)
+    with tempfile.TemporaryDirectory() as folder:
+        side.model.save(Path(folder) / LAST)
+        head = {"ctc": 1, "ctc_epochs": args.ctc_epochs, "ctc_hidden": 320, "ctc_layers": 3}
+        cut = {"micro_bsz": args.micro_bsz, "label_mode": args.label_mode, "task": args.task, "seed": args.seed}
+        run = {"proj_dir": folder, "train_data": args.train_data, "device": "cpu", "workers": 0}
+        fit_ctc(side.model, TrainConfig(**run, **cut, **head), train, None)
+        side.model.ctc = load_trained(Path(folder) / LAST).ctc_head()
+    return errors(side.model, valid, args.micro_bsz, Options.given(0.0, beam=8, ctc_weight=1.0))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--lr_adapter", type=float, default=5e-4)
     parser.add_argument("--lr_state", type=float, default=5e-3)
+    parser.add_argument("--ctc_epochs", type=int, default=0, help="of ours' CTC head; 0: none")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -144,10 +169,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = dict[str, dict[str, Any]]()
     for name, rates in (("first", (FIRST_RATE, FIRST_RATE)), ("ours", (args.lr_adapter, args.lr_state))):
         print(name, flush=True)
-        result[name] = learned(Side(parts, [args.task], rates, args.seed, name == "first"), args)
-        print(f"  WER {100 * result[name]['wer']:.2f} %, CER {100 * result[name]['cer']:.2f} %")
-    ratio = {kind: result["ours"][kind] / max(result["first"][kind], 1e-9) for kind in ("wer", "cer")}
-    print(f"ours of first: WER {ratio['wer']:.2f}, CER {ratio['cer']:.2f}")
+        side = Side(parts, [args.task], rates, args.seed, name == "first")
+        result[name] = learned(side, args)
+        if name == "ours" and args.ctc_epochs:
+            result["joint"] = joint(side, args)
+    first, *others = result
+    for name, found in result.items():
+        print(f"{name}: WER {100 * found['wer']:.2f} %, CER {100 * found['cer']:.2f} %")
+    ratio = {
+        name: {kind: result[name][kind] / max(result[first][kind], 1e-9) for kind in ("wer", "cer")} for name in others
+    }
+    for name, found in ratio.items():
+        print(f"{name} of {first}: WER {found['wer']:.2f}, CER {found['cer']:.2f}")
     command = ["python", "-m", "benchmarks.first_recipe", *(argv or sys.argv[1:])]
     threads = torch.get_num_threads()
     print(write_result("first-recipe", args.output, command, cpu_name(), threads=threads, ratio=ratio, **result))
