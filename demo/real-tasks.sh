@@ -35,7 +35,7 @@ fi
 echo "== 1 of 4: recognition, a state for each language, and the CTC head that listens with it"
 OP=train proj_dir=$run/asr micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_count="${asr_epochs-3}" ctc=1 \
     train_data="$p/asr.train.jsonl@2,$p/words.train.jsonl,$s/asr.train.jsonl$spoken" \
-    sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --ctc_epochs "${ctc_epochs-8}" --ctc_layers 3 \
+    sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --ctc_epochs "${ctc_epochs-6}" --ctc_layers 3 \
     --ctc_hidden 320
 
 echo "== 2 of 4: translation and the name of the language, from that adapter"
