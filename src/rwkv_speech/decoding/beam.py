@@ -110,7 +110,7 @@ def _heard(beam: Beam, listener: Listener, found: Scores) -> list[Candidate]:
     width, weight = len(beam.slots), beam.strategy.options.ctc_weight
     texts = [(place, track, track.heard) for place, track in enumerate(beam.tracks) if track and track.heard]
     slots = torch.tensor([beam.slots[place] for place, *_ in texts], device=found.scores.device)
-    hopes = found.scores[slots] + weight * listener.bounds([text for *_, text in texts]).to(slots.device)
+    hopes = found.scores[slots] + weight * listener.hopes([text for *_, text in texts]).to(slots.device)
     tokens = hopes.topk(min(_LOOKED_AT * width, hopes.shape[-1])).indices
     choices = iter(found.of(slots.repeat_interleave(tokens.shape[1]), tokens.flatten()))
     longer = listener.after([text for *_, text in texts], tokens.tolist())

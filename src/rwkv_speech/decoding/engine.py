@@ -263,7 +263,8 @@ class Engine:
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
             track, listener = self._track(request), self._listener(job)
-            track.heard = listener.start if listener else None
+            if listener:
+                track.heard, track.total = listener.start, options.ctc_weight * listener.start.total
             self._place(rows[0], job, track, logits, state)
             for row in rows[1:]:
                 self._jobs[row] = job

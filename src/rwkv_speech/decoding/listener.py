@@ -18,6 +18,10 @@ from torch.nn import functional as F
 from rwkv_speech.models.ctc import BLANK, CtcSpec
 from rwkv_speech.tokenizer import WorldTokenizer
 
+# By how much more than the head's best path the rest of a text is expected to cost: the language model's part, and that
+# no text is the head's best path. Of 1 and 4 the latter gave fewer errors, on a weak language model.
+FORESIGHT = 4.0
+
 
 class Spelling:
     """The labels that the tokens of a vocabulary append to a text."""
@@ -46,7 +50,8 @@ class Spelling:
 
 
 class Heard(NamedTuple):
-    """A text's beginning as the head hears it: `total` is the log-probability of all texts that begin so.
+    """A text's beginning as the head hears it: `total` is the log-probability of all texts that begin so, with what the
+    rest is expected to cost.
 
     `paths` (2, F + 1) is that of the text itself in the first 0 ... F frames, on paths that end in its last label and
     on those that end in a blank. `rest` holds the bytes of a character that is not whole yet.
@@ -65,25 +70,33 @@ class Heard(NamedTuple):
 class Listener:
     """Follows the texts of one piece of audio through its log-probabilities `ctc` (F, K).
 
-    A text with a character that is no label, as no text that the head learned from has it, is impossible: were it free,
-    a search could add such for ever to put off what is hard to hear.
+    Texts of as many tokens may have come to different frames. So the frames that are left count, too, `foresight` times
+    what the head's best path through them costs: else what puts off a passage that is hard to hear would seem better
+    than what has got over it. A text with a character that is no label, as no text that the head learned from has it,
+    is impossible. The total of a text that has ended is its own log-probability.
     """
 
-    def __init__(self, ctc: Tensor, spelling: Spelling) -> None:
+    def __init__(self, ctc: Tensor, spelling: Spelling, foresight: float = FORESIGHT) -> None:
         self._spelling = spelling
         self._emit = F.pad(ctc.double().cpu(), (0, 0, 1, 0))  # (F + 1, K): nothing in frame 0
         self._sums = self._emit.cumsum(0)
+        best = self._emit.amax(1)
+        rest = foresight * (best.sum() - best.cumsum(0))  # (F + 1,)
+        self._losses = self._emit[1:] + rest[1:, None]  # (F, K) of each label in each frame, with what comes behind it
         nothing = torch.full_like(self._sums[:, BLANK], -torch.inf)
-        self.start = Heard(0.0, BLANK, torch.stack((nothing, self._sums[:, BLANK])))
+        self.start = Heard(float(rest[0]), BLANK, torch.stack((nothing, self._sums[:, BLANK])))
         self._impossible = self.start._replace(total=-math.inf)
 
-    def bounds(self, texts: Sequence[Heard]) -> Tensor:
-        """What each token at best adds to the total of each of n texts, by its first label alone: (n, V) float32."""
+    def hopes(self, texts: Sequence[Heard]) -> Tensor:
+        """What each token would add to the total of each of n texts, by its first label alone: (n, V) float32.
+
+        Without foresight no token adds more.
+        """
         totals = torch.tensor([text.total for text in texts], dtype=torch.float64)
         paths = torch.stack([text.paths for text in texts])  # (n, 2, F + 1)
-        found = (paths.logsumexp(1)[:, :-1, None] + self._emit[1:]).logsumexp(1)  # (n, K)
+        found = (paths.logsumexp(1)[:, :-1, None] + self._losses).logsumexp(1)  # (n, K)
         again = torch.tensor([text.last for text in texts])
-        found[range(len(texts)), again] = (paths[:, 1, :-1] + self._emit[1:, again].T).logsumexp(1)
+        found[range(len(texts)), again] = (paths[:, 1, :-1] + self._losses[:, again].T).logsumexp(1)
         found[:, BLANK] = totals
         gains = F.pad(found - totals[:, None], (0, 1), value=-torch.inf)  # the star is impossible
         gains[[i for i, text in enumerate(texts) if text.rest]] = 0.0
@@ -119,7 +132,7 @@ class Listener:
         again = torch.tensor([text.last == label for text, label in zip(texts, labels, strict=True)])
         entering = torch.where(again[:, None], paths[:, 1], torch.logaddexp(paths[:, 0], paths[:, 1]))
         at = torch.tensor(labels)
-        totals = (entering[:, :-1] + self._emit[1:, at].T).logsumexp(-1).tolist()
+        totals = (entering[:, :-1] + self._losses[:, at].T).logsumexp(-1).tolist()
         spoken = _staying(entering, self._sums[:, at].T)
         silent = _staying(spoken, self._sums[:, BLANK].expand_as(spoken))
         return [Heard(*found) for found in zip(totals, labels, torch.stack((spoken, silent), 1), strict=True)]
