@@ -15,6 +15,7 @@ from rwkv_speech.config import (
     DecodeFlags,
     EvalConfig,
     ModelConfig,
+    PageConfig,
     PredictConfig,
     ServeConfig,
     TrainConfig,
@@ -24,7 +25,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.flags import parse
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [TrainConfig, EvalConfig, PredictConfig, ServeConfig]
+CONFIGS = [TrainConfig, EvalConfig, PredictConfig, ServeConfig, PageConfig]
 
 
 def said(config: type[ModelConfig], *argv: str) -> str:

@@ -82,6 +82,7 @@ def test_no_circles():
         ("uvicorn", "serving"),
         ("pydantic", "serving"),
         ("prometheus_client", "serving"),
+        ("gradio", "serving"),
     ],
 )
 def test_a_library_has_one_home(library: str, home: str):
@@ -191,6 +192,7 @@ TESTED_IN = {
         "serving/test_server.py",
     ),
     **dict.fromkeys(("serving.chat_form", "serving.sessions"), "serving/test_chat.py"),
+    **dict.fromkeys(("serving.page_view", "serving.page_work"), "serving/test_page.py"),
     **dict.fromkeys(("serving.hearing", "serving.realtime_form"), "serving/test_realtime.py"),
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"

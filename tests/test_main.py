@@ -54,7 +54,7 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (
             [],
-            "VERB: found none, expected average, calibrate, export, make_answers, predict, push, report, serve or",
+            "VERB: found none, expected average, calibrate, export, make_answers, page, predict, push, report",
         ),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),
@@ -65,6 +65,7 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["make_answers", "--form", "hello"], "--form: found 'hello', expected one of user, instruction, continue, or"),
         (["make_answers", "--data", "a", "--output", "b"], "manifest a: cannot be read"),
         (["serve", "--port", "70000"], "--port: found 70000, expected a whole number at least 0 and at most 65535"),
+        (["page", "--beam", "0"], "--beam: found 0, expected a whole number at least 1"),
         (["serve", "--word_timestamps", "1"], "--word_timestamps: has no effect on a server, whose clients ask for"),
         (["serve", "--proj_dir", "a"], "a: found no trained weights"),
         (["predict", "--proj_dir", "a", "b.wav"], "a: found no trained weights"),
@@ -100,12 +101,20 @@ def test_serve_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch
     assert "found no package uvicorn; install rwkv-speech[serve]" in capsys.readouterr().err
 
 
+def test_page_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delitem(sys.modules, "rwkv_speech.serving.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["page"]) == 2
+    assert "found no package gradio; install rwkv-speech[page]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
         ["--help"],
         ["average", "--help"],
         ["make_answers", "--help"],
+        ["page", "--help"],
         ["serve", "--help"],
         ["predict", "--help"],
         ["nothing"],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_speech.config import AnswerConfig, ServeConfig
+from rwkv_speech.config import AnswerConfig, PageConfig, ServeConfig
 from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.flags import Parser, parse
 
@@ -43,6 +43,15 @@ def _make_answers(given: Namespace) -> Path:
     from rwkv_speech.decoding.make_answers import make_answers
 
     return make_answers(config)
+
+
+def _page(given: Namespace) -> None:
+    config = parse(PageConfig, given.flags, "A page to speak with the model: a microphone, files, turns with memory.")
+    try:
+        from rwkv_speech.serving.page import show
+    except ModuleNotFoundError as error:
+        raise UserError(f"page: found no package {error.name}; install rwkv-speech[page]") from error
+    show(config)
 
 
 def _predict(given: Namespace) -> int:
@@ -155,6 +164,10 @@ def _parser() -> Parser:
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
 
+    page = verbs.add_parser("page", help="speak with it in a browser", add_help=False, prefix_chars="\0")
+    page.add_argument("flags", nargs="*")
+    page.set_defaults(verb=_page)
+
     predict = verbs.add_parser("predict", help="print what is said in audio", add_help=False, prefix_chars="\0")
     predict.add_argument("flags", nargs="*")
     predict.set_defaults(verb=_predict)
@@ -214,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers, predict, push, report, "
-                "serve or states; --help says what each does"
+                "VERB: found none, expected average, calibrate, export, make_answers, page, predict, push, "
+                "report, serve or states; --help says what each does"
             )
         done = given.verb(given)
         if isinstance(done, Path):

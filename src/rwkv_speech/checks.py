@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_speech import tiny
-from rwkv_speech.config import ACCEPTED_FORMS, TEXT, EvalConfig, ModelConfig, PredictConfig, ServeConfig, TrainConfig
+from rwkv_speech.config import (
+    ACCEPTED_FORMS,
+    TEXT,
+    EvalConfig,
+    ModelConfig,
+    PageConfig,
+    PredictConfig,
+    ServeConfig,
+    TrainConfig,
+)
 from rwkv_speech.data.inputs import Input
 from rwkv_speech.data.phrases import read_phrases
 from rwkv_speech.data.source import split_weight
@@ -78,8 +87,8 @@ def before_prediction(config: PredictConfig) -> None:
         _check_folder("session", os.path.dirname(os.path.abspath(config.session)))
 
 
-def before_serving(config: ServeConfig) -> None:
-    """Raises UserError for a device or files that the server would miss later, and flags without effect."""
+def before_serving(config: ServeConfig | PageConfig) -> None:
+    """Raises UserError for a device or files that the server or the page would miss later, and flags without effect."""
     check_devices(config)
     read_phrases(config)
     _check_checkpoint(config, config.checkpoint)
@@ -132,7 +141,7 @@ def _check_model_files(config: ModelConfig) -> None:
         )
 
 
-def _check_checkpoint(config: EvalConfig | PredictConfig | ServeConfig, checkpoint: str) -> None:
+def _check_checkpoint(config: EvalConfig | PredictConfig | ServeConfig | PageConfig, checkpoint: str) -> None:
     """A checkpoint that is not there; flags that an own one, which states its sizes, makes useless."""
     if checkpoint and not (Path(checkpoint).exists() or is_id(checkpoint)):
         raise UserError(f"--checkpoint: no such file or folder {checkpoint!r}; give trained weights or a run's folder")

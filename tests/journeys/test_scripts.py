@@ -59,7 +59,7 @@ def flags_of(words: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "script", ["demo-state-tuning.sh", "state-tuning-24gb.sh", "demo-predict.sh", "demo-server.sh"]
+    "script", ["demo-state-tuning.sh", "state-tuning-24gb.sh", "demo-predict.sh", "demo-server.sh", "demo-chat.sh"]
 )
 def test_every_variable_that_the_readme_names_has_an_effect(script: str, pretender: Path, tmp_path: Path):
     rows = re.search(r"\| variable \| meaning \|\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
@@ -74,7 +74,7 @@ def test_every_variable_that_the_readme_names_has_an_effect(script: str, pretend
     if script == "demo-predict.sh":
         expected = {"load_model", "encoder", "proj_dir", "n_layer", "n_embd", "device", "wkv6", "file_path"}
         assert expected <= names and heeded == expected
-    elif script == "demo-server.sh":
+    elif script in ("demo-server.sh", "demo-chat.sh"):
         assert heeded == {"load_model", "encoder", "proj_dir", "n_layer", "n_embd", "device", "wkv6"}
     else:
         assert heeded == names - {"file_path"} >= {"wkv6", "train_data", "valid_data", "eval_data", "epoch_steps"}

@@ -18,7 +18,7 @@ from rwkv_speech.config.forms import (
 )
 from rwkv_speech.config.model import ModelConfig
 from rwkv_speech.config.prediction import AnswerConfig, PredictConfig
-from rwkv_speech.config.serving import LimitFlags, ServeConfig
+from rwkv_speech.config.serving import BoundFlags, LimitFlags, PageConfig, ServeConfig
 from rwkv_speech.config.training import TrainConfig
 
 __all__ = [
@@ -34,10 +34,12 @@ __all__ = [
     "TASK_FORM",
     "TEXT",
     "AnswerConfig",
+    "BoundFlags",
     "DecodeFlags",
     "EvalConfig",
     "LimitFlags",
     "ModelConfig",
+    "PageConfig",
     "PredictConfig",
     "ServeConfig",
     "TrainConfig",

@@ -131,7 +131,7 @@ class Session:
 
         A Sample is one of this model's, as a data set gives it.
         """
-        sample = said if isinstance(said, Sample) else self._sample(said)
+        sample = said if isinstance(said, Sample) else self.sample(said)
         first = options.temperatures[0]
         before = BETWEEN_TURNS if self.num_turns else None
         return Request(key, sample, options.max_new_tokens or _MOST_TOKENS, first, before, None, self._state)
@@ -186,7 +186,8 @@ class Session:
         session.num_turns = int(known["num_turns"])
         return session
 
-    def _sample(self, said: Said) -> Sample:
+    def sample(self, said: Said) -> Sample:
+        """What is said as the model takes it: a waveform (S,), a recording's Path, or a text that is read."""
         if isinstance(said, str):
             ids = tuple(self._model.tokenizer.encode(said))
             return Sample("text", torch.empty(0), "", [], 0.0, 0, self.task, input_ids=ids)

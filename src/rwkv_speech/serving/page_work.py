@@ -1,0 +1,269 @@
+"""What the page does with the model: recordings, a microphone and turns become text, a picture, files and speeds."""
+
+# S samples
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_speech import tasks
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.batch import BadSample
+from rwkv_speech.config import PageConfig
+from rwkv_speech.decoding.options import Options
+from rwkv_speech.decoding.results import Segment, Transcript
+from rwkv_speech.decoding.session import Session, Turn
+from rwkv_speech.decoding.streaming import Committed, Event, Stream
+from rwkv_speech.decoding.transcribe import stream_through
+from rwkv_speech.decoding.transcriber import Recording, Transcriber
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.serving.events import Told
+from rwkv_speech.serving.form import Audio, check_language
+from rwkv_speech.serving.page_view import Outline
+from rwkv_speech.serving.worker import Said, Talk, Worker
+from rwkv_speech.text import join_texts
+
+# A part of a microphone is waited for so long; the browser would lose the next one.
+_PATIENCE_SECONDS = 0.3
+# What is being said is read again after so much more of it.
+_PACE_SECONDS = 0.5
+_HEADER_BYTES = 44  # of the WAV that a browser's recorder makes
+_SESSION_FILE = "conversation.session"
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a recording says so far: text that stays, text that may change, and how fast it came.
+
+    The `transcript` is there at the end.
+    """
+
+    text: str
+    partial: str
+    speed: str
+    outline: Outline
+    transcript: Transcript | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer so far, and how fast it came; the session that remembers it is there at the end."""
+
+    text: str
+    speed: str
+    session: Session | None = None
+
+
+@dataclass
+class Live:
+    """A microphone, part by part."""
+
+    rate: int
+    outline: Outline
+    task: str
+    language: str
+    waiting: list[np.ndarray] = field(default_factory=list)  # parts that came while others were heard
+    work: asyncio.Task[None] | None = None
+    stream: Stream | None = None  # with the first part
+    latency: float = 0.0
+    text: str = ""
+    partial: str = ""
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
+    segments: list[Segment] = field(default_factory=list)
+
+    def take(self, events: list[Event]) -> None:
+        """What the next part made."""
+        for event in events:
+            if isinstance(event, Committed):
+                self.text, self.partial = self.text + event.text, ""
+                self.segments += [event.segment] if event.segment else []
+            else:
+                self.partial = event.text
+        if self.stream and self.stream.speech_start is None:
+            self.partial = ""
+
+
+class Desk:
+    """One model and its worker; of each visitor it knows what it is given."""
+
+    def __init__(self, model: SpeechLM, config: PageConfig) -> None:
+        self._model, self._config, self._options = model, config, Options.of(config)
+        self._worker = Worker(model, self._options, config.micro_bsz)
+        self._transcriber: Transcriber | None = None
+
+    @property
+    def states(self) -> list[str]:
+        """The tasks: names of the learned states."""
+        return list(self._model.initial_states)
+
+    @property
+    def languages(self) -> list[str]:
+        """What can be said to be spoken: languages with a state of their own, and auto where one finds them."""
+        own = f"{tasks.DEFAULT}_"
+        found = sorted(name.removeprefix(own) for name in self.states if name.startswith(own))
+        return ["auto", *found] if tasks.LANGUAGE in self.states else found
+
+    def close(self) -> None:
+        """Return when all is done that was begun."""
+        self._worker.close()
+
+    async def transcribe(self, content: bytes, task: str, language: str) -> AsyncGenerator[Heard]:
+        """The transcript of a file's bytes in parts, as soon as nothing can change them, and at the end whole.
+
+        Raises UserError for what cannot be read or takes too long.
+        """
+        options, begun, first = self._asked(task, language), time.monotonic(), 0.0
+        audio, outline = Audio(content, self._config.max_audio_seconds, "the recording"), Outline(SAMPLE_RATE)
+        recording = Recording(object(), "the recording", partial(outline.watched, audio.blocks()), task, None,
+                              options=options)  # fmt: skip
+        told = Told(partial(self._worker.submit, recording), partial(self._worker.cancel, recording.key))
+        async with aclosing(told.parts(self._config.request_seconds)) as parts:
+            async for segments in parts:
+                first = first or time.monotonic() - begun
+                yield Heard(join_texts(x.text for x in segments), "", _first(first), outline)
+        found = self._found(told)
+        if isinstance(found, BadSample):
+            raise UserError(found.reason)
+        took = time.monotonic() - begun
+        speed = f"{_first(first or took)} {_times(found.seconds, took)}"
+        yield Heard(found.text, "", speed, outline, found)
+
+    async def hear(self, live: Live | None, content: bytes, task: str, language: str) -> tuple[Live, Heard]:
+        """What a microphone says so far, with the next part of it, a WAV; None before the first one."""
+        rate, samples = _part(content)
+        live = live or Live(rate, Outline(rate), task, language)
+        live.outline.push(samples)
+        live.seconds += len(samples) / rate
+        if live.seconds > self._config.max_audio_seconds:
+            raise UserError(f"the microphone: found more than {self._config.max_audio_seconds:g} s; record again")
+        live.waiting.append(samples)
+        if live.work is None or live.work.done():
+            live.work = asyncio.create_task(self._listen(live))
+        await asyncio.wait([live.work], timeout=_PATIENCE_SECONDS)
+        if live.work.done():
+            live.work.result()  # what went wrong
+        return live, Heard(live.text, live.partial, _live_speed(live), live.outline)
+
+    async def finish(self, live: Live) -> Heard:
+        """The transcript of what a microphone said; nothing comes after it."""
+        assert live.work is not None
+        await live.work
+        await self._listen(live)
+        assert live.stream is not None
+        live.take(await self._run(live.stream.finish))
+        known = live.seconds, live.task, live.language or None
+        found = Transcript(live.text.strip(), live.segments, *known)
+        return Heard(live.text, "", _live_speed(live), live.outline, found)
+
+    async def _listen(self, live: Live) -> None:
+        """Take all parts that wait."""
+        if live.stream is None:
+            opened = await self._run(partial(self._begin, live))
+            live.stream = opened
+        stream = live.stream
+        while live.waiting:
+            samples, begun = np.concatenate(live.waiting), time.monotonic()
+            live.waiting.clear()
+            live.take(await self._run(partial(stream.push, samples)))
+            live.latency = time.monotonic() - begun
+            live.busy_seconds += live.latency
+
+    async def answer(self, session: Session | None, said: bytes | str, task: str) -> AsyncGenerator[Answer]:
+        """The answer to a file's bytes, or to a text, in parts, and at the end with the session that remembers it.
+
+        What is given is not changed, so that a turn that fails leaves nothing. Raises UserError as `transcribe`.
+        """
+        begun, first, text = time.monotonic(), 0.0, ""
+        session = session.fork() if session else Session(self._model, task)
+        sample = session.sample(said if isinstance(said, str) else await asyncio.to_thread(self._turn, said))
+        talk = Talk(session, [Said(sample)], self._options, self._model)
+        told = Told(partial(self._worker.converse, talk), partial(self._worker.cancel, talk))
+        async with aclosing(told.parts(self._config.request_seconds)) as parts:
+            async for part in parts:
+                first, text = first or time.monotonic() - begun, text + part
+                yield Answer(text, _first(first))
+        turn: Turn = self._found(told)
+        took = time.monotonic() - begun
+        speed = _first(first or took) + (f" {_times(sample.duration, took)}" if sample.duration else "")
+        yield Answer(turn.text, speed, session)
+
+    def loaded(self, path: Path) -> Session:
+        """The conversation that a file holds; raises UserError for none, and for one of other weights."""
+        try:
+            return Session.load(path, self._model)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "the file")) from error
+
+    def saved(self, session: Session) -> bytes:
+        """What `loaded` reads."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, _SESSION_FILE)
+            session.save(path)
+            return path.read_bytes()
+
+    def _asked(self, task: str, language: str) -> Options:
+        check_language(task, language, self._model)
+        finds_words = self._model.ctc is not None and tasks.base_of(task) == tasks.DEFAULT
+        return replace(self._options, word_timestamps=int(finds_words), language=language or self._options.language)
+
+    def _begin(self, live: Live) -> Stream:
+        task, options = live.task, self._asked(live.task, live.language)
+        self._transcriber = self._transcriber or Transcriber(self._model, self._options, slots=1)
+        return stream_through(self._transcriber, self._model, options, "segment", _PACE_SECONDS, live.rate, task)
+
+    def _turn(self, content: bytes) -> Tensor:
+        return torch.cat(list(Audio(content, self._config.max_turn_seconds, "the recording").blocks()))
+
+    async def _run(self, work: Callable[[], Found]) -> Found:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self._worker.run(work)), self._config.request_seconds)
+        except TimeoutError as error:
+            raise self._too_long() from error
+
+    def _found(self, told: Told[object, Found]) -> Found:
+        if not told.future.done():
+            raise self._too_long()
+        return told.future.result()
+
+    def _too_long(self) -> UserError:
+        return UserError(f"found nothing within {self._config.request_seconds:g} s; give less, or try again soon")
+
+
+def _part(content: bytes) -> tuple[int, np.ndarray]:
+    """Samples a second, and samples (S,), int16, of a part of a recording, whose header tells no length.
+
+    Raises UserError for what no browser's recorder makes.
+    """
+    channels, rate, bits = (
+        int.from_bytes(content[at : at + size], "little") for at, size in ((22, 2), (24, 4), (34, 2))
+    )
+    samples = content[_HEADER_BYTES:]
+    if content[:4] != b"RIFF" or bits != 16 or channels not in (1, 2):
+        raise UserError("the microphone: expected 16-bit WAV of one or two channels; use another browser, or a file")
+    found = np.frombuffer(samples[: len(samples) // (2 * channels) * 2 * channels], "<i2").reshape(-1, channels)
+    return rate, found[:, 0].astype(np.int16)
+
+
+def _live_speed(live: Live) -> str:
+    return f"Latency {1000 * live.latency:.0f} ms. {_times(live.seconds, live.busy_seconds)}"
+
+
+def _first(seconds: float) -> str:
+    return f"First text after {seconds:.2f} s."
+
+
+def _times(seconds: float, took: float) -> str:
+    return f"{seconds:.1f} s of audio in {took:.1f} s: {seconds / max(took, 1e-3):.1f} times real time."
