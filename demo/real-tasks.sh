@@ -20,8 +20,7 @@ if [ ! -f "$base/rwkv6.safetensors" ]; then
 fi
 setup_environment
 export load_model="$base/rwkv6.safetensors" device="${device-cpu}" grad_cp=0 workers="${workers-2}" valid_data=""
-# The encoder reads each recording once.
-set -- --vocab_file "$base/vocab.txt" --stack 3 --adapter_hidden 1024 --feature_cache "$run/frames" --feature_dtype float16
+set -- --vocab_file "$base/vocab.txt" --stack 3 --adapter_hidden 1024
 p=$data/prompts s=$data/stamps
 
 spoken=
@@ -32,28 +31,34 @@ if [ -n "$texts" ]; then
     fi
 fi
 
-echo "== 1 of 4: recognition, a state for each language, and the CTC head that listens with it"
-OP=train proj_dir=$run/asr micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_count="${asr_epochs-3}" ctc=1 \
+echo "== 1 of 5: recognition, a state for each language"
+OP=train proj_dir=$run/first micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_count="${first_epochs-3}" \
     train_data="$p/asr.train.jsonl@2,$p/words.train.jsonl,$s/asr.train.jsonl$spoken" \
-    sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --ctc_epochs "${ctc_epochs-6}" --ctc_layers 3 \
-    --ctc_hidden 320
+    sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --feature_cache "$run/frames" --feature_dtype float16
 
-echo "== 2 of 4: translation and the name of the language, from that adapter"
+echo "== 2 of 5: the recordings alone, at three speeds, and the CTC head that listens with the language model"
+OP=train proj_dir=$run/asr micro_bsz=16 lr_adapter=3e-4 lr_state=3e-3 epoch_count="${asr_epochs-3}" ctc=1 \
+    train_data="$p/asr.train.jsonl,$p/words.train.jsonl,$s/asr.train.jsonl" \
+    sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --init_from "$run/first/last.safetensors" \
+    --speed 0.9,1,1.1 --ctc_epochs "${ctc_epochs-12}" --ctc_layers 3 --ctc_hidden 320 --lr_ctc 3e-3
+
+echo "== 3 of 5: translation and the name of the language, from that adapter"
 OP=train proj_dir=$run/tasks micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_count="${task_epochs-3}" \
     train_data="$p/st.train.jsonl,$p/lid.train.jsonl,$p/voices-lid.train.jsonl,$s/lid.train.jsonl" \
-    sh "$root/demo/demo-state-tuning.sh" "$@" --init_from "$run/asr/last.safetensors"
+    sh "$root/demo/demo-state-tuning.sh" "$@" --init_from "$run/first/last.safetensors" \
+    --feature_cache "$run/frames" --feature_dtype float16
 
-echo "== 3 of 4: emotion and sex, with an adapter of their own"
+echo "== 4 of 5: emotion and sex, with an adapter of their own"
 OP=train proj_dir=$run/emotion micro_bsz=4 lr_adapter=2e-3 lr_state=2e-2 epoch_count="${emotion_epochs-13}" \
     train_data="$data/emotion/emotion.train.jsonl,$data/emotion/sex.train.jsonl" \
-    sh "$root/demo/demo-state-tuning.sh" "$@" --stack 10
+    sh "$root/demo/demo-state-tuning.sh" "$@" --stack 10 --feature_cache "$run/frames" --feature_dtype float16
 
-echo "== 4 of 4: scores of what was held back"
+echo "== 5 of 5: scores of what was held back"
 export OP=eval micro_bsz="${slots-16}"
 set -- --vocab_file "$base/vocab.txt"
 for part in "$p/asr" "$p/words" "$s/asr"; do
     proj_dir=$run/asr eval_data=$part.valid.jsonl \
-        sh "$root/demo/demo-state-tuning.sh" "$@" --beam "${beam-8}" --ctc_weight "${ctc_weight-1}" --temperature 0
+        sh "$root/demo/demo-state-tuning.sh" "$@" --beam "${beam-8}" --ctc_weight "${ctc_weight-1}"
 done
 proj_dir=$run/tasks eval_data="$p/st.valid.jsonl,$p/lid.valid.jsonl,$p/voices-lid.valid.jsonl,$s/lid.valid.jsonl" \
     sh "$root/demo/demo-state-tuning.sh" "$@"
