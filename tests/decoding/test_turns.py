@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def test_each_turn_is_answered_and_remembered(model: SpeechLM, vad_by_loudness: 
 
 
 def command(*words: str) -> str:
-    return " ".join([sys.executable, "-c", *(f"'{word}'" for word in words)])
+    return shlex.join([sys.executable, "-c", *words])
 
 
 def test_another_program_speaks_and_another_plays(tmp_path: Path):
