@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rwkv_speech.decoding.listener import Listener
+from rwkv_speech.decoding.ctc_prefix import PrefixScorer
 from rwkv_speech.decoding.strategy import Choice, Hypothesis, Scores, Strategy, Track
 
 Candidate = tuple[int, Choice]  # the place of the beam, and the token that may follow it
 
-# With a listener, so many tokens behind each text are looked at closely, for each beam.
+# With a scorer of prefixes, so many tokens behind each text are looked at closely, for each beam.
 _LOOKED_AT = 4
 
 
@@ -21,15 +21,15 @@ _LOOKED_AT = 4
 class Beam:
     """The search of one request over its `slots`, whose tracks are None until there are so many texts.
 
-    It ends when `beam` x `patience` texts have ended, as in whisper, and at the limit. With a `listener` the CTC head
-    has its say about each token.
+    It ends when `beam` x `patience` texts have ended, as in whisper, and at the limit. With a `scorer` the CTC head has
+    its say about each token.
     """
 
     slots: list[int]
     tracks: list[Track | None]
     strategy: Strategy
     finished: list[Hypothesis] = field(default_factory=list)
-    listener: Listener | None = None
+    scorer: PrefixScorer | None = None
 
     def advance(self, candidates: Sequence[Candidate]) -> list[tuple[int, int]] | None:
         """Take the candidates, best first; the pairs of slots (from, to) whose state must be copied, None at the end.
@@ -76,16 +76,16 @@ class Beam:
         missing = max(0, len(self.slots) - len(self.finished))
         penalty = self.strategy.options.length_penalty
         for track in going[:missing]:
-            if track.heard:  # all that the head hears counts, as in the texts that have ended
-                track.total += self.strategy.options.ctc_weight * (track.heard.ended().total - track.heard.total)
+            if track.prefix:  # all that the head hears counts, as in the texts that have ended
+                track.total += self.strategy.options.ctc_weight * (track.prefix.ended().total - track.prefix.total)
             self.finished.append(track.hypothesis(True, penalty))
 
 
 def candidates(searches: Sequence[Beam], found: Scores) -> list[list[Candidate]]:
     """The best 2 b next tokens of each search, best first: of these at least b are not the end; `found` by slots."""
-    silent = [beam for beam in searches if beam.listener is None]
+    silent = [beam for beam in searches if beam.scorer is None]
     likely = iter(_likely(silent, found) if silent else [])
-    return [next(likely) if beam.listener is None else _heard(beam, beam.listener, found) for beam in searches]
+    return [next(likely) if beam.scorer is None else _heard(beam, beam.scorer, found) for beam in searches]
 
 
 def _likely(searches: Sequence[Beam], found: Scores) -> list[list[Candidate]]:
@@ -105,19 +105,19 @@ def _likely(searches: Sequence[Beam], found: Scores) -> list[list[Candidate]]:
     return [flat[i : i + order.shape[1]] for i in range(0, len(flat), order.shape[1])]
 
 
-def _heard(beam: Beam, listener: Listener, found: Scores) -> list[Candidate]:
+def _heard(beam: Beam, scorer: PrefixScorer, found: Scores) -> list[Candidate]:
     """Of one search, in which the CTC head's log-probability counts, too."""
     width, weight = len(beam.slots), beam.strategy.options.ctc_weight
-    texts = [(place, track, track.heard) for place, track in enumerate(beam.tracks) if track and track.heard]
+    texts = [(place, track, track.prefix) for place, track in enumerate(beam.tracks) if track and track.prefix]
     slots = torch.tensor([beam.slots[place] for place, *_ in texts], device=found.scores.device)
-    hopes = found.scores[slots] + weight * listener.hopes([text for *_, text in texts]).to(slots.device)
+    hopes = found.scores[slots] + weight * scorer.hopes([text for *_, text in texts]).to(slots.device)
     tokens = hopes.topk(min(_LOOKED_AT * width, hopes.shape[-1])).indices
     choices = iter(found.of(slots.repeat_interleave(tokens.shape[1]), tokens.flatten()))
-    longer = listener.after([text for *_, text in texts], tokens.tolist())
+    longer = scorer.after([text for *_, text in texts], tokens.tolist())
     every = list[tuple[float, Candidate]]()
     for (place, track, text), row in zip(texts, longer, strict=True):
-        for heard, choice in zip(row, choices, strict=False):
-            score = choice.score + weight * (heard.total - text.total)
-            every.append((track.total + score, (place, choice._replace(score=score, heard=heard))))
+        for prefix, choice in zip(row, choices, strict=False):
+            score = choice.score + weight * (prefix.total - text.total)
+            every.append((track.total + score, (place, choice._replace(score=score, prefix=prefix))))
     every.sort(key=lambda one: -one[0])
     return [candidate for _, candidate in every[: 2 * width]]

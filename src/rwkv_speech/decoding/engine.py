@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rwkv_speech.batch import Sample
 from rwkv_speech.decoding.beam import Beam, candidates
+from rwkv_speech.decoding.ctc_prefix import PrefixScorer, Spelling
 from rwkv_speech.decoding.draft import Verifier
 from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.keywords import Keywords
-from rwkv_speech.decoding.listener import Listener, Spelling
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.decoding.rescoring import Rank, by_score, is_spoken, rank_of
@@ -262,13 +262,13 @@ class Engine:
                 self._texts.append((job, track, logits, state))
         elif options.beam > 1:
             rows = [free.pop(0) for _ in range(options.beam)]
-            track, listener = self._track(request), self._listener(job)
-            if listener:
-                track.heard, track.total = listener.start, options.ctc_weight * listener.start.total
+            track, scorer = self._track(request), self._scorer(job)
+            if scorer:
+                track.prefix, track.total = scorer.start, options.ctc_weight * scorer.start.total
             self._place(rows[0], job, track, logits, state)
             for row in rows[1:]:
                 self._jobs[row] = job
-            beam = Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy, listener=listener)
+            beam = Beam(rows, [track, *[None] * (options.beam - 1)], self._strategy, scorer=scorer)
             self._beams.append((job, beam))
         elif (draft := self._draft(job)) is not None:
             verifier = Verifier(self._model, self._strategy, self._track(request), draft, logits, state)
@@ -279,10 +279,10 @@ class Engine:
     def _track(self, request: Request, chance: random.Random | None = None) -> Track:
         return Track(request.limit, request.temperature, chance, keywords=request.keywords or self._keywords)
 
-    def _listener(self, job: _Job) -> Listener | None:
+    def _scorer(self, job: _Job) -> PrefixScorer | None:
         if self._spelling is None or job.ctc is None or not is_spoken(job.request.sample.task):
             return None
-        return Listener(job.ctc, self._spelling)
+        return PrefixScorer(job.ctc, self._spelling)
 
     def _draft(self, job: _Job) -> str | None:
         head = self._model.ctc

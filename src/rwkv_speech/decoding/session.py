@@ -45,7 +45,7 @@ class Turn:
     cut: bool
 
 
-class Parts:
+class TextParts:
     """A text in parts of whole characters, as its tokens come."""
 
     def __init__(self, tokenizer: WorldTokenizer) -> None:
@@ -116,7 +116,7 @@ class Session:
     @torch.no_grad()
     def answer(self, said: Said, options: Options) -> Generator[str, None, Turn]:
         """What `stream` gives, and at its end the turn."""
-        engine, parts, done = Engine(self._model, options, slots=1), Parts(self._model.tokenizer), list[Done]()
+        engine, parts, done = Engine(self._model, options, slots=1), TextParts(self._model.tokenizer), list[Done]()
         engine.submit(self.request(said, options))
         while not done:
             done = engine.poll()

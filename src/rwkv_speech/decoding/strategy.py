@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_speech.decoding.ctc_prefix import Prefix
 from rwkv_speech.decoding.keywords import Keywords
-from rwkv_speech.decoding.listener import Heard
 from rwkv_speech.decoding.options import Options
 
 # A text that says the same over and over: at least so many times, and so many tokens in all.
@@ -41,14 +41,14 @@ class Hypothesis:
 class Choice(NamedTuple):
     """A token that is taken: what it was chosen by, and the model's log-probability and entropy there.
 
-    `heard` is the text up to it as the CTC head hears it, where a search listens.
+    `prefix` is the text up to it as the CTC head hears it, where that takes part in a search.
     """
 
     token: int
     score: float
     logprob: float
     entropy: float
-    heard: Heard | None = None
+    prefix: Prefix | None = None
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
     `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`,
-    and where it is `heard`, the CTC head's part. `node` is the place in the keywords' trie.
+    and where there is a `prefix`, the CTC head's part. `node` is the place in the keywords' trie.
     """
 
     limit: int
@@ -68,13 +68,13 @@ class Track:
     entropies: list[float] = field(default_factory=list)
     node: int = Keywords.start
     keywords: Keywords | None = None
-    heard: Heard | None = None
+    prefix: Prefix | None = None
 
     def fork(self) -> "Track":
         """A copy that goes its own way."""
         texts = [*self.ids], [*self.logprobs], [*self.entropies]
         return Track(
-            self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.heard
+            self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.prefix
         )
 
     def append(self, choice: Choice) -> None:
@@ -83,7 +83,7 @@ class Track:
         self.total += choice.score
         self.logprobs.append(choice.logprob)
         self.entropies.append(choice.entropy)
-        self.heard = choice.heard
+        self.prefix = choice.prefix
 
     @property
     def is_full(self) -> bool:

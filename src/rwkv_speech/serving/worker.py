@@ -13,7 +13,7 @@ from rwkv_speech.batch import BadSample, Sample
 from rwkv_speech.decoding.engine import Done, Request
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Segment, Transcript
-from rwkv_speech.decoding.session import Parts, Session, Turn
+from rwkv_speech.decoding.session import Session, TextParts, Turn
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.models.speech_lm import SpeechLM
 
@@ -49,7 +49,7 @@ class Talk:
 
     def __init__(self, session: Session, said: Sequence[Said], options: Options, model: SpeechLM) -> None:
         self.session = session
-        self._said, self._options, self._parts = list(said), options, Parts(model.tokenizer)
+        self._said, self._options, self._parts = list(said), options, TextParts(model.tokenizer)
         self._listener: Callable[[str], None] = lambda part: None
 
     def begin(self, listener: Callable[[str], None]) -> Request:

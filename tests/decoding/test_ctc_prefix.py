@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rwkv_speech.batch import Sample
 from rwkv_speech.data.loader import collate
+from rwkv_speech.decoding.ctc_prefix import Prefix, PrefixScorer, Spelling
 from rwkv_speech.decoding.engine import Engine, Request
-from rwkv_speech.decoding.listener import Heard, Listener, Spelling
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.rescoring import log_prob
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -43,10 +43,10 @@ def random_ctc(num_frames: int, seed: int) -> Tensor:
     return (3 * torch.randn(num_frames, 5, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
 
 
-def walk(listener: Listener, ids: Iterable[int]) -> Heard:
-    text = listener.start
+def walk(scorer: PrefixScorer, ids: Iterable[int]) -> Prefix:
+    text = scorer.start
     for token in ids:
-        [_, [text]] = listener.after([listener.start, text], [[7, 3], [token]])  # beside others
+        [_, [text]] = scorer.after([scorer.start, text], [[7, 3], [token]])  # beside others
     return text
 
 
@@ -57,54 +57,54 @@ def test_totals_are_those_of_all_texts_that_begin_so(spelling: Spelling, num_fra
     for path in itertools.product(range(5), repeat=num_frames):
         text = "".join(SPEC.labels[x - 1] for x, _ in itertools.groupby(path) if x)
         texts[text] += math.exp(sum(float(ctc[t, x]) for t, x in enumerate(path)))
-    listener = Listener(ctc, spelling, foresight=0.0)
+    scorer = PrefixScorer(ctc, spelling, foresight=0.0)
     for ids in itertools.product((1, 2, 3, 4, 7), repeat=2):
         for so_far in (ids[:1], ids):
             begun = Tokens().decode_bytes(so_far).decode()
-            heard, expected = walk(listener, so_far), sum(p for text, p in texts.items() if text.startswith(begun))
-            assert math.exp(heard.total) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-            assert math.exp(heard.ended().total) == pytest.approx(texts[begun], rel=1e-6, abs=1e-12)
+            prefix, expected = walk(scorer, so_far), sum(p for text, p in texts.items() if text.startswith(begun))
+            assert math.exp(prefix.total) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+            assert math.exp(prefix.ended().total) == pytest.approx(texts[begun], rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("num_frames", [40, 1500])
 def test_whole_texts_are_as_probable_as_by_the_ctc_loss(spelling: Spelling, num_frames: int):
     chance, ctc = random.Random(num_frames), random_ctc(num_frames, 1)
-    listener = Listener(ctc, spelling)
+    scorer = PrefixScorer(ctc, spelling)
     for _ in range(20):
         ids = chance.choices((1, 2, 3, 4, 7), k=chance.randint(0, 12))
-        [[ended]] = listener.after([walk(listener, ids)], [[Tokens.eos_id]])
+        [[ended]] = scorer.after([walk(scorer, ids)], [[Tokens.eos_id]])
         expected = log_prob(ctc, SPEC, Tokens().decode_bytes(ids).decode())
         assert ended.total == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
 def test_no_token_adds_more_than_is_hoped(spelling: Spelling):
-    listener, tokens = Listener(random_ctc(9, 2), spelling, foresight=0.0), list(range(len(Tokens.table)))
-    texts = [walk(listener, ids) for ids in ((), (1,), (2, 3), (4, 5), (7, 7))]
-    hopes = listener.hopes(texts)
-    for text, row, hope in zip(texts, listener.after(texts, [tokens] * len(texts)), hopes, strict=True):
-        for token, heard in enumerate(row):
-            assert heard.total == -math.inf or heard.total - text.total <= hope[token] + 1e-4
+    scorer, tokens = PrefixScorer(random_ctc(9, 2), spelling, foresight=0.0), list(range(len(Tokens.table)))
+    texts = [walk(scorer, ids) for ids in ((), (1,), (2, 3), (4, 5), (7, 7))]
+    hopes = scorer.hopes(texts)
+    for text, row, hope in zip(texts, scorer.after(texts, [tokens] * len(texts)), hopes, strict=True):
+        for token, prefix in enumerate(row):
+            assert prefix.total == -math.inf or prefix.total - text.total <= hope[token] + 1e-4
             if token in (1, 4) and not text.rest:  # one label: that is what it adds
-                assert heard.total - text.total == pytest.approx(float(hope[token]), abs=1e-4)
+                assert prefix.total - text.total == pytest.approx(float(hope[token]), abs=1e-4)
 
 
 def test_frames_that_are_left_count(spelling: Spelling):
-    """What was heard late in the audio has less before it; a whole text costs the same with and without foresight."""
+    """What was prefix late in the audio has less before it; a whole text costs the same with and without foresight."""
     ctc = torch.full((6, 5), -9.0)
     ctc[:3, 1] = ctc[3:, 2] = 2.0  # "a" and then "b", neither surely
-    near, far = (Listener(ctc.log_softmax(-1), spelling, foresight) for foresight in (0.0, 4.0))
+    near, far = (PrefixScorer(ctc.log_softmax(-1), spelling, foresight) for foresight in (0.0, 4.0))
     assert near.start.total == 0 and far.start.total == pytest.approx(4 * float(ctc.log_softmax(-1).amax(1).sum()))
-    gains = [walk(listener, (2,)).total - walk(listener, (1,)).total for listener in (near, far)]
+    gains = [walk(scorer, (2,)).total - walk(scorer, (1,)).total for scorer in (near, far)]
     assert gains[0] < 0 < gains[1]
     assert walk(near, (2, 0)).total == walk(far, (2, 0)).total
 
 
 def test_a_character_may_come_in_parts_and_must_be_a_label(spelling: Spelling):
-    listener = Listener(random_ctc(9, 3), spelling)
-    assert walk(listener, (1, 5, 6)).total == walk(listener, (1, 4)).total
-    [[half, ended, other, again]] = listener.after([walk(listener, (1, 5))], [[6, 0, 1, 5]])
+    scorer = PrefixScorer(random_ctc(9, 3), spelling)
+    assert walk(scorer, (1, 5, 6)).total == walk(scorer, (1, 4)).total
+    [[half, ended, other, again]] = scorer.after([walk(scorer, (1, 5))], [[6, 0, 1, 5]])
     assert half.total > -math.inf and {ended.total, other.total, again.total} == {-math.inf}
-    assert listener.after([listener.start], [[8]])[0][0].total == listener.hopes([listener.start])[0, 8] == -math.inf
+    assert scorer.after([scorer.start], [[8]])[0][0].total == scorer.hopes([scorer.start])[0, 8] == -math.inf
 
 
 @pytest.fixture

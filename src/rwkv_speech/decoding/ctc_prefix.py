@@ -1,4 +1,4 @@
-"""How well the CTC head hears the beginning of a text, so that a beam search can weigh it with each token.
+"""How well the CTC head hears a prefix, the beginning of a text, so that a beam search can weigh it with each token.
 
 Source: joint CTC/attention decoding in one pass, Hori et al. 2017 (arXiv:1706.02737); here the head's labels are
 characters and the search's are tokens, each of which appends as many characters as it completes.
@@ -49,9 +49,9 @@ class Spelling:
         return self._known[key]
 
 
-class Heard(NamedTuple):
-    """A text's beginning as the head hears it: `total` is the log-probability of all texts that begin so, with what the
-    rest is expected to cost.
+class Prefix(NamedTuple):
+    """The beginning of a text as the head hears it: `total` is the log-probability of all texts that begin so, with what
+    the rest is expected to cost.
 
     `paths` (2, F + 1) is that of the text itself in the first 0 ... F frames, on paths that end in its last label and
     on those that end in a blank. `rest` holds the bytes of a character that is not whole yet.
@@ -62,12 +62,12 @@ class Heard(NamedTuple):
     paths: Tensor
     rest: bytes = b""
 
-    def ended(self) -> "Heard":
+    def ended(self) -> "Prefix":
         """The same where nothing follows."""
         return self._replace(total=float(self.paths[:, -1].logsumexp(0)))
 
 
-class Listener:
+class PrefixScorer:
     """Follows the texts of one piece of audio through its log-probabilities `ctc` (F, K).
 
     Texts of as many tokens may have come to different frames. So the frames that are left count, too, `foresight` times
@@ -84,10 +84,10 @@ class Listener:
         rest = foresight * (best.sum() - best.cumsum(0))  # (F + 1,)
         self._losses = self._emit[1:] + rest[1:, None]  # (F, K) of each label in each frame, with what comes behind it
         nothing = torch.full_like(self._sums[:, BLANK], -torch.inf)
-        self.start = Heard(float(rest[0]), BLANK, torch.stack((nothing, self._sums[:, BLANK])))
+        self.start = Prefix(float(rest[0]), BLANK, torch.stack((nothing, self._sums[:, BLANK])))
         self._impossible = self.start._replace(total=-math.inf)
 
-    def hopes(self, texts: Sequence[Heard]) -> Tensor:
+    def hopes(self, texts: Sequence[Prefix]) -> Tensor:
         """What each token would add to the total of each of n texts, by its first label alone: (n, V) float32.
 
         Without foresight no token adds more.
@@ -102,11 +102,11 @@ class Listener:
         gains[[i for i, text in enumerate(texts) if text.rest]] = 0.0
         return gains[:, self._spelling.first].float()
 
-    def after(self, texts: Sequence[Heard], tokens: Sequence[Sequence[int]]) -> list[list[Heard]]:
+    def after(self, texts: Sequence[Prefix], tokens: Sequence[Sequence[int]]) -> list[list[Prefix]]:
         """Each of the n texts with each of its tokens behind it; an impossible one has the total -inf."""
         read = [[self._spelling.read(text.rest, x) for x in row] for text, row in zip(texts, tokens, strict=True)]
         wanted = [(i, labels) for i, row in enumerate(read) for labels, _ in row if self._spelling.star not in labels]
-        known: dict[tuple[int, tuple[int, ...]], Heard] = {(i, ()): text for i, text in enumerate(texts)}
+        known: dict[tuple[int, tuple[int, ...]], Prefix] = {(i, ()): text for i, text in enumerate(texts)}
         for length in range(1, 1 + max((len(labels) for _, labels in wanted), default=0)):
             # Tokens that begin alike share their beginning.
             new = list(dict.fromkeys((i, labels[:length]) for i, labels in wanted if len(labels) >= length))
@@ -117,12 +117,12 @@ class Listener:
             for i, row in enumerate(zip(tokens, read, strict=True))
         ]
 
-    def _found(self, text: Heard | None, token: int, rest: bytes) -> Heard:
+    def _found(self, text: Prefix | None, token: int, rest: bytes) -> Prefix:
         if text is None:
             return self._impossible
         return text.ended() if token == self._spelling.end else text._replace(rest=rest)
 
-    def _extended(self, texts: Sequence[Heard], labels: Sequence[int]) -> list[Heard]:
+    def _extended(self, texts: Sequence[Prefix], labels: Sequence[int]) -> list[Prefix]:
         """The texts with a label more each, all at once.
 
         The paths that are in a label at t are p(t) = (p(t - 1) + q(t - 1)) e(t), where q are those that enter it next;
@@ -135,7 +135,7 @@ class Listener:
         totals = (entering[:, :-1] + self._losses[:, at].T).logsumexp(-1).tolist()
         spoken = _staying(entering, self._sums[:, at].T)
         silent = _staying(spoken, self._sums[:, BLANK].expand_as(spoken))
-        return [Heard(*found) for found in zip(totals, labels, torch.stack((spoken, silent), 1), strict=True)]
+        return [Prefix(*found) for found in zip(totals, labels, torch.stack((spoken, silent), 1), strict=True)]
 
 
 def _staying(entering: Tensor, sums: Tensor) -> Tensor:
