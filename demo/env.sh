@@ -25,6 +25,17 @@ needs_manifests() {
     done
 }
 
+# with_weights VERB [flags]: ends in `python -m rwkv_speech VERB` with the weights in proj_dir, and the variables device, wkv6,
+# load_model, encoder, n_layer and n_embd, if they are set. Empty, the last four are as the checkpoint says; published files
+# say nothing: they need load_model.
+with_weights() {
+    verb=$1
+    shift
+    setup_environment
+    exec "$python" -m rwkv_speech "$verb" --load_model "${load_model-}" --encoder "${encoder-}" --proj_dir "$proj_dir" \
+        --n_layer "${n_layer-}" --n_embd "${n_embd-}" --device "${device-auto}" --wkv6 "${wkv6-auto}" "$@"
+}
+
 # mend_torchaudio PYTHON: transformers imports torchaudio, whose compiled part loads only beside a torch built with the same
 # CUDA. Its part in Python, all that is used here, needs no compiled one.
 mend_torchaudio() {
