@@ -2,7 +2,8 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,19 @@ def _make_answers(given: Namespace) -> Path:
     return make_answers(config)
 
 
+@contextmanager
+def _of_extra(name: str) -> Iterator[None]:
+    """Says where a package that is not there belongs to."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"found no package {error.name}; install rwkv-speech[{name}]") from error
+
+
 def _page(given: Namespace) -> None:
     config = parse(PageConfig, given.flags, "A page to speak with the model: a microphone, files, turns with memory.")
-    try:
+    with _of_extra("page"):
         from rwkv_speech.serving.page import show
-    except ModuleNotFoundError as error:
-        raise UserError(f"page: found no package {error.name}; install rwkv-speech[page]") from error
     show(config)
 
 
@@ -70,20 +78,14 @@ def _push(given: Namespace) -> None:
 def _report(given: Namespace) -> Path:
     from rwkv_speech.reports.page import write_report
 
-    try:
+    with _of_extra("train"):
         return write_report(given.run)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"report: found no package {error.name}, which draws the page; install rwkv-speech[train]"
-        ) from error
 
 
 def _serve(given: Namespace) -> None:
     config = parse(ServeConfig, given.flags, "Answer requests for transcripts, in the API of openai's audio client.")
-    try:
+    with _of_extra("serve"):
         from rwkv_speech.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise UserError(f"serve: found no package {error.name}; install rwkv-speech[serve]") from error
     serve(config)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,6 @@ class Chain:
 
 def test_an_answer_ends_at_an_empty_line_at_the_end_of_text_and_at_the_limit(tokenizer: WorldTokenizer):
     (a, b, c, d, e), line = tokenizer.encode("abcde"), tokenizer.encode("\n")[0]
-    chain = Chain({a: b, b: line, line: line, c: 0, d: e, e: d}, tokenizer.vocab_size)
-    found = sorted(answers(chain, tokenizer, ["a", "c", "d"], Options.given(0.0, max_new_tokens=5), 2))  # type: ignore[arg-type]
+    model: Any = Chain({a: b, b: line, line: line, c: 0, d: e, e: d}, tokenizer.vocab_size)
+    found = sorted(answers(model, tokenizer, ["a", "c", "d"], Options.given(0.0, max_new_tokens=5), 2))
     assert found == [Answer(0, "b", False), Answer(1, "", False), Answer(2, "edede", True)]

@@ -3,6 +3,7 @@ import math
 import random
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,16 +63,9 @@ class Scripted:
 
 
 def test_listen_times_each_word_by_the_audio_and_by_the_clock():
-    stream = Scripted({1: "one", 3: "ty two"}, " three four")
-    found = listen(
-        stream,
-        torch.zeros(16_000),
-        3_200,
-        7,
-        "a.wav",
-        "ninety two three",
-        clock=lambda: stream.seconds,  # type: ignore[arg-type]
-    )
+    stream: Any = Scripted({1: "one", 3: "ty two"}, " three four")
+    waveform, reference = torch.zeros(16_000), "ninety two three"
+    found = listen(stream, waveform, 3_200, 7, "a.wav", reference, clock=lambda: stream.seconds)
     assert stream.num_pushed == 5
     assert (found.prediction, found.prediction_length, found.source_length) == ("onety two three four", 4, 1000.0)
     # A word is there when its last letter is.
@@ -83,8 +77,8 @@ def test_listen_times_each_word_by_the_audio_and_by_the_clock():
 
 
 def test_listen_times_characters_where_a_script_has_no_blanks():
-    stream = Scripted({1: "今日", 2: "は 晴"}, "れ")
-    found = listen(stream, torch.zeros(3_200), 1_600, reference="今日 は", characters=True, clock=lambda: 0.0)  # type: ignore[arg-type]
+    stream: Any = Scripted({1: "今日", 2: "は 晴"}, "れ")
+    found = listen(stream, torch.zeros(3_200), 1_600, reference="今日 は", characters=True, clock=lambda: 0.0)
     assert (found.prediction, found.prediction_length, found.reference_length) == ("今日は晴れ", 5, 3)
     assert found.delays == found.elapsed == [100.0, 100.0, 200.0, 200.0, 200.0]
 

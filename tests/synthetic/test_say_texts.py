@@ -7,8 +7,16 @@ import soundfile
 from rwkv_speech.synthetic.say_texts import main
 from rwkv_speech.synthetic.texts import read_texts
 
-ENGLISH = ["Good morning.", "Press 1 to go on", "<b>never</b>", "One two three four", "Hello", "Don't wait, please!"]
-SPANISH = ["Buenos días.", "Pulse 1 para seguir", "<b>nunca</b>", "One two three four", "Hola", "¡No!"]
+ENGLISH = [
+    "Good morning.",
+    "- - ...",
+    "Press 1 to go on",
+    "<b>never</b>",
+    "One two three four",
+    "Hello",
+    "Don't wait, please!",
+]
+SPANISH = ["Buenos días.", "¡ . !", "Pulse 1 para seguir", "<b>nunca</b>", "One two three four", "Hola", "¡No!"]
 
 
 @pytest.fixture
@@ -24,7 +32,7 @@ def test_plain_lines_are_spoken_once_in_their_language(texts: Path, tmp_path: Pa
     assert main(["--texts", str(texts), "--out", str(out), "--count", "9", "--most_words", "4"]) == 0
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     kept = {row for lines in read_texts(str(texts)) for row in lines.kept().rows}
-    # Not what is one word, has digits or signs, was not translated, or is of a language without voices here.
+    # Not what is one word, has digits, signs or no letters, is not translated, or is of a language without voices.
     expected = {("en", "Good morning."), ("en", "Don't wait, please!"), ("es", "Buenos días.")}
     expected = {(lang, text) for lang, text in expected if any(text in row for row in kept)}
     assert expected and {(row["lang"], row["text"]) for row in rows} == expected and len(rows) == len(expected)

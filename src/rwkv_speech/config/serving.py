@@ -25,6 +25,11 @@ class BoundFlags:
     max_requests: int = flag(64, "most requests that wait or are decoded (503)", at_least=1, at_most=10_000)
     request_seconds: float = flag(600.0, "most seconds until it is answered (503)", above=0, at_most=86_400)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether programs of this machine alone can reach it."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
 
 @dataclass(frozen=True)
 class LimitFlags(BoundFlags):

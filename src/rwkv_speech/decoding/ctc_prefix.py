@@ -50,8 +50,8 @@ class Spelling:
 
 
 class Prefix(NamedTuple):
-    """The beginning of a text as the head hears it: `total` is the log-probability of all texts that begin so, with what
-    the rest is expected to cost.
+    """The beginning of a text as the head hears it: `total` is the log-probability of all texts that begin so, with
+    what the rest is expected to cost.
 
     `paths` (2, F + 1) is that of the text itself in the first 0 ... F frames, on paths that end in its last label and
     on those that end in a blank. `rest` holds the bytes of a character that is not whole yet.

@@ -172,6 +172,14 @@ class SpeechEncoder(nn.Module):
                 digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def check(self, wanted_sha256: str, checkpoint: Path) -> None:
+        """Raises UserError where a checkpoint says which weights it was trained on, and these are others."""
+        if wanted_sha256 and self.weights_sha256() != wanted_sha256:
+            raise UserError(
+                f"{checkpoint}: trained on an encoder with SHA-256 {wanted_sha256[:12]}..., found another in "
+                f"{self.name}; give the same with --encoder"
+            )
+
     def weights_sha256(self) -> str:
         """SHA-256 (hex) of the weights, rounded to bfloat16: the same whatever they are computed or stored in."""
         digest = hashlib.sha256()
@@ -197,6 +205,9 @@ class NoEncoder(SpeechEncoder):
     def fingerprint(self) -> str:
         """Nothing decides what is not there."""
         return ""
+
+    def check(self, wanted_sha256: str, checkpoint: Path) -> None:
+        """Any will do that is not there."""
 
 
 def _load_model(name: str, model_type: str) -> nn.Module:

@@ -116,7 +116,7 @@ class SpeechLM(nn.Module):
         """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
         if trained.parts is not None:
             self.parts.check_base(trained.parts.base_sha256, trained.path)
-            self._check_encoder(trained.parts, trained.path)
+            self.encoder.check(trained.parts.encoder_sha256, trained.path)
         if trained.adapter and not self.encoder.width:  # of the encoder's width, whatever that is
             hidden, width = trained.adapter["0.weight"].shape
             known = Adapter(width // self.adapter.stack, self.lm.sizes.C, self.adapter.stack, hidden)
@@ -145,14 +145,6 @@ class SpeechLM(nn.Module):
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
-
-    def _check_encoder(self, wanted: Parts, checkpoint: Path) -> None:
-        """Raises UserError for an encoder that is not the one of a checkpoint that says which it is."""
-        if wanted.encoder_sha256 and self.encoder.width and self.encoder.weights_sha256() != wanted.encoder_sha256:
-            raise UserError(
-                f"{checkpoint}: trained on an encoder with SHA-256 {wanted.encoder_sha256[:12]}..., found another in "
-                f"{self.parts.encoder}; give the same with --encoder"
-            )
 
     def add_states(self, path: str | Path) -> str:
         """Take over the states of a file, in place of those of the same names; the name if it is one, else "".

@@ -16,7 +16,7 @@ def impatient(seconds: float) -> type[H11Protocol]:
 
         _end: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # asyncio's own
             super().connection_made(transport)
             self._watch()
 

@@ -24,7 +24,6 @@ from rwkv_speech.serving.page_view import downloads, link, picture, spoken
 from rwkv_speech.serving.page_work import Answer, Desk, Heard, Live
 
 logger = logging.getLogger(__name__)
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STREAM_SECONDS = 0.5  # of a part that the browser sends
 _GRACE_SECONDS = 10  # for what is being answered when the page ends
 _KEPT_SECONDS = 600  # an upload that is never used is deleted
@@ -223,7 +222,7 @@ def _message(error: UserError | HTTPException) -> str:
 def show(config: PageConfig) -> None:
     """Show the page until SIGTERM or Ctrl-C."""
     before_serving(config)
-    if config.host not in _LOOPBACK:
+    if not config.is_local:
         logger.warning("warning: --host %s: whoever reaches this machine may use the page; browsers give the "
                        "microphone to localhost and https alone", config.host)  # fmt: skip
     model = SpeechLM.from_pretrained(config.checkpoint or Path(config.proj_dir), Parts.of(config), compute_of(config))

@@ -72,7 +72,7 @@ class Realtime:
                 await _end(socket, fault)
             except WebSocketDisconnect:
                 raise
-            except Exception:
+            except Exception:  # the client is told, the log says what, the server goes on
                 logger.exception("a realtime connection failed")
                 await _end(socket, Fault(500, "the server failed; its log says why", "server_error"), _FAILED)
 

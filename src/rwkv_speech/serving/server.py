@@ -36,7 +36,6 @@ from rwkv_speech.serving.realtime import FRAME_BYTES, Realtime
 from rwkv_speech.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LEAST_KEY = 16  # letters
 
 
@@ -159,7 +158,7 @@ def serve(config: ServeConfig) -> None:
     """Answer requests until SIGTERM or Ctrl-C; what has been accepted by then is still answered."""
     before_serving(config)
     keys = read_keys(config.api_keys)
-    if config.host not in _LOOPBACK and not keys:
+    if not config.is_local and not keys:
         logger.warning("warning: --host %s without --api_keys: whoever reaches this machine may use it", config.host)
     model = SpeechLM.from_pretrained(config.checkpoint or Path(config.proj_dir), Parts.of(config), compute_of(config))
     model.add_states(config.state)

@@ -5,12 +5,12 @@ Only the tiny default and the tests use it; nothing in training or decoding of r
 
 import ctypes
 import io
-import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 import numpy as np
+import soundfile
 import torch
 import torchaudio.functional as F
 
@@ -66,11 +66,7 @@ class Speech:
     def wav(self) -> bytes:
         """The bytes of a WAV file, 16-bit."""
         file = io.BytesIO()
-        with wave.open(file, "wb") as writer:
-            writer.setnchannels(1)
-            writer.setsampwidth(2)
-            writer.setframerate(self.sample_rate)
-            writer.writeframes((32_767 * self.samples).astype("<i2").tobytes())
+        soundfile.write(file, self.samples, self.sample_rate, "PCM_16", format="WAV")
         return file.getvalue()
 
 

@@ -25,7 +25,7 @@ from rwkv_speech.synthetic.voices import TRAIN_VARIANTS
 
 # What a line may hold beside letters and blanks: other signs are read aloud in a way that the text does not show.
 _SIGNS = frozenset(".,;:!?'’-")
-# The recording level of half of the lines has noise of one of these amplitudes beneath it.
+# Half of the lines have noise of one of these amplitudes beneath them.
 _NOISES = (0.001, 0.003, 0.01)
 
 
@@ -81,7 +81,7 @@ def _lines(config: Flags) -> dict[str, list[str]]:
 
 
 def _is_plain(line: str) -> bool:
-    return all(x.isalpha() or x.isspace() or x in _SIGNS for x in line)
+    return any(map(str.isalpha, line)) and all(x.isalpha() or x.isspace() or x in _SIGNS for x in line)
 
 
 def _recorded(waveform: np.ndarray, rng: random.Random) -> np.ndarray:
