@@ -17,7 +17,7 @@ SPEC = CtcSpec("ab ")
 
 
 @pytest.mark.parametrize(
-    ("text", "labels"), [("ab", (1, 2)), ("aa", (1, 1)), ("b a", (2, 3, 1)), ("aXb", (1, 2)), ("", ())]
+    ("text", "labels"), [("ab", (1, 2)), ("aa", (1, 1)), ("b a", (2, 3, 1)), ("aB", (1, 2)), ("", ())]
 )
 def test_log_prob_sums_over_all_paths(text: str, labels: tuple[int, ...]):
     ctc = torch.randn(5, 4, generator=torch.Generator().manual_seed(len(text))).log_softmax(-1)
@@ -30,6 +30,10 @@ def test_log_prob_sums_over_all_paths(text: str, labels: tuple[int, ...]):
 
 def test_a_text_of_more_characters_than_frames_is_impossible():
     assert log_prob(torch.zeros(2, 4).log_softmax(-1), SPEC, "abab") == -math.inf
+
+
+def test_a_text_with_a_character_that_is_no_label_is_impossible():
+    assert log_prob(torch.zeros(9, 4).log_softmax(-1), SPEC, "aXb") == -math.inf
 
 
 @pytest.fixture(scope="module")

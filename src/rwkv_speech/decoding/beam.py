@@ -116,7 +116,7 @@ def _heard(beam: Beam, scorer: PrefixScorer, found: Scores) -> list[Candidate]:
     longer = scorer.after([text for *_, text in texts], tokens.tolist())
     every = list[tuple[float, Candidate]]()
     for (place, track, text), row in zip(texts, longer, strict=True):
-        for prefix, choice in zip(row, choices, strict=False):
+        for prefix, choice in zip(row, choices, strict=False):  # which go on from text to text
             score = choice.score + weight * (prefix.total - text.total)
             every.append((track.total + score, (place, choice._replace(score=score, prefix=prefix))))
     every.sort(key=lambda one: -one[0])

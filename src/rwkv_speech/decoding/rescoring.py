@@ -2,6 +2,7 @@
 
 # F frames · K labels of the CTC head
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,9 @@ def rank_of(model: SpeechLM, task: str, ctc: Tensor | None, weight: float) -> Ra
 
 
 def log_prob(ctc: Tensor, spec: CtcSpec, text: str) -> float:
-    """The log-probability of a text's characters in (F, K), those without a label left out; -inf if too many."""
-    labels = torch.tensor([label for label in spec.encode(text) if label != spec.star], dtype=torch.int64)
+    """The log-probability of a text's characters in (F, K); -inf of too many, and of one that is no label."""
+    labels = torch.tensor(spec.encode(text), dtype=torch.int64)
+    if spec.star in labels:
+        return -math.inf
     sizes = torch.tensor([len(ctc)]), torch.tensor([len(labels)])
     return -float(functional.ctc_loss(ctc[:, None].float(), labels[None], *sizes, blank=BLANK, reduction="sum"))
