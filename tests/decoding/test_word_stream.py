@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from rwkv_speech.decoding import forks, word_stream
 from rwkv_speech.decoding.agreement import Agreement
 from rwkv_speech.decoding.forks import Reading
-from rwkv_speech.decoding.long_audio import Piece
+from rwkv_speech.decoding.long_audio import Piece, SpeechBounds
 from rwkv_speech.decoding.results import Segment, Word
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.streaming import Committed, Event, Partial
 from rwkv_speech.decoding.timestamps import split_words
-from rwkv_speech.decoding.transcribe import SpeechLM
+from rwkv_speech.decoding.transcribe import SpeechLM, watched_stream
+from rwkv_speech.decoding.transcriber import Transcriber
 from rwkv_speech.decoding.word_stream import WordListener
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
@@ -126,6 +128,28 @@ def test_what_a_reading_adds_to_a_committed_word_comes_with_the_next(script: tup
     assert isinstance(end, Committed) and end.text == "." and end.segment and end.segment.text == "well, yes."
 
 
+def test_with_a_way_to_decode_the_segment_says_what_the_whole_piece_does(script: tuple[WordListener, Script]):
+    listener, readings = script
+    heard = ["a b", "a c", "", "d e"]
+
+    def decode(piece: Piece) -> list[Segment]:
+        text = heard.pop(0)
+        return [Segment(9, 0.0, 1.0, text, [], 0.0, 0.0, 1.0, 0.0)] if text else []
+
+    listener._decode = decode
+    commit(listener, readings, "a b", 0.0)
+    for number, text in enumerate(("a b", "a c")):  # what was committed is not taken back: the rest is left out
+        [end] = listener.close(piece(0.0, 9.0))
+        assert isinstance(end, Committed) and end.segment and end.text == ""
+        assert (end.segment.text, end.segment.id) == (text, number)
+        commit(listener, readings, "a b", 0.0)
+    assert listener.close(piece(0.0, 9.0)) == []
+    commit(listener, readings, "d", 20.0)
+    assert told(listener.close(piece(20.0, 29.0))) == ["+ e"]
+    commit(listener, readings, "d", 40.0)
+    assert listener.hear(None) == []  # of a piece that is dropped nothing is told
+
+
 @pytest.fixture(scope="module")
 def speech() -> Tensor:
     """Two bursts of noise of changing colour and loudness; to random weights speech is no more than that."""
@@ -206,3 +230,21 @@ def test_silence_has_no_words(with_head: SpeechLM, speech: Tensor, monkeypatch: 
         stream = with_head.stream(commit, pace=0.25, max_new_tokens=9, vad="none", temperature=0.0)
         monkeypatch.setattr(forks.guards, "no_speech_prob", lambda *_: 0.9)
         assert {event.text for event in [*stream.push(speech), *stream.finish()]} == {""}
+
+
+def test_segments_are_those_of_the_whole_recording_however_often_it_is_looked_at(with_head: SpeechLM, speech: Tensor):
+    given: dict[str, Any] = {"max_new_tokens": 6, "no_speech_threshold": 1.0, "vad": "none", "max_segment": 1.5}
+    options = word_stream.Options.given(**given)
+    [expected] = with_head.transcribe(speech, **given)
+    transcriber, rng = Transcriber(with_head, options, slots=1), random.Random(0)
+    seen = set[int]()
+    for chance in (0.0, 0.3, 1.0):
+        stream = watched_stream(transcriber, with_head, options, RATE, "asr", 0.1, SpeechBounds())
+        events = list[Event]()
+        for part in speech.split(RATE // 10):
+            events += stream.push(part)
+            events += stream.look() if rng.random() < chance else []
+        committed = [event for event in [*events, *stream.finish()] if isinstance(event, Committed)]
+        assert [event.segment for event in committed if event.segment] == expected.segments
+        seen.add(len(committed))
+    assert len(expected.segments) >= 2 and max(seen) > len(expected.segments)

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from rwkv_speech.config import ServeConfig
+from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.streaming import Committed, Stream
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.vad import WINDOW, Vad
 from rwkv_speech.serving.realtime import FRAME_BYTES
+from rwkv_speech.serving.worker import Worker
 from serving.conftest import KEY, OPTIONS, connected, noise, running
 from serving.test_limits import wait_until
 
@@ -74,8 +78,8 @@ def said(connection: Any, samples: np.ndarray) -> list[Any]:
 
 
 def alone(model: SpeechLM, samples: np.ndarray, **options: Any) -> list[Committed]:
-    """What a stream commits."""
-    stream = model.stream(**{**OPTIONS, "commit": "word", "max_segment": 2.0, "hold": 0.2, "pace": 0.125, **options})
+    """What a stream commits, in segments: those of the whole recording."""
+    stream = model.stream(**{**OPTIONS, "max_segment": 2.0, **options})
     return [x for x in [*stream.push(samples), *stream.finish()] if isinstance(x, Committed)]
 
 
@@ -93,7 +97,7 @@ def test_a_committed_buffer_is_an_item(server: Any, model: SpeechLM):
             *deltas, committed, added, done = said(connection, noise(number, seconds))
             assert {x.type for x in deltas} == {"conversation.item.input_audio_transcription.delta"}
             expected = text(alone(model, noise(number, seconds)))
-            assert "".join(x.delta for x in deltas).strip() == done.transcript == expected != ""
+            assert done.transcript == expected != "" and all(x.delta for x in deltas)
             assert done.usage.seconds == pytest.approx(len(noise(number, seconds)) / 16_000)
             assert {x.item_id for x in (*deltas, committed, done)} == {added.item.id}
             assert committed.previous_item_id == (ids[-1] if ids else None)
@@ -114,7 +118,7 @@ def test_words_come_while_the_buffer_is_open(server: Any):
         ({"keywords": ["is good\t20", "ab"]}, {"keywords": ["is good\t20", "ab"]}),
         ({"language": "fr"}, {"language": "fr", "task": "asr_fr"}),
         ({"model": "asr_fr"}, {"task": "asr_fr"}),
-        ({"model": "st_en"}, {"task": "st_en", "commit": "segment"}),
+        ({"model": "st_en"}, {"task": "st_en"}),
         ({"rate": 24_000}, {"sample_rate": 24_000}),
     ],
     ids=str,
@@ -142,12 +146,99 @@ def test_turns_are_found_by_the_vad(model: SpeechLM, limited: dict[str, Any], va
     expected = [x.segment for x in alone(model, samples, vad="silero") if x.segment]
     assert len(expected) == 2 and expected[0].text != expected[1].text
     for segment, events in zip(expected, turns, strict=True):
-        started, *deltas, stopped, _, _, done = events
+        started, *_, stopped, _, _, done = events
         assert (started.type, stopped.type) == tuple(f"input_audio_buffer.speech_{x}" for x in ("started", "stopped"))
-        assert done.transcript == segment.text.strip() == "".join(x.delta for x in deltas).strip()
+        assert done.transcript == segment.text.strip()
         assert abs(started.audio_start_ms - 1000 * segment.start) < 150
         assert stopped.audio_end_ms == round(1000 * segment.end)
         assert started.item_id == stopped.item_id == done.item_id
+
+
+def turns_of(connection: Any, samples: np.ndarray, **detection: Any) -> list[tuple[int, int]]:
+    """Where turns begin and end, in milliseconds."""
+    audio = {"format": {"type": "audio/pcm", "rate": 16_000}, "turn_detection": {"type": "server_vad", **detection}}
+    connection.session.update(session={"type": "transcription", "audio": {"input": audio}})
+    described = until(connection, "session.updated")[-1].session.audio.input.turn_detection
+    assert {name: getattr(described, name) for name in detection} == detection
+    append(connection, samples, 8_000)
+    connection.input_audio_buffer.clear()
+    events = until(connection, "input_audio_buffer.cleared")
+    starts = [x.audio_start_ms for x in events if x.type == "input_audio_buffer.speech_started"]
+    ends = [x.audio_end_ms for x in events if x.type == "input_audio_buffer.speech_stopped"]
+    return list(zip(starts, ends, strict=True))
+
+
+def test_turn_detection_is_tuned(
+    model: SpeechLM, limited: dict[str, Any], vad_by_loudness: None, monkeypatch: pytest.MonkeyPatch
+):
+    by_loudness = Vad.block
+    monkeypatch.setattr(Vad, "block", lambda *given: 0.7 * by_loudness(*given))
+    silence, gap = np.zeros(16_000, np.int16), np.zeros(8_000, np.int16)
+    samples = np.concatenate([silence, noise(1, 0.5), gap, noise(2, 0.5), silence, gap])  # of 520, 500 and 540 ms
+    with (
+        running(model, ServeConfig(**{**limited, "vad": "silero", "max_segment": 5.0})) as server,
+        connected(server).realtime.connect(extra_query=INTENT) as connection,
+    ):
+        connection.recv()
+        usual, joined, padded, none = (
+            turns_of(connection, samples, **detection)
+            for detection in (
+                {},
+                {"silence_duration_ms": 800},
+                {"prefix_padding_ms": 400, "threshold": 0.6},
+                {"threshold": 0.8},
+            )
+        )
+    assert none == []
+    assert len(usual) == len(padded) == 2 and len(joined) == 1
+    assert abs(usual[0][0] - 900) < 40 and abs(usual[1][0] - 1_920) < 40
+    offset = len(samples) // 16  # the second and third time
+    assert abs(joined[0][0] - offset - usual[0][0]) < 40 and abs(joined[0][1] - offset - usual[1][1]) < 40
+    assert abs(padded[0][0] - 2 * offset - 600) < 40
+    # It does not reach into the turn before.
+    assert padded[1][0] >= padded[0][1] and abs(padded[1][0] - 2 * offset - 1_620) < 40
+
+
+def test_telephone_samples_are_heard_as_libsndfile_reads_them(server: Any, model: SpeechLM):
+    for law, subtype in (("pcmu", "ULAW"), ("pcma", "ALAW")):
+        content = np.random.default_rng(3).integers(0, 256, 8_000, np.uint8)
+        with connected(server).realtime.connect(extra_query=INTENT) as connection:
+            audio = {"format": {"type": f"audio/{law}"}, "transcription": {"model": "asr"}, "turn_detection": None}
+            connection.session.update(session={"type": "transcription", "audio": {"input": audio}})
+            assert until(connection, "session.updated")[-1].session.audio.input.format.type == f"audio/{law}"
+            done = said(connection, content)[-1]
+        samples = decoded(content, subtype)
+        assert done.transcript == text(alone(model, samples, sample_rate=8_000)) != ""
+        assert done.usage.seconds == 1.0
+
+
+def decoded(content: np.ndarray, law: str) -> np.ndarray:
+    """G.711 by the standard's own words: sign, three bits of exponent, four of mantissa."""
+    x = content.astype(int) ^ (0xFF if law == "ULAW" else 0x55)
+    exponent, mantissa, is_set = x >> 4 & 7, x & 15, x >> 7 == 1
+    if law == "ULAW":
+        size, is_negative = ((2 * mantissa + 33) << exponent + 2) - 132, is_set
+    else:
+        size = np.where(exponent == 0, 16 * mantissa + 8, (16 * mantissa + 264) << np.maximum(exponent - 1, 0))
+        is_negative = ~is_set
+    return np.where(is_negative, -size, size).astype(np.int16)
+
+
+def test_logprobs_of_a_turn(server: Any, model: SpeechLM):
+    with connected(server).realtime.connect(extra_query=INTENT) as connection:
+        set_to(connection)
+        assert said(connection, noise(1, 1.5))[-1].logprobs is None
+        wanted = ["item.input_audio_transcription.logprobs"]
+        connection.session.update(session={"type": "transcription", "include": wanted})
+        assert until(connection, "session.updated")[-1].session.include == wanted
+        done = said(connection, noise(1, 1.5))[-1]
+        connection.session.update(session={"type": "transcription", "include": []})
+        until(connection, "session.updated")
+        assert said(connection, noise(1, 1.5))[-1].logprobs is None
+    segments = [x.segment for x in alone(model, noise(1, 1.5)) if x.segment]
+    known = [(token, logprob) for x in segments for token, logprob in zip(x.tokens, x.logprobs or (), strict=False)]
+    assert len(known) > 4 and [x.logprob for x in done.logprobs] == [logprob for _, logprob in known]
+    assert [bytes(x.bytes) for x in done.logprobs] == [model.tokenizer.decode_bytes([token]) for token, _ in known]
 
 
 def test_a_sound_without_words_is_an_empty_turn_and_what_is_cleared_is_gone(
@@ -178,6 +269,18 @@ def test_connections_at_once_hear_what_each_hears_alone(server: Any, model: Spee
     assert found == [text(alone(model, noise(number, 1.0))) for number in range(6)] and len(set(found)) > 4
 
 
+def test_who_has_no_words_yet_is_looked_at_before_the_others(model: SpeechLM):
+    worker, done, gate = Worker(model, Options.given(), 1), list[str](), threading.Event()
+    worker.run(gate.wait)
+    late = [worker.run_late(partial(done.append, name), due) for name, due in (("c", 2.0), ("a", 1.0), ("b", 1.0))]
+    first = worker.run(partial(done.append, "audio"))
+    gate.set()
+    for future in (*late, first):
+        future.result(20)
+    assert done == ["audio", "a", "b", "c"]
+    worker.close()
+
+
 def update(**given: Any) -> dict[str, Any]:
     return {"type": "session.update", "session": {"type": "transcription", "audio": {"input": given}}}
 
@@ -199,12 +302,24 @@ BAD: dict[str, tuple[Any, str, str | None]] = {
     "no transcription": (update(transcription=None), "invalid_value", "transcription"),
     "semantic": (update(turn_detection={"type": "semantic_vad"}), "invalid_value", "type"),
     "vad": (update(turn_detection={"type": "server_vad"}), "unsupported_value", "turn_detection"),
-    "threshold": (
-        update(turn_detection={"type": "server_vad", "threshold": 0.9}),
-        "unknown_parameter",
-        "threshold",
+    "threshold": (update(turn_detection={"type": "server_vad", "threshold": 1.5}), "invalid_value", "threshold"),
+    "silence": (
+        update(turn_detection={"type": "server_vad", "silence_duration_ms": 1}),
+        "invalid_value",
+        "silence_duration_ms",
     ),
-    "law": (update(format={"type": "audio/pcmu"}), "invalid_value", "type"),
+    "answers": (
+        update(turn_detection={"type": "server_vad", "create_response": True}),
+        "invalid_value",
+        "create_response",
+    ),
+    "opus": (update(format={"type": "audio/opus"}), "invalid_value", "format"),
+    "law": (update(format={"type": "audio/pcmu", "rate": 16_000}), "unknown_parameter", "rate"),
+    "include": (
+        {"type": "session.update", "session": {"type": "transcription", "include": ["item.all"]}},
+        "invalid_value",
+        "include",
+    ),
     "rate": (update(format={"type": "audio/pcm", "rate": 10**9}), "invalid_value", "rate"),
     "noise": (update(noise_reduction={"type": "near_field"}), "invalid_value", "noise_reduction"),
 }
@@ -302,12 +417,42 @@ def test_a_failure_ends_its_connection_alone(server: Any, monkeypatch: pytest.Mo
         assert said(other, noise(1))[-1].transcript
 
 
-def test_the_server_ends_with_a_connection_open(model: SpeechLM, limited: dict[str, Any]):
+def test_the_server_ends_when_what_was_committed_is_told(model: SpeechLM, limited: dict[str, Any]):
+    with running(model, ServeConfig(**limited)) as server:
+        connection, other, silent = (connected(server).realtime.connect(extra_query=INTENT).enter() for _ in range(3))
+        for one in (connection, other, silent):
+            set_to(one)
+        for number in (1, 2):
+            append(connection, noise(number, 2.0))
+            connection.input_audio_buffer.commit()
+        append(other, noise(3, 1.0))  # what was not committed is not lost either
+        server.should_exit = True
+        found = [told(one) for one in (connection, other, silent)]
+    expected = [text(alone(model, noise(number, seconds))) for number, seconds in ((1, 2.0), (2, 2.0), (3, 1.0))]
+    assert found == [(expected[:2], 1001), (expected[2:], 1001), ([], 1001)]
+
+
+def told(connection: Any) -> tuple[list[str], int]:
+    """The transcripts until a connection is closed, and the code of closing."""
+    found = list[str]()
+    with pytest.raises(ConnectionClosed) as caught:
+        while True:
+            event = connection.recv()
+            found += [event.transcript] if event.type.endswith(".completed") else []
+    assert caught.value.rcvd
+    return found, caught.value.rcvd.code
+
+
+def test_a_client_that_goes_on_speaking_does_not_keep_the_server(model: SpeechLM, limited: dict[str, Any]):
     with running(model, ServeConfig(**limited)) as server:
         connection = connected(server).realtime.connect(extra_query=INTENT).enter()
-        connection.recv()
-        server.should_exit = True
-        assert closed(connection)[1] in (1001, 1012)
+        set_to(connection)
+        server.should_exit, end = True, time.monotonic() + 20
+        with pytest.raises(ConnectionClosed):
+            while time.monotonic() < end:
+                append(connection, noise(0, 0.1))
+                time.sleep(0.1)
+        assert time.monotonic() < end - 10
 
 
 def test_the_asynchronous_client_is_understood_too(server: Any):

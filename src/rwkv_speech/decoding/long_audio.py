@@ -13,8 +13,8 @@ from torch.nn import functional
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.decoding.vad import BLOCK, WINDOW, Vad
 
-# silero-vad's: speech begins at a window of the first or more, and ends where all are below the second for PAUSE.
-_THRESHOLD, _LOW_THRESHOLD = 0.5, 0.35
+# silero-vad's: speech begins at a window of the threshold or more, and ends where all are so much below it for a pause.
+THRESHOLD, _BELOW, _LOWEST = 0.5, 0.15, 0.01
 _MIN_SPEECH = SAMPLE_RATE * 4 // 25
 # A silence as long as PAUSE parts two pieces and is left out, but for PAD on each side; a shorter one stays.
 PAUSE = SAMPLE_RATE * 3 // 10
@@ -30,6 +30,21 @@ _QUIET = 0.01
 
 # From the samples (S,) of a piece to places in it, in order, that lie between two words.
 WordGaps = Callable[[Tensor], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SpeechBounds:
+    """What the VAD takes for speech: the probability it begins with, and samples: of the silence that ends it, and of
+    what is kept before its first window."""
+
+    threshold: float = THRESHOLD
+    pause: int = PAUSE
+    before: int = PAD
+
+    @property
+    def low_threshold(self) -> float:
+        """What lies below is silence."""
+        return max(_LOWEST, self.threshold - _BELOW)
 
 
 @dataclass(frozen=True)
@@ -52,9 +67,16 @@ class Segmenter:
     longest pause of its second half; without one, at the last of its `word_gaps`; without these, where it is quietest.
     """
 
-    def __init__(self, max_seconds: float, vad: str = "silero", word_gaps: WordGaps | None = None) -> None:
+    def __init__(
+        self,
+        max_seconds: float,
+        vad: str = "silero",
+        word_gaps: WordGaps | None = None,
+        bounds: SpeechBounds = SpeechBounds(),
+    ) -> None:
         self._max = max(round(max_seconds * SAMPLE_RATE), SAMPLE_RATE)
         self._vad, self._word_gaps = Vad() if vad == "silero" else None, word_gaps
+        self._bounds = bounds
         self._waiting = torch.zeros(0)  # less than a block
         self._blocks, self._blocks_start = list[Tensor](), 0  # what the next piece may be made of
         self._end = 0  # of the last block
@@ -79,7 +101,7 @@ class Segmenter:
         pieces = self._add(self._waiting) if len(self._waiting) else []
         if self._begin is not None:
             silence = self._end if self._silence is None else self._silence
-            pieces += self._close(silence, self._end if self._end - silence < PAUSE else silence + PAD)
+            pieces += self._close(silence, self._end if self._end - silence < self._bounds.pause else silence + PAD)
         self.removed_samples += self._end - self._last_end
         return pieces
 
@@ -102,24 +124,26 @@ class Segmenter:
         self._end += len(block)
         probabilities = self._vad.block(block).tolist() if self._vad else [1.0] * len(starts)
         pieces = [piece for window in zip(starts, probabilities, strict=True) for piece in self._window(*window)]
-        needed = self._end - PAUSE if self._begin is None else self._begin
+        needed = self._end - max(PAUSE, self._bounds.before) if self._begin is None else self._begin
         while self._blocks_start + len(self._blocks[0]) <= needed:
             self._blocks_start += len(self._blocks.pop(0))
         return pieces
 
     def _window(self, start: int, probability: float) -> list[Piece]:
-        end = start + WINDOW
-        if probability >= _THRESHOLD:
+        end, bounds = start + WINDOW, self._bounds
+        if probability >= bounds.threshold:
             if self._begin is None:
-                self._begin, self._speech = 0 if start < PAUSE else start - PAD, start
+                before = 0 if start < PAUSE else start - bounds.before
+                self._begin, self._speech = max(self._last_end, before), start
                 self._is_trimmed = self._begin > 0
             self._silence = None
-        elif probability < _LOW_THRESHOLD and self._silence is None:
+        elif probability < bounds.low_threshold and self._silence is None:
             self._silence = start
         if self._begin is None:
             return []
         self._windows.append((start, probability))
-        if self._silence is not None and start - self._silence >= PAUSE and probability < _LOW_THRESHOLD:
+        is_quiet = probability < bounds.low_threshold
+        if self._silence is not None and start - self._silence >= bounds.pause and is_quiet:
             return self._close(self._silence, self._silence + PAD)
         return self._cut(min(end, self._end)) if end + WINDOW - self._begin > self._max else []
 
@@ -141,7 +165,7 @@ class Segmenter:
         assert self._begin is not None
         audio = self._samples(self._begin, end)
         if self._vad:
-            quiet = [(start, probability < _LOW_THRESHOLD) for start, probability in self._windows]
+            quiet = [(start, probability < self._bounds.low_threshold) for start, probability in self._windows]
         else:
             loudness = audio.split(WINDOW)
             limit = _QUIET * audio.square().mean()

@@ -86,6 +86,11 @@ class Stream:
         self._check_open()
         return [event for block in self._given.push(as_waveform(samples, "stream")) for event in self._resample(block)]
 
+    def look(self) -> list[Event]:
+        """The events of what is being said, as far as it goes; for a stream whose `pace` is None."""
+        self._check_open()
+        return self._listener.hear(self._segmenter.open_piece)
+
     @property
     def speech_start(self) -> float | None:
         """The second at which what is being said began, None where nobody speaks."""

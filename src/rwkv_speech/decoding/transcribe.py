@@ -16,12 +16,14 @@ from torch import Tensor
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, as_waveform, read_blocks
 from rwkv_speech.batch import BadSample, Batch, Sample
 from rwkv_speech.decoding.forks import Forks
+from rwkv_speech.decoding.keywords import Keywords
+from rwkv_speech.decoding.long_audio import SpeechBounds
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Transcript
 from rwkv_speech.decoding.session import Session, converse
 from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
-from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener
+from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener, can_commit_words
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
 from rwkv_speech.tasks import Naming
@@ -144,6 +146,29 @@ def stream_through(
     else:
         raise UserError(f"commit: found {commit!r}, expected segment or word")
     return Stream(transcriber.segmenter(), listener, pace, sample_rate)
+
+
+def watched_stream(
+    transcriber: Transcriber,
+    model: speech_lm.SpeechLM,
+    options: Options,
+    sample_rate: int,
+    task: str,
+    hold: float,
+    bounds: SpeechBounds,
+) -> Stream:
+    """A stream through a transcriber whose segments are those of `transcribe`, however often it is looked at.
+
+    A look commits words, where these weights and options can; the segment then says what the whole piece does.
+    """
+    listener: Listener
+    if can_commit_words(model, task, options):
+        keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
+        listener = WordListener(model, options, task, hold, transcriber.live(task, options, keywords))
+    else:
+        forks = Forks(model, task, options)
+        listener = SegmentListener(transcriber.live(task, options, forks.keywords), forks)
+    return Stream(transcriber.segmenter(bounds), listener, None, sample_rate)
 
 
 def transcribe_batches(

@@ -22,7 +22,7 @@ from rwkv_speech.decoding import coverage, guards
 from rwkv_speech.decoding.confidence import judge
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.keywords import Keywords
-from rwkv_speech.decoding.long_audio import Piece, Segmenter
+from rwkv_speech.decoding.long_audio import Piece, Segmenter, SpeechBounds
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.reader import Reader
 from rwkv_speech.decoding.results import Segment, Transcript
@@ -193,9 +193,9 @@ class Transcriber:
         works = {id(work) for work in dropped}
         self.engine.cancel(lambda request: request.key is key or id(getattr(request.key, "work", None)) in works)
 
-    def segmenter(self) -> Segmenter:
+    def segmenter(self, bounds: SpeechBounds = SpeechBounds()) -> Segmenter:  # noqa: B008 (it is frozen)
         """What cuts a recording into pieces."""
-        return Segmenter(self._max_seconds, self._options.vad, self._word_gaps)
+        return Segmenter(self._max_seconds, self._options.vad, self._word_gaps, bounds)
 
     def _begun(self, recording: Recording) -> _Work:
         """A recording whose language is known, or is to be found in its first piece."""

@@ -1,6 +1,6 @@
 """Words of speech that is still arriving, soon after they are said, and never taken back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -29,9 +29,20 @@ def can_commit_words(model: SpeechLM, task: str, options: Options) -> bool:
 
 
 class WordListener:
-    """Commits words while a piece is being spoken, and takes none of them back."""
+    """Commits words while a piece is being spoken, and takes none of them back.
 
-    def __init__(self, model: SpeechLM, options: Options, task: str, hold: float) -> None:
+    With `decode`, which makes a complete piece's segments, these are what it makes, whatever was committed before: then
+    the transcript does not depend on how often the open piece was heard. What they add to the words is committed.
+    """
+
+    def __init__(
+        self,
+        model: SpeechLM,
+        options: Options,
+        task: str,
+        hold: float,
+        decode: Callable[[Piece], list[Segment]] | None = None,
+    ) -> None:
         if model.ctc is None:
             raise UserError(
                 "commit: found word, but the weights have no CTC head, which says when a word ended; train one with "
@@ -47,7 +58,7 @@ class WordListener:
             raise UserError(f"hold: found {hold}, expected seconds from 0 on")
         self._tokenizer, self._times = model.tokenizer, WordTimes(model.ctc, model.encoder)
         self._frame_rate = model.encoder.framing.frame_rate
-        self._forks, self._last = Forks(model, task, options), LastCharacter()
+        self._forks, self._last, self._decode = Forks(model, task, options), LastCharacter(), decode
         self._words = Agreement(hold)  # of the open piece
         self._num_segments = 0
 
@@ -66,6 +77,8 @@ class WordListener:
 
     def close(self, piece: Piece) -> list[Event]:
         """The rest of its words, after one more reading of the whole; words that lie behind it are the next one's."""
+        if self._decode:
+            return list(self._decoded(self._decode, piece))
         text, words, reading = self._read(piece, self._forks.read_whole)
         ended = self._words.end_piece(piece.end / SAMPLE_RATE)
         new = words[len(ended) :]
@@ -76,12 +89,23 @@ class WordListener:
         segment = self._segment(text, [*ended, *new], piece.start, piece.end, reading)
         return [Committed(self._last.commit(text[len(_text(ended)) :], not ended), new, segment)]
 
+    def _decoded(self, decode: Callable[[Piece], list[Segment]], piece: Piece) -> Iterator[Event]:
+        self._forks.restart()
+        known = _text(self._words.end_piece(piece.end / SAMPLE_RATE))
+        for segment in decode(piece):
+            # Where the whole piece says something else, nothing can be put behind what was committed.
+            rest = segment.text[len(known) :] if segment.text.startswith(known) else ""
+            yield Committed(self._last.commit(rest, not known), [], replace(segment, id=self._num_segments))
+            self._num_segments, known = self._num_segments + 1, ""
+
     def _close_dropped(self, piece: Piece | None) -> list[Event]:
         """The segment of words that were committed in a piece which turned out to be too short for one."""
         known = self._words.committed
         if not known or (piece is not None and piece.start <= known[-1].end * SAMPLE_RATE):
             return []
         ended = self._words.end_piece()
+        if self._decode:
+            return []
         start, end = (round(second * SAMPLE_RATE) for second in (ended[0].start, ended[-1].end))
         return [Committed("", [], self._segment(_text(ended), ended, start, end))]
 

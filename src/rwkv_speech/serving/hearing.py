@@ -7,28 +7,46 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_speech.decoding.results import Segment
 from rwkv_speech.decoding.streaming import Committed, Event, Stream
+from rwkv_speech.serving.answers import logprobs
 from rwkv_speech.serving.faults import Fault
+from rwkv_speech.text import join_texts
+from rwkv_speech.tokenizer import WorldTokenizer
 
 Sent = dict[str, Any]
 _TRANSCRIPTION = "conversation.item.input_audio_transcription"
+# What is being said is looked at so often, unless the model has more to do, and for the first time after so much of it.
+_PACE_SECONDS, _FIRST_SECONDS = 0.125, 0.3
 
 
 @dataclass
 class _Item:
-    """A turn that is being heard, from the second `start` of all audio on."""
+    """A turn that is heard from the second `start` of all audio on: the text of its deltas, and what is settled."""
 
     start: float
     text: str = ""
+    segments: list[Segment] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"item_{secrets.token_hex(10)}")
 
 
 class Hearing:
-    """Makes items of audio: each turn that the VAD finds is one, or with no `finds_turns` what is committed."""
+    """Makes items of audio: each turn that the VAD finds is one, or with no `finds_turns` what is committed.
 
-    def __init__(self, begin: Callable[[], Stream], sample_rate: int, finds_turns: bool, seconds: float = 0.0) -> None:
-        self._begin, self._rate, self._finds_turns = begin, sample_rate, finds_turns
-        self.seconds = seconds  # of audio since the connection began
+    A transcript is that of its audio, however often it was looked at on the way; with a tokenizer its tokens'
+    log-probabilities are told, too.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], Stream],
+        sample_rate: int,
+        finds_turns: bool,
+        seconds: float = 0.0,
+        tokenizer: WorldTokenizer | None = None,
+    ) -> None:
+        self._begin, self._rate, self._finds_turns, self._tokenizer = begin, sample_rate, finds_turns, tokenizer
+        self.seconds = self._seen = seconds  # of audio since the connection began; at the last look
         self._item: _Item | None = None
         self._last_id: str | None = None
         self._restart()
@@ -37,6 +55,23 @@ class Hearing:
     def is_open(self) -> bool:
         """Whether there is audio that belongs to no complete item."""
         return self._item is not None
+
+    @property
+    def has_words(self) -> bool:
+        """Whether words have been told of what is being said."""
+        return self._item is not None and bool(self._item.text)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether another look may find more words."""
+        start = self._stream.speech_start
+        is_long = start is not None and self.seconds - self._offset - start >= _FIRST_SECONDS
+        return is_long and self.seconds - self._seen >= _PACE_SECONDS
+
+    def look(self) -> list[Sent]:
+        """The words of what is being said that are certain by now."""
+        self._seen = self.seconds
+        return list(self._take(self._stream.look()))
 
     def push(self, samples: np.ndarray) -> list[Sent]:
         """Take samples (S,), int16."""
@@ -77,6 +112,7 @@ class Hearing:
             if text := event.text if self._item.text else event.text.lstrip():
                 self._item.text += text
                 yield {"type": f"{_TRANSCRIPTION}.delta", "item_id": self._item.id, "content_index": 0, "delta": text}
+            self._item.segments += [segment] if segment else []
             if segment and self._finds_turns:
                 yield from self._end(self._offset + segment.end)
 
@@ -105,6 +141,8 @@ class Hearing:
         message = {"id": item.id, "type": "message", "role": "user", "status": "completed", "content": content}
         yield {"type": "conversation.item.added", "item": message} | before
         usage = {"type": "duration", "seconds": second - item.start}
-        done = {"item_id": item.id, "content_index": 0, "transcript": item.text.strip(), "usage": usage}
-        yield {"type": f"{_TRANSCRIPTION}.completed"} | done
+        text = join_texts(segment.text for segment in item.segments).strip()
+        done = {"item_id": item.id, "content_index": 0, "transcript": text, "usage": usage}
+        known = {"logprobs": logprobs(item.segments, self._tokenizer)} if self._tokenizer else {}
+        yield {"type": f"{_TRANSCRIPTION}.completed"} | done | known
         self._last_id = item.id

@@ -2,14 +2,18 @@
 
 import base64
 import binascii
+import io
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import soundfile
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rwkv_speech import tasks
+from rwkv_speech.audio import SAMPLE_RATE
+from rwkv_speech.decoding.long_audio import PAD, PAUSE, THRESHOLD, SpeechBounds
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -18,6 +22,7 @@ from rwkv_speech.serving.form import Language, Text, check_language, check_model
 
 # Seconds that a word ended before it is sent.
 _HOLDS = {"minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 1.0, "xhigh": 1.5}
+_MS = SAMPLE_RATE // 1000  # samples
 
 
 class _Fields(BaseModel):
@@ -34,23 +39,53 @@ class Transcription(_Fields):
     delay: Literal["minimal", "low", "medium", "high", "xhigh"] = "low"
 
 
-class Format(_Fields):
+class Pcm(_Fields):
     """16-bit little-endian samples, mono."""
 
     type: Literal["audio/pcm"]
     rate: int = Field(24_000, ge=8_000, le=48_000)
 
+    def samples(self, content: bytes) -> np.ndarray:
+        """The samples (S,), int16; raises Fault for half a sample at the end."""
+        if len(content) % 2:
+            raise Fault(400, "audio: ends within a sample; expected 16-bit samples", "invalid_audio", "audio")
+        return np.frombuffer(content, "<i2").astype(np.int16)
+
+
+class Telephone(_Fields):
+    """G.711: a sample is a byte, by the mu-law or the A-law; mono, 8 kHz."""
+
+    type: Literal["audio/pcmu", "audio/pcma"]
+    rate: ClassVar[int] = 8_000
+
+    def samples(self, content: bytes) -> np.ndarray:
+        """The samples (S,), int16."""
+        law = "ULAW" if self.type == "audio/pcmu" else "ALAW"
+        raw = {"format": "RAW", "subtype": law, "samplerate": self.rate, "channels": 1}
+        samples, _ = soundfile.read(io.BytesIO(content), dtype="int16", **raw)
+        return np.asarray(samples)
+
 
 class TurnDetection(_Fields):
-    """The server finds where speech begins and ends."""
+    """The server finds where speech begins and ends; only sessions that answer have the fields that must be null."""
 
     type: Literal["server_vad"]
+    threshold: float = Field(THRESHOLD, gt=0, lt=1, allow_inf_nan=False)
+    prefix_padding_ms: int = Field(PAD // _MS, ge=0, le=5_000)
+    silence_duration_ms: int = Field(PAUSE // _MS, ge=100, le=10_000)
+    create_response: Literal[False] | None = None
+    interrupt_response: Literal[False] | None = None
+    idle_timeout_ms: None = None
+
+    def bounds(self) -> SpeechBounds:
+        """The same for the VAD."""
+        return SpeechBounds(self.threshold, self.silence_duration_ms * _MS, self.prefix_padding_ms * _MS)
 
 
 class AudioInput(_Fields):
     """What comes, and what is made of it."""
 
-    format: Format
+    format: Annotated[Pcm | Telephone, Field(discriminator="type")]
     transcription: Transcription
     turn_detection: TurnDetection | None
     noise_reduction: None = None
@@ -85,6 +120,11 @@ class AudioInput(_Fields):
         return replace(default, **changes)
 
     @property
+    def bounds(self) -> SpeechBounds:
+        """What the VAD takes for speech."""
+        return self.turn_detection.bounds() if self.turn_detection else SpeechBounds()
+
+    @property
     def hold(self) -> float:
         """Seconds that a word has to have ended before it is sent."""
         return _HOLDS[self.transcription.delay]
@@ -99,6 +139,7 @@ class Session(_Fields):
 
     type: Literal["transcription"]
     audio: _Audio = _Audio()
+    include: list[Literal["item.input_audio_transcription.logprobs"]] | None = None
 
     def changed(self, known: AudioInput) -> AudioInput:
         """What is known, with what is given in place of it; raises ValidationError for values that are none."""
@@ -123,15 +164,12 @@ class Append(_Fields):
     event_id: Text | None = None
     audio: str
 
-    def samples(self) -> np.ndarray:
-        """The samples (S,), int16; raises Fault for what is none."""
+    def content(self) -> bytes:
+        """What the base64 holds; raises Fault for what is none."""
         try:
-            content = base64.b64decode(self.audio, validate=True)
+            return base64.b64decode(self.audio, validate=True)
         except (binascii.Error, ValueError) as error:
             raise Fault(400, "audio: is no base64", "invalid_audio", "audio") from error
-        if len(content) % 2:
-            raise Fault(400, "audio: ends within a sample; expected 16-bit samples", "invalid_audio", "audio")
-        return np.frombuffer(content, "<i2").astype(np.int16)
 
 
 class Commit(_Fields):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -58,8 +59,8 @@ class Service:
         self._metrics = Metrics()
         self._chat = Chat(model, config, self._options, self._worker, self._metrics)
         api.post("/v1/chat/completions")(self._chat.completions)
-        realtime = Realtime(model, config, self._options, self._worker, self._metrics)
-        api.websocket("/v1/realtime")(realtime.connect)
+        self.realtime = Realtime(model, config, self._options, self._worker, self._metrics)
+        api.websocket("/v1/realtime")(self.realtime.connect)
         self.app = Guard(api, config, keys, self._metrics)
 
     @asynccontextmanager
@@ -165,6 +166,21 @@ def serve(config: ServeConfig) -> None:
     web_server(Service(model, config, keys), config).run()
 
 
+class _WebServer(uvicorn.Server):
+    """uvicorn's, but for realtime connections, which it would cut: they end when they are told what was said."""
+
+    def __init__(self, settings: uvicorn.Config, service: Service) -> None:
+        super().__init__(settings)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and return when what is there has ended."""
+        for server in self.servers:
+            server.close()
+        await self._service.realtime.end()
+        await super().shutdown(sockets)
+
+
 def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
     """What answers at the address that the flags name, once it runs."""
     settings = uvicorn.Config(
@@ -180,4 +196,4 @@ def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
         http=impatient(config.upload_seconds),
         timeout_graceful_shutdown=round(config.upload_seconds + config.request_seconds),
     )
-    return uvicorn.Server(settings)
+    return _WebServer(settings, service)

@@ -1,5 +1,7 @@
 """The one thread that owns the model: recordings and turns join its running batch, and leave it when they are done."""
 
+import heapq
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -89,6 +91,8 @@ class Worker:
         self._begin = partial(Transcriber, model, options, slots)
         self._transcriber: Transcriber | None = self._begin()
         self._orders = SimpleQueue[Callable[[], None]]()
+        self._spare: list[tuple[float, int, Callable[[], None]]] = []  # a heap, of what can wait
+        self._count = itertools.count()
         self._futures = dict[Any, Future[Any]]()
         self._listeners = dict[Any, _Told]()
         self._is_open = True
@@ -126,6 +130,13 @@ class Worker:
         self._orders.put(partial(_run, work, future))
         return future
 
+    def run_late(self, work: Callable[[], Found], due: float) -> Future[Found]:
+        """The same when nothing else waits but the batch: one a round, first what is due first."""
+        future = Future[Found]()
+        late = due, next(self._count), partial(_run, work, future)
+        self._orders.put(partial(self._keep, late))
+        return future
+
     def cancel(self, key: Any) -> None:
         """Give up a recording or a talk, and what it takes up in the batch."""
         self._orders.put(partial(self._drop, key))
@@ -134,6 +145,9 @@ class Worker:
         """Return when all that was submitted is done; nothing may be submitted after it."""
         self._orders.put(self._end)
         self._thread.join()
+
+    def _keep(self, late: tuple[float, int, Callable[[], None]]) -> None:
+        heapq.heappush(self._spare, late)
 
     def _take(self, recording: Recording, future: Future[Transcript | BadSample], listener: Listener | None) -> None:
         self._futures[recording.key] = future
@@ -160,7 +174,7 @@ class Worker:
         self._is_open = False
 
     def _run(self) -> None:
-        while self._is_open or self._futures:
+        while self._is_open or self._futures or self._spare:
             try:
                 self._round()
             except Exception as error:  # the thread outlives whatever a recording does to it
@@ -173,9 +187,11 @@ class Worker:
 
     def _round(self) -> None:
         # With nothing to decode it sleeps until something comes; what comes meanwhile waits for a round.
-        is_idle = self._is_open and not self._futures
+        is_idle = self._is_open and not self._futures and not self._spare
         for _ in range(max(self._orders.qsize(), int(is_idle))):
             self._orders.get()()
+        if self._spare:
+            heapq.heappop(self._spare)[-1]()
         if self._transcriber is None:
             return
         for recording, result in self._transcriber.poll():
