@@ -5,7 +5,7 @@
 // A case is a row of 64-bit integers, {pass, generation, order, batch, tokens, heads, head size, sequences, type,
 // decay type, bonus type, packed, then for r k v w dy: elements, strides of batch, time, head}, then the bytes of
 // bounds (if packed), u, r, k, v, w, state and, backwards, dy, dlast. Results are the tensors of the pass in the order
-// of Wkv6Problem, without padding. Every array has memory of its own, so that the sanitizer sees any step beside it.
+// of WkvProblem, without padding. Every array has memory of its own, so that the sanitizer sees any step beside it.
 
 #include <string>
 
@@ -21,7 +21,7 @@ struct Header {
 FILE* cases;
 FILE* results;
 
-int64_t size_of(int64_t type) { return type == WKV6_FLOAT32 ? 4 : 2; }
+int64_t size_of(int64_t type) { return type == WKV_FLOAT32 ? 4 : 2; }
 
 struct Array {
     char* data;
@@ -43,7 +43,7 @@ struct Array {
 
 struct Case {
     const Header& h;
-    Wkv6Problem p = {};
+    WkvProblem p = {};
     int64_t tokens, state;
 
     explicit Case(const Header& header) : h(header) {
@@ -55,15 +55,15 @@ struct Case {
         state = 4 * h.sequences * h.heads * h.head_size * h.head_size;
     }
 
-    Wkv6Tokens strided(Array& x, int which) const {
+    WkvTokens strided(Array& x, int which) const {
         return {x.data, h.rows[which][1], h.rows[which][2], h.rows[which][3]};
     }
 
-    Wkv6Tokens dense(Array& x) const {
+    WkvTokens dense(Array& x) const {
         return {x.data, h.tokens * h.heads * h.head_size, h.heads * h.head_size, h.head_size};
     }
 
-    Wkv6State states(Array& x) const {
+    WkvState states(Array& x) const {
         const int64_t matrix = h.head_size * h.head_size;
         return {reinterpret_cast<float*>(x.data), h.heads * matrix, matrix};
     }

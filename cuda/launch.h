@@ -11,18 +11,18 @@ enum Wkv6Generation { WKV6_STEPS = 1, WKV6_TILES = 2 };
 constexpr int kUnsupported = -1;
 constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
 
-inline bool has_tiles(const Wkv6Problem& p, int generation) {
-    return generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV6_FLOAT32;
+inline bool has_tiles(const WkvProblem& p, int generation) {
+    return generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV_FLOAT32;
 }
 
 template <int N, class In>
-int forward_steps(const Wkv6Problem& p, Stream stream) {
+int forward_steps(const WkvProblem& p, Stream stream) {
     return launch(steps::forward<N, In, false>, p.sequences * p.heads * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
                   sizeof(steps::ForwardShared<N>), stream, p);
 }
 
 template <int N, class In>
-int backward_steps(const Wkv6Problem& p, Stream stream) {
+int backward_steps(const WkvProblem& p, Stream stream) {
     const int64_t blocks = p.sequences * p.heads;
     const int error = launch(steps::forward<N, In, true>, blocks * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
                              sizeof(steps::ForwardShared<N>), stream, p);
@@ -32,13 +32,13 @@ int backward_steps(const Wkv6Problem& p, Stream stream) {
 }
 
 template <int N, class In>
-int decode_step(const Wkv6Problem& p, Stream stream) {
+int decode_step(const WkvProblem& p, Stream stream) {
     return launch(steps::decode<N, In>, p.sequences * p.heads * steps::Shape<N>::kBlocks, steps::Shape<N>::kThreads,
                   sizeof(steps::ForwardShared<N>), stream, p);
 }
 
 template <class In>
-int forward_tiles(const Wkv6Problem& p, Stream stream) {
+int forward_tiles(const WkvProblem& p, Stream stream) {
     const int64_t blocks = p.sequences * p.heads;
     const int shared = sizeof(tiles::ForwardShared<In>);
     return blocks < kFewBlocks ? launch(tiles::forward<In, 2, false>, 2 * blocks, 64, shared, stream, p)
@@ -46,7 +46,7 @@ int forward_tiles(const Wkv6Problem& p, Stream stream) {
 }
 
 template <class In>
-int backward_tiles(const Wkv6Problem& p, Stream stream) {
+int backward_tiles(const WkvProblem& p, Stream stream) {
     const int64_t blocks = p.sequences * p.heads;
     const int error =
         launch(tiles::forward<In, 4, true>, blocks, 128, sizeof(tiles::ForwardShared<In>), stream, p);
@@ -57,7 +57,7 @@ int backward_tiles(const Wkv6Problem& p, Stream stream) {
 enum class Pass { forward, backward, step };
 
 template <int N, class In>
-int run_steps(Pass pass, const Wkv6Problem& p, Stream stream) {
+int run_steps(Pass pass, const WkvProblem& p, Stream stream) {
     switch (pass) {
         case Pass::forward:
             return forward_steps<N, In>(p, stream);
@@ -69,7 +69,7 @@ int run_steps(Pass pass, const Wkv6Problem& p, Stream stream) {
 }
 
 template <class In>
-int run_head_size(Pass pass, const Wkv6Problem& p, Stream stream) {
+int run_head_size(Pass pass, const WkvProblem& p, Stream stream) {
     switch (p.head_size) {
         case 32:
             return run_steps<32, In>(pass, p, stream);
@@ -83,18 +83,18 @@ int run_head_size(Pass pass, const Wkv6Problem& p, Stream stream) {
 }
 
 template <class In>
-int run_tiles(Pass pass, const Wkv6Problem& p, Stream stream) {
+int run_tiles(Pass pass, const WkvProblem& p, Stream stream) {
     return pass == Pass::forward ? forward_tiles<In>(p, stream) : backward_tiles<In>(p, stream);
 }
 
-inline int run(Pass pass, const Wkv6Problem& p, int generation, Stream stream) {
+inline int run(Pass pass, const WkvProblem& p, int generation, Stream stream) {
     const bool with_tiles = has_tiles(p, generation) && pass != Pass::step;
     switch (p.type) {
-        case WKV6_FLOAT32:
+        case WKV_FLOAT32:
             return run_head_size<float>(pass, p, stream);
-        case WKV6_BFLOAT16:
+        case WKV_BFLOAT16:
             return with_tiles ? run_tiles<Bfloat16>(pass, p, stream) : run_head_size<Bfloat16>(pass, p, stream);
-        case WKV6_FLOAT16:
+        case WKV_FLOAT16:
             return with_tiles ? run_tiles<Float16>(pass, p, stream) : run_head_size<Float16>(pass, p, stream);
         default:
             return kUnsupported;
@@ -102,7 +102,7 @@ inline int run(Pass pass, const Wkv6Problem& p, int generation, Stream stream) {
 }
 
 // Bytes of `scratch` for the backward pass: the states before all tiles.
-inline int64_t scratch_bytes(const Wkv6Problem& p, int generation) {
+inline int64_t scratch_bytes(const WkvProblem& p, int generation) {
     const int64_t state = has_tiles(p, generation) ? static_cast<int64_t>(sizeof(tiles::KeptState))
                                                    : p.head_size * p.head_size * static_cast<int64_t>(sizeof(float));
     return tiles_of(p) * p.heads * state;

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "wkv6.h"
+#include "wkv.h"
 
 struct Bfloat16 {
     uint16_t bits;
@@ -48,13 +48,13 @@ DEVICE uint32_t pack(float first, float second) {
 // Element `index` of an array of type In, or of float32 if `type` says so.
 template <class In>
 DEVICE float load_either(const void* data, int64_t index, int32_t type) {
-    return type == WKV6_FLOAT32 ? static_cast<const float*>(data)[index]
+    return type == WKV_FLOAT32 ? static_cast<const float*>(data)[index]
                                 : to_float(static_cast<const In*>(data)[index]);
 }
 
 template <class In>
 DEVICE void store_either(void* data, int64_t index, int32_t type, float value) {
-    if (type == WKV6_FLOAT32) {
+    if (type == WKV_FLOAT32) {
         static_cast<float*>(data)[index] = value;
     } else {
         from_float(static_cast<In*>(data)[index], value);

@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "wkv6.h"
+#include "wkv.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,7 +17,7 @@ enum { RWKV6_INT8 = 3 };
 typedef struct {
     const void* data;
     const float* scales;  // (outputs), for RWKV6_INT8
-    int64_t type;         // Wkv6Type or RWKV6_INT8
+    int64_t type;         // WkvType or RWKV6_INT8
 } Rwkv6Matrix;
 
 typedef struct {
@@ -38,7 +38,7 @@ typedef struct {
 
 typedef struct {
     int64_t layers, channels, heads, ffn, mix_rank, decay_rank, vocab;
-    int64_t type;  // WKV6_FLOAT32 or WKV6_BFLOAT16: of vectors, low-rank maps, embeddings and token shifts
+    int64_t type;  // WKV_FLOAT32 or WKV_BFLOAT16: of vectors, low-rank maps, embeddings and token shifts
     const Rwkv6Layer* layer;
     const void* emb;
     Rwkv6Norm ln0, ln_out;

@@ -2,8 +2,8 @@
 
 #include "rwkv6.h"
 #include "rwkv6_cpu_team.h"
-#include "wkv6_cpu_kernel.h"
-#include "wkv6_cpu_threads.h"
+#include "wkv_cpu_kernel.h"
+#include "wkv_cpu_threads.h"
 
 // OpenMP's, if the process has one: PyTorch's own pool is woken in a few microseconds.
 extern "C" {
@@ -18,14 +18,14 @@ constexpr int64_t WORTH = 1 << 26;  // multiplications: less is done before anot
 struct Call {
     const Rwkv6Model& model;
     const Rwkv6Step& step;
-    wkv6_cpu::Team team;
+    wkv_cpu::Team team;
 };
 
 void take_part(void* data) {
     Call& call = *(Call*)data;
     call.team.threads = omp_get_num_threads && GOMP_parallel ? omp_get_num_threads() : 1;
-    wkv6_cpu::SubnormalsAreZero scope;
-    wkv6_cpu::kernels().model_step(call.model, call.step, call.team);
+    wkv_cpu::SubnormalsAreZero scope;
+    wkv_cpu::kernels().model_step(call.model, call.step, call.team);
 }
 
 int64_t multiplications(const Rwkv6Model& m) {
@@ -50,7 +50,7 @@ bool fits(const Rwkv6Model& m, const Rwkv6Step& s) {
 extern "C" {
 
 int64_t rwkv6_cpu_scratch(const Rwkv6Model* model, int64_t tokens) {
-    return wkv6_cpu::kernels().model_scratch(*model, tokens);
+    return wkv_cpu::kernels().model_scratch(*model, tokens);
 }
 
 // 0, or 1 if the tokens or slots do not fit; then nothing is changed.

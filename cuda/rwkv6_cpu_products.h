@@ -5,7 +5,7 @@
 #pragma once
 
 #include "rwkv6.h"
-#include "wkv6_cpu_vectors.h"
+#include "wkv_cpu_vectors.h"
 
 namespace {
 
@@ -65,8 +65,8 @@ void product_as(const Rwkv6Matrix& matrix, const Activations& x, int64_t rows, i
 
 inline void product(const Rwkv6Matrix& w, const Activations& x, int64_t rows, int64_t first, int64_t end,
                     const Activations& y) {
-    (w.type == WKV6_FLOAT32    ? product_as<Float32>
-     : w.type == WKV6_BFLOAT16 ? product_as<Bfloat16>
+    (w.type == WKV_FLOAT32    ? product_as<Float32>
+     : w.type == WKV_BFLOAT16 ? product_as<Bfloat16>
                                : product_as<Int8>)(w, x, rows, first, end, y);
 }
 

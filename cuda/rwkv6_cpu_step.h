@@ -7,7 +7,7 @@
 
 #include "rwkv6_cpu_products.h"
 #include "rwkv6_cpu_team.h"
-#include "wkv6_cpu_kernel.h"
+#include "wkv_cpu_kernel.h"
 #include "wkv6_cpu_step.h"
 
 namespace {
@@ -50,7 +50,7 @@ class ModelStep {
     typedef typename T::Element Element;
 
    public:
-    ModelStep(const Rwkv6Model& model, const Rwkv6Step& step, wkv6_cpu::Team& team)
+    ModelStep(const Rwkv6Model& model, const Rwkv6Step& step, wkv_cpu::Team& team)
         : m(model), s(step), worker(team), C(model.channels), N(model.channels / model.heads), memory((float*)s.scratch) {
         x = take(C), normed = take(C), difference = take(C), y = take(C), low = take(MIXES * m.mix_rank);
         for (Activations& mix : mixes) mix = take(C);
@@ -196,8 +196,8 @@ class ModelStep {
             for (int64_t c = first; c < first + N; c += LANES)
                 store(w.row(t) + c, load(w.row(t) + c) + at<T>(layer.decay, c));
         }
-        auto tokens = [&](const Activations& from) { return Wkv6Tokens{from.row(i), 0, C, N}; };
-        Wkv6Problem p = {};
+        auto tokens = [&](const Activations& from) { return WkvTokens{from.row(i), 0, C, N}; };
+        WkvProblem p = {};
         p.heads = m.heads, p.head_size = N, p.bonus_type = (int32_t)m.type, p.u = layer.bonus;
         p.r = tokens(r), p.k = tokens(k), p.v = tokens(v), p.w = tokens(w), p.y = tokens(y);
         float* state = s.wkv + ((number * s.slots + slot(i)) * m.heads + head) * N * N;
@@ -242,14 +242,14 @@ class ModelStep {
 };
 
 int64_t any_model_scratch(const Rwkv6Model& model, int64_t tokens) {
-    wkv6_cpu::Team alone = {1, 0, 0};
+    wkv_cpu::Team alone = {1, 0, 0};
     Rwkv6Step step = {};
     step.tokens = tokens;
     return ModelStep<Float32>(model, step, alone).scratch_bytes();
 }
 
-void any_model_step(const Rwkv6Model& model, const Rwkv6Step& step, wkv6_cpu::Team& team) {
-    if (model.type == WKV6_FLOAT32)
+void any_model_step(const Rwkv6Model& model, const Rwkv6Step& step, wkv_cpu::Team& team) {
+    if (model.type == WKV_FLOAT32)
         ModelStep<Float32>(model, step, team).run();
     else
         ModelStep<Bfloat16>(model, step, team).run();

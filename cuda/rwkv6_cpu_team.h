@@ -8,7 +8,7 @@
 #include <sched.h>
 #include <stdint.h>
 
-namespace wkv6_cpu {
+namespace wkv_cpu {
 
 struct Team {
     int64_t threads;
@@ -16,13 +16,13 @@ struct Team {
     int64_t done;    // jobs of that stage
 };
 
-}  // namespace wkv6_cpu
+}  // namespace wkv_cpu
 
 namespace {
 
 class Worker {
    public:
-    explicit Worker(wkv6_cpu::Team& team) : team(team) {}
+    explicit Worker(wkv_cpu::Team& team) : team(team) {}
 
     // Calls job(i) for each i below `count`, here or on another thread of the team, all of which call this alike.
     template <class Job>
@@ -54,7 +54,7 @@ class Worker {
     }
 
    private:
-    wkv6_cpu::Team& team;
+    wkv_cpu::Team& team;
     int64_t stage = 0;
 };
 

@@ -17,19 +17,19 @@ struct Sequence {
 };
 
 // Bounds that are out of order or out of range are cut off: wrong bounds give wrong numbers, never wrong addresses.
-DEVICE int64_t bound(const Wkv6Problem& p, int64_t sequence) {
+DEVICE int64_t bound(const WkvProblem& p, int64_t sequence) {
     const int64_t at = p.bounds[sequence];
     return at < 0 ? 0 : at > p.tokens ? p.tokens : at;
 }
 
-DEVICE int64_t packed_length(const Wkv6Problem& p, int64_t sequence) {
+DEVICE int64_t packed_length(const WkvProblem& p, int64_t sequence) {
     const int64_t length = bound(p, sequence + 1) - bound(p, sequence);
     return length < 0 ? 0 : length;
 }
 
 // The sequence and head of the block's turn: the longest sequences come first, so that none is left for the end.
 // `slot` is one word of shared memory. All threads of the block call this together.
-DEVICE Sequence sequence_of_turn(const Wkv6Problem& p, int64_t turn, int threads, int* slot) {
+DEVICE Sequence sequence_of_turn(const WkvProblem& p, int64_t turn, int threads, int* slot) {
     const int64_t place = turn / p.heads;
     int64_t index = place;
     if (p.bounds != nullptr && p.sequences <= threads) {
@@ -61,17 +61,17 @@ DEVICE Sequence sequence_of_turn(const Wkv6Problem& p, int64_t turn, int threads
 }
 
 // How many tiles `first_tile` may name.
-inline int64_t tiles_of(const Wkv6Problem& p) { return p.batch * p.tokens / kTile + p.sequences; }
+inline int64_t tiles_of(const WkvProblem& p) { return p.batch * p.tokens / kTile + p.sequences; }
 
 template <class T>
-DEVICE T* row_of(const Wkv6Tokens& x, const Sequence& s, int token) {
+DEVICE T* row_of(const WkvTokens& x, const Sequence& s, int token) {
     return static_cast<T*>(x.data) + s.row * x.batch + (s.begin + token) * x.time + s.head * x.head;
 }
 
-DEVICE int64_t offset_of(const Wkv6Tokens& x, const Sequence& s, int token) {
+DEVICE int64_t offset_of(const WkvTokens& x, const Sequence& s, int token) {
     return s.row * x.batch + (s.begin + token) * x.time + s.head * x.head;
 }
 
-DEVICE float* matrix_of(const Wkv6State& x, const Sequence& s) {
+DEVICE float* matrix_of(const WkvState& x, const Sequence& s) {
     return x.data + s.index * x.sequence + s.head * x.head;
 }

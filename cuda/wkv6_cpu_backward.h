@@ -51,7 +51,7 @@ void advance(const float* from, const float* total, const Rows<N>& a, const Rows
 
 // Keeps what the chunks of a segment start from, and the state after it in `end`, if that is not null.
 template <int N>
-void sweep(const Wkv6Problem& p, const Span& segment, int64_t head, const float* start, Kept<N>* kept, float* end) {
+void sweep(const WkvProblem& p, const Span& segment, int64_t head, const float* start, Kept<N>* kept, float* end) {
     __builtin_memcpy(kept->state, start, sizeof kept->state);
     for (int64_t t = 0; t < segment.count; t += C, kept++) {
         Ahead ahead({segment.batch, segment.first + t + C, head, chunk_length(segment.count - t - C)});
@@ -142,7 +142,7 @@ void inside_back(const Query<N>& query, const Update<N>& update, const float* u,
             decay *= d[i];
         }
         through = Vec{};
-        WKV6_UNROLL
+        WKV_UNROLL
         for (int j = 0; j < C; j++) {
             Vec k = load(update.k[j] + n), later[C];
             log[j] += through;
@@ -152,7 +152,7 @@ void inside_back(const Query<N>& query, const Update<N>& update, const float* u,
             bonus += rk * k;
             Vec dk = rk * u_n;
             decay = broadcast(1);
-            WKV6_UNROLL
+            WKV_UNROLL
             for (int i = j + 1; i < C; i++) {
                 Vec factor = dots[pair(i, j)] * decay;
                 Vec part = factor * r[i];
@@ -163,7 +163,7 @@ void inside_back(const Query<N>& query, const Update<N>& update, const float* u,
             }
             store(g.k[j] + n, dk + decay * load(g.k[j] + n));
             Vec between = {};
-            WKV6_UNROLL
+            WKV_UNROLL
             for (int i = C - 1; i > j + 1; i--) {
                 between += later[i];
                 log[i - 1] += between;
@@ -178,7 +178,7 @@ void inside_back(const Query<N>& query, const Update<N>& update, const float* u,
 }
 
 template <int N>
-void chunk_back(const Wkv6Problem& p, const Place& at, const float* u, const Kept<N>& kept, Ahead& ahead, float* dstate,
+void chunk_back(const WkvProblem& p, const Place& at, const float* u, const Kept<N>& kept, Ahead& ahead, float* dstate,
                 Gradients<N>& g) {
     alignas(64) float scores[PADDED_PAIRS];
     Query<N> query;
@@ -196,12 +196,12 @@ void chunk_back(const Wkv6Problem& p, const Place& at, const float* u, const Kep
 
 // A segment's chunks, last to first.
 template <int N>
-void segment_back(const Wkv6Problem& p, const Span& segment, int64_t head, const float* u, const Kept<N>* kept,
+void segment_back(const WkvProblem& p, const Span& segment, int64_t head, const float* u, const Kept<N>* kept,
                   float* dstate, Gradients<N>& g) {
-    const Wkv6Tokens* same_type[] = {&p.r, &p.dy, &p.dr, &p.dk, &p.dv};
+    const WkvTokens* same_type[] = {&p.r, &p.dy, &p.dr, &p.dk, &p.dv};
     for (int64_t t = (segment.count - 1) / C * C; t >= 0; t -= C) {
         Ahead ahead({segment.batch, segment.first + t - C, head, t ? C : 0});
-        for (const Wkv6Tokens* x : same_type) ahead.add<N>(*x, p.type);
+        for (const WkvTokens* x : same_type) ahead.add<N>(*x, p.type);
         ahead.add<N>(p.dw, p.decay_type);
         Place at = {segment.batch, segment.first + t, head, chunk_length(segment.count - t)};
         chunk_back<N>(p, at, u, kept[t / C], ahead, dstate, g);
@@ -229,8 +229,8 @@ int64_t scratch(int64_t longest) {
 }
 
 template <int N>
-void backward(const Wkv6Problem& p, int64_t sequence, int64_t head, void* memory) {
-    Span span = wkv6_cpu::span_of(p, sequence);
+void backward(const WkvProblem& p, int64_t sequence, int64_t head, void* memory) {
+    Span span = wkv_cpu::span_of(p, sequence);
     constexpr int64_t length = SEGMENT<N> * C;
     int64_t segments = (span.count + length - 1) / length;
     float* starts = (float*)memory;

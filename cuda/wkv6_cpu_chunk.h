@@ -9,14 +9,10 @@
 
 #pragma once
 
-#include "wkv6_cpu_kernel.h"
-#include "wkv6_cpu_vectors.h"
+#include "wkv_cpu_rows.h"
 
 namespace {
 
-using wkv6_cpu::Span;
-
-constexpr int C = 8;
 constexpr int V = 2;  // vectors in a row of a tile
 constexpr int PANEL = V * LANES;
 constexpr int PAIRS = C * (C + 1) / 2;
@@ -40,18 +36,6 @@ constexpr int in_panels(int row, int column) {
     return column / PANEL * PANEL * N + row * PANEL + column % PANEL;
 }
 
-// The tokens of a chunk.
-struct Place {
-    int64_t batch, token, head;
-    int count;
-};
-
-// How many tokens the next chunk takes of so many.
-inline int chunk_length(int64_t tokens) { return tokens < 0 ? 0 : tokens < C ? (int)tokens : C; }
-
-template <int N>
-using Rows = float[C][N];
-
 // What a chunk does to the state.
 template <int N>
 struct alignas(64) Update {
@@ -65,26 +49,6 @@ struct alignas(64) Query {
     Rows<N> r, r_start;  // A r
 };
 
-// From and to the caller's tensors.
-
-template <int N, class Type>
-void read_as(const Wkv6Tokens& x, const Place& at, float (*out)[N]) {
-    typedef typename Type::Element Element;
-    const Element* data = (const Element*)x.data + at.batch * x.batch + at.token * x.time + at.head * x.head;
-    for (int i = 0; i < at.count; i++, data += x.time)
-        for (int n = 0; n < N; n += LANES) store(out[i] + n, Type::get(data + n));
-}
-
-template <int N>
-void read(const Wkv6Tokens& x, int32_t type, const Place& at, float (*out)[N]) {
-    if (type == WKV6_FLOAT32)
-        read_as<N, Float32>(x, at, out);
-    else if (type == WKV6_BFLOAT16)
-        read_as<N, Bfloat16>(x, at, out);
-    else
-        read_as<N, Float16>(x, at, out);
-}
-
 template <int N>
 void pad(Rows<N>& x, int count, float value) {
     for (int i = count; i < C; i++)
@@ -92,36 +56,14 @@ void pad(Rows<N>& x, int count, float value) {
 }
 
 template <int N>
-void read_padded(const Wkv6Tokens& x, int32_t type, const Place& at, Rows<N>& out) {
+void read_padded(const WkvTokens& x, int32_t type, const Place& at, Rows<N>& out) {
     read<N>(x, type, at, out);
     pad<N>(out, at.count, 0);
 }
 
-template <int N, class Type>
-void write_as(const float (*x)[N], const Place& at, const Wkv6Tokens& out) {
-    typedef typename Type::Element Element;
-    Element* data = (Element*)out.data + at.batch * out.batch + at.token * out.time + at.head * out.head;
-    for (int i = 0; i < at.count; i++, data += out.time)
-        for (int n = 0; n < N; n += LANES) Type::put(data + n, load(x[i] + n));
-}
-
 template <int N>
-void write(const float (*x)[N], const Place& at, int32_t type, const Wkv6Tokens& out) {
-    if (type == WKV6_FLOAT32)
-        write_as<N, Float32>(x, at, out);
-    else if (type == WKV6_BFLOAT16)
-        write_as<N, Bfloat16>(x, at, out);
-    else
-        write_as<N, Float16>(x, at, out);
-}
-
-template <int N>
-void read_bonus(const Wkv6Problem& p, int64_t head, float (*out)[N]) {
+void read_bonus(const WkvProblem& p, int64_t head, float (*out)[N]) {
     read<N>({const_cast<void*>(p.u), 0, 0, N}, p.bonus_type, {0, 0, head, 1}, out);
-}
-
-inline float* matrix(const Wkv6State& x, int64_t sequence, int64_t head) {
-    return x.data + sequence * x.sequence + head * x.head;
 }
 
 // Brings the rows of a chunk to come towards the caches, a few at a time, between the tiles of the present one: fetched
@@ -138,8 +80,8 @@ class Ahead {
     explicit Ahead(const Place& place) : at(place) {}
 
     template <int N>
-    void add(const Wkv6Tokens& x, int32_t type) {
-        int size = type == WKV6_FLOAT32 ? 4 : 2;
+    void add(const WkvTokens& x, int32_t type) {
+        int size = type == WKV_FLOAT32 ? 4 : 2;
         data[tensors] = (const char*)x.data + size * (at.batch * x.batch + at.token * x.time + at.head * x.head);
         stride[tensors] = size * x.time;
         bytes[tensors++] = size * N;
@@ -156,25 +98,8 @@ class Ahead {
     }
 };
 
-// w, found in `rate`, becomes rate = exp(w) and d = exp(-rate).
-//
-// exp(-1000) is 0: the bound on the rate makes the gradient of such a decay 0, where 0 * inf would be NaN. exp's own
-// bounds: a rate of 1e-38 is none, a decay of 1e-38 is 0. NaN stays NaN.
 template <int N>
-void decays(float (*rate)[N], float (*d)[N], int count) {
-    Vec lowest = broadcast(-87.0f), log_most = broadcast(6.9077553f);
-    for (int i = 0; i < count; i++)
-        for (int n = 0; n < N; n += LANES) {
-            Vec w = load(rate[i] + n);
-            w = either(w < lowest, lowest, w);
-            Vec x = exp(either(w > log_most, log_most, w));
-            store(rate[i] + n, x);
-            store(d[i] + n, either(x > 87.0f, Vec{}, exp(-x)));
-        }
-}
-
-template <int N>
-void read_update(const Wkv6Problem& p, const Place& at, Update<N>& x) {
+void read_update(const WkvProblem& p, const Place& at, Update<N>& x) {
     read_padded<N>(p.k, p.type, at, x.k);
     read_padded<N>(p.v, p.type, at, x.v);
     read<N>(p.w, p.decay_type, at, x.rate);
@@ -192,7 +117,7 @@ void read_update(const Wkv6Problem& p, const Place& at, Update<N>& x) {
 }
 
 template <int N>
-void read_query(const Wkv6Problem& p, const Place& at, const Update<N>& update, Query<N>& x) {
+void read_query(const WkvProblem& p, const Place& at, const Update<N>& update, Query<N>& x) {
     read_padded<N>(p.r, p.type, at, x.r);
     for (int n = 0; n < N; n += LANES) {
         Vec decay = broadcast(1);
@@ -208,7 +133,7 @@ template <int N>
 void score(const Query<N>& query, const Update<N>& update, const float* u, float* scores) {
     Vec parts[PADDED_PAIRS] = {};
     for (int n = 0; n < N; n += GROUP<N> * LANES)
-        WKV6_UNROLL
+        WKV_UNROLL
         for (int j = 0; j < C; j++) {
             Vec k[GROUP<N>];
             Vec sum = parts[pair(j, j)];
@@ -217,7 +142,7 @@ void score(const Query<N>& query, const Update<N>& update, const float* u, float
                 sum += load(u + n + x * LANES) * k[x] * load(query.r[j] + n + x * LANES);
             }
             parts[pair(j, j)] = sum;
-            WKV6_UNROLL
+            WKV_UNROLL
             for (int i = j + 1; i < C; i++) {
                 sum = parts[pair(i, j)];
                 for (int x = 0; x < GROUP<N>; x++) {

@@ -9,7 +9,7 @@ namespace {
 constexpr int SHORT = 4;  // so few tokens are faster one by one, as the state need not be transposed
 
 template <int N>
-void step(const Wkv6Problem& p, const Span& span, int64_t head, float* state) {
+void step(const WkvProblem& p, const Span& span, int64_t head, float* state) {
     alignas(64) float u[1][N], r[1][N], k[1][N], v[1][N], rate[1][N], d[1][N], y[1][N];
     read_bonus<N>(p, head, u);
     for (int64_t t = 0; t < span.count; t++) {

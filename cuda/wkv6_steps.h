@@ -31,7 +31,7 @@ DEVICE float decay_of(float w) { return exp_accurate(-exp_accurate(w)); }
 DEVICE int key_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
 
 template <int N, class In>
-DEVICE void load_tile(const Wkv6Problem& p, const Sequence& s, int start, int count, bool with_r,
+DEVICE void load_tile(const WkvProblem& p, const Sequence& s, int start, int count, bool with_r,
                              ForwardShared<N>& m) {
     for (int i = thread_index(); i < count * N; i += Shape<N>::kThreads) {
         const int t = i / N, c = i % N;
@@ -81,7 +81,7 @@ DEVICE float over_parts(float x) {
 // kStates: instead of y and the last state, writes the state before every tile to `scratch`, for the backward pass.
 template <int N, class In, bool kStates>
 KERNEL(Shape<N>::kThreads, 1)
-forward(Wkv6Problem p) {
+forward(WkvProblem p) {
     constexpr int kRows = Shape<N>::kRows;
     auto& m = *reinterpret_cast<ForwardShared<N>*>(shared_memory());
     const int thread = thread_index(), part = thread % kParts;
@@ -139,7 +139,7 @@ forward(Wkv6Problem p) {
 // One token of every slot; the state is updated in place.
 template <int N, class In>
 KERNEL(Shape<N>::kThreads, 1)
-decode(Wkv6Problem p) {
+decode(WkvProblem p) {
     auto& m = *reinterpret_cast<ForwardShared<N>*>(shared_memory());
     const int thread = thread_index(), part = thread % kParts;
     const int64_t turn = block_index() / Shape<N>::kBlocks;

@@ -30,7 +30,7 @@ constexpr float kMaxRate = 1000.0f;
 
 // Tokens past the end are such that they change nothing: no receptance, no key, no decay.
 template <int N, class In>
-DEVICE void load_tile(const Wkv6Problem& p, const Sequence& s, int start, BackwardShared<N>& m) {
+DEVICE void load_tile(const WkvProblem& p, const Sequence& s, int start, BackwardShared<N>& m) {
     for (int i = thread_index(); i < kTile * N; i += Shape<N>::kThreads) {
         const int t = i / N, c = i % N;
         const bool valid = start + t < s.length;
@@ -155,7 +155,7 @@ DEVICE void pass_to_targets(const BackwardShared<N>& m, int key, int part, Colum
 
 // dr, dk and dw of one key in the tile; adds to its du.
 template <int N, class In>
-DEVICE void column(const Wkv6Problem& p, const Sequence& s, int start, const float* S, const float* G, int key,
+DEVICE void column(const WkvProblem& p, const Sequence& s, int start, const float* S, const float* G, int key,
                    BackwardShared<N>& m) {
     const int part = thread_index() % kParts;
     Column x;
@@ -189,7 +189,7 @@ DEVICE void column(const Wkv6Problem& p, const Sequence& s, int start, const flo
 
 // dv of one value in the tile, and its row of G <- the gradient before the tile.
 template <int N, class In>
-DEVICE void row(const Wkv6Problem& p, const Sequence& s, int start, float* G, int row, const BackwardShared<N>& m) {
+DEVICE void row(const WkvProblem& p, const Sequence& s, int start, float* G, int row, const BackwardShared<N>& m) {
     const int part = thread_index() % kParts;
     float g[N / kParts];
 #pragma unroll
@@ -219,7 +219,7 @@ DEVICE void row(const Wkv6Problem& p, const Sequence& s, int start, float* G, in
 // Needs the states before every tile in `scratch`, (tiles, heads, N, N) float32.
 template <int N, class In>
 KERNEL(Shape<N>::kThreads, 1)
-backward(Wkv6Problem p) {
+backward(WkvProblem p) {
     auto& m = *reinterpret_cast<BackwardShared<N>*>(shared_memory());
     const int thread = thread_index();
     const Sequence s = sequence_of_turn(p, block_index(), Shape<N>::kThreads, &m.slot);

@@ -41,7 +41,7 @@ DEVICE Lane lane_of_thread() {
 }
 
 // Tokens start .. start + 15 of one tensor into 16 rows, 16 bytes a copy, zeros past the end.
-DEVICE void fetch(const Wkv6Tokens& x, const Sequence& s, int start, int element_size, char* rows, int pitch,
+DEVICE void fetch(const WkvTokens& x, const Sequence& s, int start, int element_size, char* rows, int pitch,
                          int threads) {
     const int per_row = N * element_size / 16;
     for (int i = thread_index(); i < kTile * per_row; i += threads) {
@@ -53,12 +53,12 @@ DEVICE void fetch(const Wkv6Tokens& x, const Sequence& s, int start, int element
 }
 
 template <class In>
-DEVICE void fetch(const Wkv6Tokens& x, const Sequence& s, int start, RawRow<In>* rows, int threads) {
+DEVICE void fetch(const WkvTokens& x, const Sequence& s, int start, RawRow<In>* rows, int threads) {
     fetch(x, s, start, sizeof(In), reinterpret_cast<char*>(rows), sizeof(RawRow<In>), threads);
 }
 
-DEVICE void fetch_decay(const Wkv6Problem& p, const Sequence& s, int start, RawDecay* rows, int threads) {
-    fetch(p.w, s, start, p.decay_type == WKV6_FLOAT32 ? 4 : 2, rows[0].bytes, sizeof(RawDecay), threads);
+DEVICE void fetch_decay(const WkvProblem& p, const Sequence& s, int start, RawDecay* rows, int threads) {
+    fetch(p.w, s, start, p.decay_type == WKV_FLOAT32 ? 4 : 2, rows[0].bytes, sizeof(RawDecay), threads);
 }
 
 // exp(w) of a token's channel; the caller cuts it.
@@ -218,7 +218,7 @@ DEVICE void add_from_state(float (&y)[2][4], const float (*a_rows)[kPitch], cons
 
 // Two columns 8 n + (2t, 2t + 1) of rows g and g + 8, if they are tokens of the sequence.
 template <class In>
-DEVICE void store_pairs(const Wkv6Tokens& x, const Sequence& s, int start, int column, const float (&c)[4],
+DEVICE void store_pairs(const WkvTokens& x, const Sequence& s, int start, int column, const float (&c)[4],
                                Lane lane) {
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {

@@ -40,7 +40,7 @@ struct BackwardShared {
 };
 
 template <class In>
-DEVICE void fetch_stage(const Wkv6Problem& p, const Sequence& s, int tile, BackwardStage<In>& stage) {
+DEVICE void fetch_stage(const WkvProblem& p, const Sequence& s, int tile, BackwardStage<In>& stage) {
     if (tile >= 0) {
         const int start = tile * kTile;
         fetch(p.r, s, start, stage.r, kThreads);
@@ -88,7 +88,7 @@ DEVICE void pair_products(const BackwardStage<In>& stage, BackwardShared<In>& m,
 
 // dv of the warp's 16 values.
 template <class In>
-DEVICE void value_gradients(const Wkv6Problem& p, const Sequence& s, int start,
+DEVICE void value_gradients(const WkvProblem& p, const Sequence& s, int start,
                                    const BackwardStage<In>& stage, const BackwardShared<In>& m,
                                    const StateRows& gradient, Lane lane) {
     float dv[2][4] = {};
@@ -182,7 +182,7 @@ DEVICE void scan(const float (&r)[2], const float (&k_state)[2], const float (&k
 
 // What a thread writes for one token: two neighbouring keys of dr, dk and dw; adds to du.
 template <class In>
-DEVICE void store_keys(const Wkv6Problem& p, const Sequence& s, int start, int token, int key,
+DEVICE void store_keys(const WkvProblem& p, const Sequence& s, int start, int token, int key,
                               const BackwardStage<In>& stage, const BackwardShared<In>& m, const float (&dr)[2],
                               const float (&dk)[2], const float (&dlog)[2], float (&du)[2]) {
     if (start + token >= s.length) {
@@ -209,7 +209,7 @@ DEVICE void store_keys(const Wkv6Problem& p, const Sequence& s, int start, int t
 
 // dr, dk and dw of eight keys.
 template <class In>
-DEVICE void keys(const Wkv6Problem& p, const Sequence& s, int start, int first_key,
+DEVICE void keys(const WkvProblem& p, const Sequence& s, int start, int first_key,
                         const BackwardStage<In>& stage, const BackwardShared<In>& m, Lane lane, float (&du)[2]) {
     const KeyGradients d = key_gradients(stage, m, first_key, lane);
     const int key = first_key + 2 * lane.t;
@@ -253,7 +253,7 @@ DEVICE void publish(const StateRows& gradient, BackwardShared<In>& m, Lane lane)
 // Needs the states before every tile in `scratch`, one KeptState per tile and head.
 template <class In>
 KERNEL(kThreads, 2)
-backward(Wkv6Problem p) {
+backward(WkvProblem p) {
     auto& m = *reinterpret_cast<BackwardShared<In>*>(shared_memory());
     const Lane lane = lane_of_thread();
     const Sequence s = sequence_of_turn(p, block_index(), kThreads, &m.slot);

@@ -24,7 +24,7 @@ struct ForwardShared {
 };
 
 template <class In>
-DEVICE void fetch_stage(const Wkv6Problem& p, const Sequence& s, int start, bool with_r,
+DEVICE void fetch_stage(const WkvProblem& p, const Sequence& s, int start, bool with_r,
                                ForwardStage<In>& stage, int threads) {
     if (start < s.length) {
         if (with_r) {
@@ -53,7 +53,7 @@ DEVICE void mask(float (&scores)[2][4], const float* bonus, Lane lane) {
 
 // y of the warp's 16 values: pairs within the tile and what the state (already scaled by exp(m)) gives.
 template <class In>
-DEVICE void outputs(const Wkv6Problem& p, const Sequence& s, int start, const ForwardStage<In>& stage,
+DEVICE void outputs(const WkvProblem& p, const Sequence& s, int start, const ForwardStage<In>& stage,
                            const ForwardShared<In>& m, const StateRows& state, int first_value, Lane lane) {
     float y[2][4] = {}, scores[2][4] = {};
     add_from_state(y, m.scaled.r, state, lane);
@@ -116,7 +116,7 @@ DEVICE void keep(const StateRows& state, KeptState& kept, Lane lane) {
 // kStates: instead of y and the last state, keeps the state before every tile in `scratch`, for the backward pass.
 template <class In, int kWarps, bool kStates>
 KERNEL(32 * kWarps, 12 / kWarps)
-forward(Wkv6Problem p) {
+forward(WkvProblem p) {
     constexpr int kThreads = 32 * kWarps, kSplits = 4 / kWarps;
     auto& m = *reinterpret_cast<ForwardShared<In>*>(shared_memory());
     const Lane lane = lane_of_thread();

@@ -182,9 +182,10 @@ TESTED_IN = {
     "decoding.transcriber": "decoding/test_transcribe.py",
     **dict.fromkeys(("media.decoding", "media.ffmpeg", "media.headers", "media.opening"), "test_media.py"),
     "predict": "journeys/test_predict.py",
+    "models.families": "models/test_base.py",
     "ops.build": "ops/test_native.py",
-    "ops.wkv6_chunked": "ops/test_wkv6.py",
-    "ops.wkv6_ref": "ops/test_wkv6.py",
+    **dict.fromkeys(("ops.chunks", "ops.recurrence", "ops.wkv6_chunked", "ops.wkv6_ref"), "ops/test_wkv6.py"),
+    **dict.fromkeys(("ops.wkv7_chunked", "ops.wkv7_ref"), "ops/test_wkv7.py"),
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",
     **dict.fromkeys(

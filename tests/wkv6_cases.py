@@ -1,8 +1,8 @@
-"""Inputs of WKV-6 and its comparison with the definition in float64, for every form that runs it."""
+"""Inputs of WKV-6, and the comparison of it and WKV-7 with their definitions in float64, for every form."""
 
 # B batch · T time · H heads · N head size
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from assertions import assert_rms_close
@@ -44,7 +44,9 @@ def random_inputs(
     return [x.to(device, torch.float32 if x is inputs[5] and dtype != torch.float64 else dtype) for x in inputs]
 
 
-def run(op: Operator, inputs: list[Tensor], cu_seqlens: Tensor | None = None) -> dict[str, Tensor]:
+def run(
+    op: Operator, inputs: list[Tensor], cu_seqlens: Tensor | None = None, names: Sequence[str] = NAMES
+) -> dict[str, Tensor]:
     """Outputs and gradients for the same gradients of both outputs, whatever the type of the inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = op(*inputs, cu_seqlens=cu_seqlens)
@@ -56,18 +58,25 @@ def run(op: Operator, inputs: list[Tensor], cu_seqlens: Tensor | None = None) ->
     gradients = torch.autograd.grad(
         [x for x, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
     )
-    return dict(zip(RESULTS, (*outputs, *gradients), strict=True))
+    return dict(zip(("y", "state_out", *(f"d{name}" for name in names)), (*outputs, *gradients), strict=True))
 
 
-def compare(op: Operator, inputs: list[Tensor], bounds: list[int] | None = None, form: str = "auto") -> None:
+def compare(
+    op: Operator,
+    inputs: list[Tensor],
+    bounds: list[int] | None = None,
+    form: str = "auto",
+    definition: Operator = wkv6_ref,
+    names: Sequence[str] = NAMES,
+) -> None:
     """`op` on these inputs against the definition on the same numbers in float64."""
     dtype = inputs[0].dtype
     # The tensor cores multiply with 10 bits of mantissa; they serve only these.
     tf32 = form == "tiles" and dtype in (torch.bfloat16, torch.float16) and inputs[0].shape[-1] == 64
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=inputs[0].device)
-    got = run(op, inputs, cu_seqlens)
-    want = run(wkv6_ref, [x.double() for x in inputs], cu_seqlens)
-    for name in RESULTS:
+    got = run(op, inputs, cu_seqlens, names)
+    want = run(definition, [x.double() for x in inputs], cu_seqlens, names)
+    for name in want:
         in_float32 = dtype != torch.float64 and name in ("state_out", "dstate")
         assert got[name].dtype == (torch.float32 if in_float32 else dtype), name
         tolerances = DW_TOLERANCES if name in ("dw", "du") else TOLERANCES

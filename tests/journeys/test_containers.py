@@ -77,7 +77,7 @@ def test_the_steps_for_a_cpu_give_a_server(tmp_path: Path):
                 borrow(tmp_path / "opt/rwkv_speech")
                 for old in tmp_path.glob("opt/rwkv_speech/lib/python*/site-packages/setuptools*"):
                     shutil.rmtree(old)  # as in the image's Python, which brings none
-    assert list(tmp_path.glob("opt/rwkv_speech/lib/python*/site-packages/rwkv_speech/ops/prebuilt/libwkv6_cpu.so"))
+    assert list(tmp_path.glob("opt/rwkv_speech/lib/python*/site-packages/rwkv_speech/ops/prebuilt/libwkv_cpu.so"))
     shutil.rmtree(home)
     shutil.rmtree(tmp_path / "src")
     torch.manual_seed(1)

@@ -93,7 +93,7 @@ def test_predict_and_serve_run_from_a_wheel(tmp_path: Path):
     assert str(tmp_path / "venv") in where.stdout.decode()
     first = run("predict", *known, str(tmp_path / "a.wav"))
     assert first.returncode == 0 and "PyTorch form" not in first.stderr, first.stderr
-    assert list((tmp_path / "home/.cache/rwkv_speech").glob("wkv6_cpu-*/libwkv6_cpu.so"))
+    assert list((tmp_path / "home/.cache/rwkv_speech").glob("wkv_cpu-*/libwkv_cpu.so"))
     (tmp_path / "nothing").mkdir()
     without = run("predict", *known, str(tmp_path / "a.wav"), PATH=str(tmp_path / "nothing"))
     assert without.returncode == 0 and "no C++ compiler found" in without.stderr and without.stdout == first.stdout

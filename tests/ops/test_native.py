@@ -63,8 +63,8 @@ def test_without_nvcc_the_error_names_it_and_the_flag(monkeypatch: pytest.Monkey
 def test_failed_build_shows_the_compiler_s_words_and_the_flag(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     sources = fresh / "cuda"
     sources.mkdir()
-    (sources / "wkv6_cpu_kernel.cpp").write_text("int broken = nonsense;\n")
-    for name in ("wkv6_cpu.cpp", "rwkv6_cpu.cpp"):
+    (sources / "wkv_cpu_kernel.cpp").write_text("int broken = nonsense;\n")
+    for name in ("wkv_cpu.cpp", "rwkv6_cpu.cpp"):
         (sources / name).write_text("")
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(UserError, match=r"(?s)failed, the whole log is .*log.txt; .*--wkv6 torch\n.*nonsense"):
@@ -104,14 +104,14 @@ def test_cpu_kernel_is_built_in_a_folder_of_any_name(fresh: Path, monkeypatch: p
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc_compiles_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = _odd_folder(tmp_path, monkeypatch)
-    (folder / "cuda/wkv6_cuda.cu").write_text('#include "wkv6.h"\n__global__ void nothing() {}\n')
+    (folder / "cuda/wkv_cuda.cu").write_text('#include "wkv.h"\n__global__ void nothing() {}\n')
     assert build.compiled(build.cuda_library(build.nvcc_architectures()[-1:])).is_relative_to(folder)
 
 
 def test_without_sources_the_error_says_where_they_were_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(build, "SOURCES", tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no sources in .*nothing; install from a checkout"):
-        build.compiled(build.Target("wkv6_cpu", "g++", []))
+        build.compiled(build.Target("wkv_cpu", "g++", []))
 
 
 def _build(folder: Path, results: "multiprocessing.Queue[str]") -> None:
@@ -121,7 +121,7 @@ def _build(folder: Path, results: "multiprocessing.Queue[str]") -> None:
 
 def _tiny_step() -> build.Step:
     compiler = build.cpu_library().tool
-    return build.Step("libempty.so", [compiler, "-shared", "-fPIC", "-x", "c++"], ["wkv6.h"])
+    return build.Step("libempty.so", [compiler, "-shared", "-fPIC", "-x", "c++"], ["wkv.h"])
 
 
 @needs_compiler
@@ -146,10 +146,10 @@ def test_changed_source_is_built_anew(fresh: Path, monkeypatch: pytest.MonkeyPat
     sources.mkdir()
     monkeypatch.setattr(build, "SOURCES", sources)
     target = build.Target("empty", build.cpu_library().tool, [_tiny_step()])
-    (sources / "wkv6.h").write_text("int a;\n")
+    (sources / "wkv.h").write_text("int a;\n")
     first = build.compiled(target)
     assert build.compiled(target) == first
-    (sources / "wkv6.h").write_text("int b;\n")
+    (sources / "wkv.h").write_text("int b;\n")
     assert build.compiled(target) != first
 
 

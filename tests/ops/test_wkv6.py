@@ -13,7 +13,7 @@ from assertions import assert_rms_close
 from torch import Tensor
 from wkv6_cases import DW_TOLERANCES, NAMES, PACKED, RESULTS, TOLERANCES, compare, random_inputs, run
 
-from rwkv_speech.ops import wkv6_chunked
+from rwkv_speech.ops import chunks
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward, wkv6_step
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
@@ -89,7 +89,7 @@ def test_wkv6_packed_equals_separate_sequences(target: Target):
 
 @pytest.mark.parametrize("group", [1, 2 * 64 * 32 * 2])
 def test_wkv6_equals_reference_for_heads_in_groups(group: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wkv6_chunked, "_GROUP", group)
+    monkeypatch.setattr(chunks, "_GROUP", group)
     portable = Target("cpu", "torch")
     portable.check(random_inputs(2, 50, 5, 32, torch.float32))
     portable.check(random_inputs(1, PACKED[-1], 5, 32, torch.float32, sequences=len(PACKED) - 1), PACKED)

@@ -60,20 +60,20 @@ def cpu_library() -> Target:
     command = [compiler, *_CXX_FLAGS]
     sets = list(_ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["plain"]
     steps = [
-        Step(f"kernel_{isa}.o", [*command, *_ISA_FLAGS[isa], f"-DWKV6_ISA={isa}", "-c"], ["wkv6_cpu_kernel.cpp"])
+        Step(f"kernel_{isa}.o", [*command, *_ISA_FLAGS[isa], f"-DWKV_ISA={isa}", "-c"], ["wkv_cpu_kernel.cpp"])
         for isa in sets
     ]
     objects = [step.output for step in steps]
-    steps.append(Step("libwkv6_cpu.so", [*command, "-shared"], ["wkv6_cpu.cpp", "rwkv6_cpu.cpp", *objects]))
-    return Target("wkv6_cpu", compiler, steps)
+    steps.append(Step("libwkv_cpu.so", [*command, "-shared"], ["wkv_cpu.cpp", "rwkv6_cpu.cpp", *objects]))
+    return Target("wkv_cpu", compiler, steps)
 
 
 def cuda_library(architectures: Sequence[str]) -> Target:
     """The CUDA kernels for these compute capabilities, such as "90"."""
     compiler = _find_nvcc()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    step = Step("libwkv6_cuda.so", [compiler, *_NVCC_FLAGS, *codes, "-shared"], ["wkv6_cuda.cu"])
-    return Target("wkv6_cuda", compiler, [step])
+    step = Step("libwkv_cuda.so", [compiler, *_NVCC_FLAGS, *codes, "-shared"], ["wkv_cuda.cu"])
+    return Target("wkv_cuda", compiler, [step])
 
 
 def host_run() -> Target:

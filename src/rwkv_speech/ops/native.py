@@ -1,4 +1,4 @@
-"""The native WKV-6 kernels as PyTorch sees them: which one serves a tensor, and calls through a C interface."""
+"""The native kernels as PyTorch sees them: which one serves a tensor, and calls through a C interface."""
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
@@ -14,30 +14,34 @@ from torch import Tensor
 
 from rwkv_speech.config import KERNEL_FORMS
 from rwkv_speech.errors import UserError
-from rwkv_speech.ops import build
-from rwkv_speech.ops.wkv6_chunked import Inputs
+from rwkv_speech.ops import build, wkv6_chunked, wkv7_chunked
 
 HEAD_SIZES = (32, 64, 128)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CUDA_VERSION = 6  # the recurrence that the CUDA library has
 _GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
 _MOST_TOKENS = 2**31 - 64  # positions are 32 bits wide
+_TOKENS = ("r", "k", "v", "w", "a", "b")  # what each token has: in WKV-6 no a and b
+
+Inputs = wkv6_chunked.Inputs | wkv7_chunked.Inputs
 
 
-def kernels_for(r: Tensor, form: str = "auto") -> "Kernels | None":
-    """The kernels for tensors like r (..., N); None where only the PyTorch form serves.
+def kernels_for(r: Tensor, form: str = "auto", version: int = 6) -> "Kernels | None":
+    """The kernels of WKV-6 or WKV-7 for tensors like r (..., N); None where only the PyTorch form serves.
 
     auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
            the chunked PyTorch form
     torch  the chunked PyTorch form
     steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
 
+    WKV-7 has no CUDA kernel: on a GPU the chunked PyTorch form serves it.
     Raises UserError for another form, and if a GPU's kernel cannot be built.
     """
     if form not in KERNEL_FORMS:
         raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
     if form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
         return None
-    if r.device.type == "cuda":
+    if r.device.type == "cuda" and version == _CUDA_VERSION:
         return _cuda("{}{}".format(*torch.cuda.get_device_capability(r.device)), _GENERATIONS[form])
     return _cpu() if r.device.type == "cpu" else None
 
@@ -57,22 +61,22 @@ class _State(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """Wkv6Problem of cuda/wkv6.h, field by field, and the tensors that it points to, which must outlive the call."""
+    """WkvProblem of cuda/wkv.h, field by field, and the tensors that it points to, which must outlive the call."""
 
-    inputs: Inputs
+    inputs: dict[str, Tensor]
     kept_bounds: Tensor | None
     _fields_ = (
         *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size", "sequences")),
-        *((name, c_int32) for name in ("type", "decay_type", "bonus_type", "need_du")),
+        *((name, c_int32) for name in ("version", "type", "decay_type", "bonus_type", "need_du")),
         ("bounds", c_void_p),
         ("u", c_void_p),
-        *((name, _Tokens) for name in ("r", "k", "v", "w")),
+        *((name, _Tokens) for name in _TOKENS),
         ("state", _State),
         ("y", _Tokens),
         ("last", _State),
         ("dy", _Tokens),
         ("dlast", _State),
-        *((name, _Tokens) for name in ("dr", "dk", "dv", "dw")),
+        *((f"d{name}", _Tokens) for name in _TOKENS),
         ("du", c_void_p),
         ("dstate", _State),
         ("scratch", c_void_p),
@@ -101,17 +105,29 @@ def _state(x: Tensor) -> _State:
 def _problem(x: Inputs, cu_seqlens: Tensor | None) -> _Problem:
     B, T, H, N = x.r.shape
     if max(B * T, len(x.state)) > _MOST_TOKENS:
-        raise ValueError(f"wkv6: {B} x {T} tokens in {len(x.state)} sequences, expected at most {_MOST_TOKENS}")
-    r, k, v = (_rows(part.to(x.r.dtype)) for part in (x.r, x.k, x.v))
-    w, u = (part if part.dtype in (r.dtype, torch.float32) else part.float() for part in (x.w, x.u))
-    inputs = Inputs(r, k, v, _rows(w), u.contiguous(), _matrices(x.state))
+        raise ValueError(f"wkv: {B} x {T} tokens in {len(x.state)} sequences, expected at most {_MOST_TOKENS}")
+    inputs = {name: _readable(name, part, x.r.dtype) for name, part in x._asdict().items()}
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    types = (_TYPES[part.dtype] for part in (r, w, u))
-    places = (*map(_tokens, inputs[:4]), _state(inputs.state))
-    bounds_at = None if bounds is None else bounds.data_ptr()
-    problem = _Problem(B, T, H, N, len(x.state), *types, 0, bounds_at, inputs.u.data_ptr(), *places)
+    problem = _Problem(B, T, H, N, len(x.state), type=_TYPES[x.r.dtype], decay_type=_TYPES[inputs["w"].dtype])
+    problem.version = 6 if "u" in inputs else 7
+    if "u" in inputs:
+        problem.u, problem.bonus_type = inputs["u"].data_ptr(), _TYPES[inputs["u"].dtype]
+    if bounds is not None:
+        problem.bounds = bounds.data_ptr()
+    for name in _TOKENS:
+        if name in inputs:
+            setattr(problem, name, _tokens(inputs[name]))
+    problem.state = _state(inputs["state"])
     problem.inputs, problem.kept_bounds = inputs, bounds
     return problem
+
+
+def _readable(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input as the kernels read it: the decay and the bonus may be wider than the rest."""
+    if name == "state":
+        return _matrices(x)
+    wide = x if x.dtype in (dtype, torch.float32) else x.float()
+    return wide.contiguous() if name == "u" else _rows(wide if name == "w" else x.to(dtype))
 
 
 class Kernels(ABC):
@@ -129,7 +145,7 @@ class Kernels(ABC):
         """What it needs beside its inputs and results."""
 
     def forward(self, x: Inputs, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y and the last state, as `wkv6`."""
+        """y and the last state, as `wkv6` or `wkv7`."""
         problem = _problem(x, cu_seqlens)
         y, last = x.r.new_empty(x.r.shape), x.state.new_empty(x.state.shape)
         problem.y, problem.last = _tokens(y), _state(last)
@@ -137,23 +153,26 @@ class Kernels(ABC):
         return y, last
 
     def backward(
-        self, dy: Tensor, dlast: Tensor, x: Inputs, cu_seqlens: Tensor | None, need_du: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The gradients of r, k, v, w, u (empty unless needed) and state."""
+        self, dy: Tensor, dlast: Tensor, x: Inputs, cu_seqlens: Tensor | None, need_du: bool = False
+    ) -> dict[str, Tensor]:
+        """The gradients of all inputs by name, that of u empty unless needed."""
         problem = _problem(x, cu_seqlens)
         dy, dlast = _rows(dy.to(x.r.dtype)), _matrices(dlast.float())
-        dr, dk, dv = (x.r.new_empty(x.r.shape) for _ in range(3))
-        dw = x.r.new_empty(x.r.shape, dtype=problem.inputs.w.dtype)
-        dstate = x.state.new_empty(x.state.shape)
+        found = {name: torch.empty(part.shape, dtype=part.dtype, device=part.device)
+                 for name, part in problem.inputs.items()}  # fmt: skip
         # Each sequence's part by itself: their sum does not depend on which block ends first.
         du = x.state.new_empty(x.state.shape[:3] if need_du else (0,))
-        problem.dy, problem.dlast, problem.dstate = _tokens(dy), _state(dlast), _state(dstate)
-        problem.dr, problem.dk, problem.dv, problem.dw = map(_tokens, (dr, dk, dv, dw))
+        problem.dy, problem.dlast, problem.dstate = _tokens(dy), _state(dlast), _state(found["state"])
+        for name in _TOKENS:
+            if name in found:
+                setattr(problem, f"d{name}", _tokens(found[name]))
         problem.du, problem.need_du = du.data_ptr(), need_du
         scratch = torch.empty(self._scratch_bytes(problem) + 64, dtype=torch.uint8, device=dy.device)
         problem.scratch = -(-scratch.data_ptr() // 64) * 64
         self._run("backward", problem, dy.device)
-        return dr, dk, dv, dw.to(x.w.dtype), (du.sum(0) if need_du else du).to(x.u.dtype), dstate
+        if "u" in found:
+            found["u"] = du.sum(0) if need_du else du
+        return {name: gradient.to(getattr(x, name).dtype) for name, gradient in found.items()}
 
     def step(self, x: Inputs) -> Tensor:
         """y (B, 1, H, N) of one token in each slot; the state is updated in place."""
@@ -167,13 +186,13 @@ class Kernels(ABC):
 class _CpuKernels(Kernels):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.library.wkv6_cpu_scratch.restype = c_int64
+        self.library.wkv_cpu_scratch.restype = c_int64
 
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
-        getattr(self.library, f"wkv6_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))
+        getattr(self.library, f"wkv_cpu_{name}")(byref(problem), c_int(torch.get_num_threads()))
 
     def _scratch_bytes(self, problem: _Problem) -> int:
-        return int(self.library.wkv6_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
+        return int(self.library.wkv_cpu_scratch(byref(problem), c_int(torch.get_num_threads())))
 
 
 class _CudaKernels(Kernels):
@@ -181,33 +200,33 @@ class _CudaKernels(Kernels):
         super().__init__(path)
         self._generation = generation
         library = self.library
-        library.wkv6_cuda_scratch.restype = c_int64
-        library.wkv6_cuda_error.restype = c_char_p
+        library.wkv_cuda_scratch.restype = c_int64
+        library.wkv_cuda_error.restype = c_char_p
         for name in ("forward", "backward", "step"):
-            getattr(library, f"wkv6_cuda_{name}").argtypes = [POINTER(_Problem), c_int, c_void_p]
+            getattr(library, f"wkv_cuda_{name}").argtypes = [POINTER(_Problem), c_int, c_void_p]
 
     def _run(self, name: str, problem: _Problem, device: torch.device) -> None:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            code = getattr(self.library, f"wkv6_cuda_{name}")(byref(problem), self._generation, stream)
+            code = getattr(self.library, f"wkv_cuda_{name}")(byref(problem), self._generation, stream)
         if code:
-            message = self.library.wkv6_cuda_error(c_int(code)).decode()
-            raise RuntimeError(f"wkv6: the CUDA kernel for {name} failed on {device}: {message}")
+            message = self.library.wkv_cuda_error(c_int(code)).decode()
+            raise RuntimeError(f"wkv: the CUDA kernel for {name} failed on {device}: {message}")
 
     def _scratch_bytes(self, problem: _Problem) -> int:
-        return int(self.library.wkv6_cuda_scratch(byref(problem), c_int(self._generation)))
+        return int(self.library.wkv_cuda_scratch(byref(problem), c_int(self._generation)))
 
 
 @functools.cache
 def _cuda(architecture: str, generation: int) -> Kernels:
-    prebuilt = build.PREBUILT / "libwkv6_cuda.so"
+    prebuilt = build.PREBUILT / "libwkv_cuda.so"
     path = prebuilt if prebuilt.exists() else build.compiled(build.cuda_library([architecture]))
     return _CudaKernels(path, generation)
 
 
 @functools.cache
 def _cpu() -> Kernels | None:
-    prebuilt = build.PREBUILT / "libwkv6_cpu.so"
+    prebuilt = build.PREBUILT / "libwkv_cpu.so"
     try:
         return _CpuKernels(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
     except UserError as error:

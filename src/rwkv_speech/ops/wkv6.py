@@ -5,14 +5,15 @@ Native kernels (native.py) serve float32, bfloat16 and float16 on CPUs and GPUs,
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_speech.ops import native, wkv6_chunked
+from rwkv_speech.ops import chunks, recurrence, wkv6_chunked
 from rwkv_speech.ops.wkv6_chunked import Inputs
+
+_VERSION = 6
 
 
 def wkv6(
@@ -35,62 +36,9 @@ def wkv6(
     `cu_seqlens` are checked on a CPU; on a GPU, where that would wait for the device, wrong ones give wrong numbers.
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
     """
-    _check(r, k, v, w, u, state, cu_seqlens)
-    B, _, H, N = r.shape
-    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    if state is None:
-        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-        state = torch.zeros(sequences, H, N, N, dtype=dtype, device=r.device)
-    y, last = wkv6_forward(r, k, v, w, u, state.to(dtype), cu_seqlens, form)
+    state = recurrence.check("wkv6", r, {"k": k, "v": v, "w": w, "u": u}, state, cu_seqlens)
+    y, last = wkv6_forward(r, k, v, w, u, state, cu_seqlens, form)
     return y, last
-
-
-def _check(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    if r.dim() != 4:
-        raise ValueError(f"wkv6: r must be (B, T, H, N), found {tuple(r.shape)}")
-    B, _, H, N = r.shape
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point()):
-        raise ValueError("wkv6: cu_seqlens must be a vector of integers, one more than there are sequences")
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"wkv6: a packed batch has B = 1, found B = {B}")
-    sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-    wanted = {"k": (k, r.shape), "v": (v, r.shape), "w": (w, r.shape), "u": (u, (H, N))}
-    if state is not None:
-        wanted["state"] = state, (sequences, H, N, N)
-    for name, (x, shape) in wanted.items():
-        if x.shape != shape:
-            raise ValueError(f"wkv6: {name} must be {tuple(shape)} to fit r {tuple(r.shape)}, found {tuple(x.shape)}")
-        if x.device != r.device:
-            raise ValueError(f"wkv6: {name} must be on r's device {r.device}, found {x.device}")
-
-
-def _bounds(r: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
-    """The numbers in `cu_seqlens`; raises ValueError unless they rise from 0 to T."""
-    if cu_seqlens is None:
-        return None
-    bounds: list[int] = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != r.shape[1] or bounds != sorted(bounds):
-        raise ValueError(f"wkv6: cu_seqlens must rise from 0 to T = {r.shape[1]}, found {bounds}")
-    return bounds
-
-
-def _native(r: Tensor, cu_seqlens: Tensor | None, form: str) -> native.Kernels | None:
-    kernels = native.kernels_for(r, form)
-    if kernels is not None and r.device.type == "cpu":
-        _bounds(r, cu_seqlens)
-    return kernels
-
-
-def _plan(r: Tensor, cu_seqlens: Tensor | None) -> wkv6_chunked.Plan | None:
-    """How the portable form walks over the tokens; None if there are none."""
-    bounds = _bounds(r, cu_seqlens)
-    if r.numel() == 0:
-        return None
-    if bounds is None:
-        return wkv6_chunked.plan_dense(*r.shape[:2])
-    return wkv6_chunked.plan_packed(tuple(b - a for a, b in itertools.pairwise(bounds)), r.device)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6", mutates_args=())
@@ -99,9 +47,9 @@ def wkv6_forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
     x = Inputs(r, k, v, w, u, state)
-    if kernels := _native(r, cu_seqlens, form):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
         return kernels.forward(x, cu_seqlens)
-    plan = _plan(r, cu_seqlens)
+    plan = recurrence.plan(r, cu_seqlens)
     return wkv6_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
 
 
@@ -126,9 +74,9 @@ def wkv6_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, u (empty unless needed: it is a sum over all tokens) and state."""
     x = Inputs(r, k, v, w, u, state)
-    if kernels := _native(r, cu_seqlens, form):
-        return kernels.backward(dy, dstate, x, cu_seqlens, need_du)
-    if plan := _plan(r, cu_seqlens):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
+        return Inputs(**kernels.backward(dy, dstate, x, cu_seqlens, need_du))
+    if plan := recurrence.plan(r, cu_seqlens):
         gradients = wkv6_chunked.backward(dy, dstate, x, plan)
     else:
         gradients = Inputs(*map(torch.zeros_like, x))._replace(state=dstate.to(state.dtype, copy=True))
@@ -163,21 +111,16 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     r, k, v, w (B, H, N), u (H, N). No gradients. Raises ValueError for shapes that do not fit, and for a state that
     is not dense float32 (float64 for float64 inputs).
     """
-    if r.dim() != 3:
-        raise ValueError(f"wkv6_step: r must be (B, H, N), found {tuple(r.shape)}")
-    _check(r[:, None], k[:, None], v[:, None], w[:, None], u, state, None)
-    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    if state.dtype != dtype or not state.is_contiguous():
-        raise ValueError(f"wkv6_step: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
+    recurrence.check_step("wkv6_step", r, {"k": k, "v": v, "w": w, "u": u}, state)
     return _wkv6_step(r, k, v, w, u, state, form)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
 def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
     tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
-    if kernels := native.kernels_for(r, form):
+    if kernels := recurrence.native_kernels(r, None, form, _VERSION):
         return kernels.step(tokens)[:, 0]
-    y, last = wkv6_chunked.forward(tokens, wkv6_chunked.plan_dense(len(r), 1))
+    y, last = wkv6_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
     state.copy_(last)
     return y[:, 0]
 

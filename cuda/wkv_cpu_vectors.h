@@ -12,33 +12,33 @@
 #endif
 
 #if defined(__AVX512F__)
-#define WKV6_LANES 16
-#define WKV6_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define WKV_LANES 16
+#define WKV_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #elif defined(__AVX__)
-#define WKV6_LANES 8
-#define WKV6_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#define WKV_LANES 8
+#define WKV_LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #else
-#define WKV6_LANES 4
-#define WKV6_LANE_NUMBERS 0, 1, 2, 3
+#define WKV_LANES 4
+#define WKV_LANE_NUMBERS 0, 1, 2, 3
 #endif
 
 // The lanes numbered `...` of a then b. GCC has Clang's notation only since version 12.
 #if defined(__clang__)
-#define WKV6_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define WKV_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define WKV6_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#define WKV_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
 // Before a loop whose body is to be in line, every time round.
 #if defined(__clang__)
-#define WKV6_UNROLL _Pragma("unroll")
+#define WKV_UNROLL _Pragma("unroll")
 #else
-#define WKV6_UNROLL _Pragma("GCC unroll 16")
+#define WKV_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace {
 
-constexpr int LANES = WKV6_LANES;
+constexpr int LANES = WKV_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -47,7 +47,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 template <int...>
 struct Indices {};
-typedef Indices<WKV6_LANE_NUMBERS> Lanes;
+typedef Indices<WKV_LANE_NUMBERS> Lanes;
 
 inline Vec load(const float* x) {
     Vec out;
@@ -81,12 +81,12 @@ inline Vec exp(Vec x) {
 // One step of a butterfly between vectors a and b, in blocks of 2 H lanes: the lower (upper) halves of both.
 template <int H, int... I>
 inline Vec lower_halves(Vec a, Vec b, Indices<I...>) {
-    return WKV6_SHUFFLE(a, b, (I % (2 * H) < H ? I : LANES + I - H)...);
+    return WKV_SHUFFLE(a, b, (I % (2 * H) < H ? I : LANES + I - H)...);
 }
 
 template <int H, int... I>
 inline Vec upper_halves(Vec a, Vec b, Indices<I...>) {
-    return WKV6_SHUFFLE(a, b, (I % (2 * H) < H ? I + H : LANES + I)...);
+    return WKV_SHUFFLE(a, b, (I % (2 * H) < H ? I + H : LANES + I)...);
 }
 
 // LANES vectors into one: lane i is the sum of x[i]'s lanes.

@@ -1,19 +1,23 @@
-// What the dispatch (wkv6_cpu.cpp) calls: wkv6_cpu_kernel.cpp, compiled once per instruction set.
+// What the dispatch (wkv_cpu.cpp) calls: wkv_cpu_kernel.cpp, compiled once per instruction set.
 
 #pragma once
 
 #include "rwkv6.h"
 #include "rwkv6_cpu_team.h"
 
-namespace wkv6_cpu {
+namespace wkv_cpu {
 
 // The work of one head of one sequence. Nothing is shared between heads, so that any thread may do any of them.
+struct Recurrence {
+    void (*forward)(const WkvProblem&, int64_t sequence, int64_t head);
+    void (*backward)(const WkvProblem&, int64_t sequence, int64_t head, void* scratch);
+    void (*step)(const WkvProblem&, int64_t sequence, int64_t head);  // `state` becomes the last state in place
+    int64_t (*scratch)(int64_t head_size, int64_t longest);  // bytes for `backward`, a multiple of 64
+};
+
 struct Kernels {
     const char* isa;
-    void (*forward)(const Wkv6Problem&, int64_t sequence, int64_t head);
-    void (*backward)(const Wkv6Problem&, int64_t sequence, int64_t head, void* scratch);
-    void (*step)(const Wkv6Problem&, int64_t sequence, int64_t head);  // `state` becomes the last state in place
-    int64_t (*scratch)(int64_t head_size, int64_t longest);  // bytes for `backward`, a multiple of 64
+    Recurrence wkv6, wkv7;
     void (*model_step)(const Rwkv6Model&, const Rwkv6Step&, Team&);  // called by each thread of the team
     int64_t (*model_scratch)(const Rwkv6Model&, int64_t tokens);     // bytes for `model_step`
 };
@@ -23,7 +27,7 @@ struct Span {
 };
 
 // The tokens of a sequence.
-static inline Span span_of(const Wkv6Problem& p, int64_t sequence) {
+static inline Span span_of(const WkvProblem& p, int64_t sequence) {
     if (!p.bounds) return {sequence, 0, p.tokens};
     return {0, p.bounds[sequence], p.bounds[sequence + 1] - p.bounds[sequence]};
 }
@@ -33,4 +37,4 @@ extern const Kernels avx512, avx2, plain;
 // Those of the best instruction set that this processor has.
 const Kernels& kernels();
 
-}  // namespace wkv6_cpu
+}  // namespace wkv_cpu

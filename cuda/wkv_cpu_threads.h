@@ -6,7 +6,7 @@
 #include <xmmintrin.h>
 #endif
 
-namespace wkv6_cpu {
+namespace wkv_cpu {
 
 // Where dy is 0 for many tokens, dS decays to numbers below 1e-38, each of which would cost some processors a hundred
 // cycles. In this scope they are zero.
@@ -24,4 +24,4 @@ class SubnormalsAreZero {
 #endif
 };
 
-}  // namespace wkv6_cpu
+}  // namespace wkv_cpu

@@ -7,14 +7,14 @@
 #include <thread>
 #include <vector>
 
-#include "wkv6_cpu_kernel.h"
-#include "wkv6_cpu_threads.h"
+#include "wkv_cpu_kernel.h"
+#include "wkv_cpu_threads.h"
 
-using wkv6_cpu::Kernels;
-using wkv6_cpu::kernels;
-using wkv6_cpu::span_of;
+using wkv_cpu::Kernels;
+using wkv_cpu::kernels;
+using wkv_cpu::span_of;
 
-const Kernels& wkv6_cpu::kernels() {
+const Kernels& wkv_cpu::kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -22,23 +22,27 @@ const Kernels& wkv6_cpu::kernels() {
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512) return wkv6_cpu::avx512;
-    if (avx2) return wkv6_cpu::avx2;
+    if (avx2 && avx512) return wkv_cpu::avx512;
+    if (avx2) return wkv_cpu::avx2;
 #endif
-    return wkv6_cpu::plain;
+    return wkv_cpu::plain;
 }
 
 namespace {
 
+const wkv_cpu::Recurrence& recurrence(const WkvProblem& p) {
+    return p.version == 7 ? kernels().wkv7 : kernels().wkv6;
+}
+
 // How many threads are worth starting, which takes some 20 microseconds each.
-int useful_threads(const Wkv6Problem& p, int threads) {
+int useful_threads(const WkvProblem& p, int threads) {
     constexpr int64_t worth = 1 << 21;  // updates of a state's number: some 100 microseconds
     int64_t tokens = p.bounds ? p.tokens : p.batch * p.tokens;
     int64_t work = (tokens + p.sequences) * p.heads * p.head_size * p.head_size / worth;
     return (int)std::max<int64_t>(1, std::min({(int64_t)threads, work, p.sequences * p.heads}));
 }
 
-int64_t longest(const Wkv6Problem& p) {
+int64_t longest(const WkvProblem& p) {
     int64_t most = 0;
     for (int64_t s = 0; s < p.sequences; s++) most = std::max(most, span_of(p, s).count);
     return most;
@@ -46,7 +50,7 @@ int64_t longest(const Wkv6Problem& p) {
 
 // Calls job(sequence, head, thread) for each head, on threads that end with the call: a pool would not survive a fork.
 template <class Job>
-void for_each_head(const Wkv6Problem& p, int threads, Job job) {
+void for_each_head(const WkvProblem& p, int threads, Job job) {
     std::vector<int64_t> order(p.sequences);
     std::iota(order.begin(), order.end(), 0);
     if (p.bounds)
@@ -54,7 +58,7 @@ void for_each_head(const Wkv6Problem& p, int threads, Job job) {
                          [&](int64_t a, int64_t b) { return span_of(p, a).count > span_of(p, b).count; });
     std::atomic<int64_t> next(0);
     auto work = [&](int thread) {
-        wkv6_cpu::SubnormalsAreZero scope;
+        wkv_cpu::SubnormalsAreZero scope;
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < p.sequences * p.heads;)
             job(order[i / p.heads], i % p.heads, thread);
     };
@@ -73,28 +77,28 @@ void for_each_head(const Wkv6Problem& p, int threads, Job job) {
 
 extern "C" {
 
-const char* wkv6_cpu_isa(void) { return kernels().isa; }
+const char* wkv_cpu_isa(void) { return kernels().isa; }
 
-int64_t wkv6_cpu_scratch(const Wkv6Problem* p, int threads) {
-    return kernels().scratch(p->head_size, longest(*p)) * useful_threads(*p, threads);
+int64_t wkv_cpu_scratch(const WkvProblem* p, int threads) {
+    return recurrence(*p).scratch(p->head_size, longest(*p)) * useful_threads(*p, threads);
 }
 
-void wkv6_cpu_forward(const Wkv6Problem* p, int threads) {
-    const Kernels& run = kernels();
+void wkv_cpu_forward(const WkvProblem* p, int threads) {
+    const wkv_cpu::Recurrence& run = recurrence(*p);
     for_each_head(*p, useful_threads(*p, threads),
                   [&](int64_t sequence, int64_t head, int) { run.forward(*p, sequence, head); });
 }
 
-void wkv6_cpu_backward(const Wkv6Problem* p, int threads) {
-    const Kernels& run = kernels();
+void wkv_cpu_backward(const WkvProblem* p, int threads) {
+    const wkv_cpu::Recurrence& run = recurrence(*p);
     int64_t bytes = run.scratch(p->head_size, longest(*p));
     for_each_head(*p, useful_threads(*p, threads), [&](int64_t sequence, int64_t head, int thread) {
         run.backward(*p, sequence, head, (char*)p->scratch + thread * bytes);
     });
 }
 
-void wkv6_cpu_step(const Wkv6Problem* p, int threads) {
-    const Kernels& run = kernels();
+void wkv_cpu_step(const WkvProblem* p, int threads) {
+    const wkv_cpu::Recurrence& run = recurrence(*p);
     for_each_head(*p, useful_threads(*p, threads),
                   [&](int64_t sequence, int64_t head, int) { run.step(*p, sequence, head); });
 }

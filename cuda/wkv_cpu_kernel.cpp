@@ -1,11 +1,12 @@
-// WKV-6 on a CPU, one head of one sequence at a time. Compiled with -DWKV6_ISA=avx512, avx2 or plain.
+// WKV-6 and WKV-7 on a CPU, one head of one sequence at a time. Compiled with -DWKV_ISA=avx512, avx2 or plain.
 
-#include "wkv6_cpu_kernel.h"
+#include "wkv_cpu_kernel.h"
 
 #include "rwkv6_cpu_step.h"
 #include "wkv6_cpu_backward.h"
 #include "wkv6_cpu_chunk.h"
 #include "wkv6_cpu_step.h"
+#include "wkv7_cpu.h"
 
 namespace {
 
@@ -28,7 +29,7 @@ void write_transposed(const float* panels, float* state) {
 // y_i = sum over j <= i of s_ij v_j.
 template <int N>
 void mix(const float* scores, const Rows<N>& v, Rows<N>& y) {
-    WKV6_UNROLL
+    WKV_UNROLL
     for (int i = 0; i < C; i++)
         for (int n = 0; n < N; n += LANES) {
             Vec sum = {};
@@ -58,8 +59,8 @@ void panel_forward(const Query<N>& query, const Update<N>& update, int value, fl
 }
 
 template <int N>
-void forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
-    Span span = wkv6_cpu::span_of(p, sequence);
+void forward(const WkvProblem& p, int64_t sequence, int64_t head) {
+    Span span = wkv_cpu::span_of(p, sequence);
     const float* state = matrix(p.state, sequence, head);
     float* last = matrix(p.last, sequence, head);
     if (span.count <= SHORT) {
@@ -78,8 +79,8 @@ void forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
         Place next = {span.batch, span.first + t + C, head, chunk_length(span.count - t - C)};
         if (!next.count && head + 1 < p.heads) next = {span.batch, span.first, head + 1, chunk_length(span.count)};
         Ahead ahead(next);
-        const Wkv6Tokens* same_type[] = {&p.r, &p.k, &p.v, &p.y};
-        for (const Wkv6Tokens* x : same_type) ahead.add<N>(*x, p.type);
+        const WkvTokens* same_type[] = {&p.r, &p.k, &p.v, &p.y};
+        for (const WkvTokens* x : same_type) ahead.add<N>(*x, p.type);
         ahead.add<N>(p.w, p.decay_type);
         read_update<N>(p, at, update);
         read_query<N>(p, at, update, query);
@@ -93,28 +94,43 @@ void forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
 }
 
 // From a head size known at run time to one known at compile time.
+#define WKV_OF_SIZE(size, function) ((size) == 32 ? function<32> : (size) == 64 ? function<64> : function<128>)
 
-void any_forward(const Wkv6Problem& p, int64_t sequence, int64_t head) {
-    (p.head_size == 32 ? forward<32> : p.head_size == 64 ? forward<64> : forward<128>)(p, sequence, head);
+void any_forward(const WkvProblem& p, int64_t sequence, int64_t head) {
+    WKV_OF_SIZE(p.head_size, forward)(p, sequence, head);
 }
 
-void any_backward(const Wkv6Problem& p, int64_t sequence, int64_t head, void* memory) {
-    (p.head_size == 32 ? backward<32> : p.head_size == 64 ? backward<64> : backward<128>)(p, sequence, head, memory);
+void any_backward(const WkvProblem& p, int64_t sequence, int64_t head, void* memory) {
+    WKV_OF_SIZE(p.head_size, backward)(p, sequence, head, memory);
 }
 
-void any_step(const Wkv6Problem& p, int64_t sequence, int64_t head) {
-    (p.head_size == 32 ? step<32> : p.head_size == 64 ? step<64> : step<128>)(
-        p, wkv6_cpu::span_of(p, sequence), head, matrix(p.state, sequence, head));
+void any_step(const WkvProblem& p, int64_t sequence, int64_t head) {
+    WKV_OF_SIZE(p.head_size, step)(p, wkv_cpu::span_of(p, sequence), head, matrix(p.state, sequence, head));
 }
 
-int64_t any_scratch(int64_t head_size, int64_t longest) {
-    return (head_size == 32 ? scratch<32> : head_size == 64 ? scratch<64> : scratch<128>)(longest);
+int64_t any_scratch(int64_t head_size, int64_t longest) { return WKV_OF_SIZE(head_size, scratch)(longest); }
+
+void any_forward7(const WkvProblem& p, int64_t sequence, int64_t head) {
+    WKV_OF_SIZE(p.head_size, wkv7::forward)(p, sequence, head);
 }
+
+void any_backward7(const WkvProblem& p, int64_t sequence, int64_t head, void* memory) {
+    WKV_OF_SIZE(p.head_size, wkv7::backward)(p, sequence, head, memory);
+}
+
+void any_step7(const WkvProblem& p, int64_t sequence, int64_t head) {
+    WKV_OF_SIZE(p.head_size, wkv7::advance)(p, wkv_cpu::span_of(p, sequence), head, matrix(p.state, sequence, head));
+}
+
+int64_t any_scratch7(int64_t head_size, int64_t longest) { return WKV_OF_SIZE(head_size, wkv7::scratch)(longest); }
 
 }  // namespace
 
-#define WKV6_STRING(x) #x
-#define WKV6_NAME(x) WKV6_STRING(x)
+#define WKV_STRING(x) #x
+#define WKV_NAME(x) WKV_STRING(x)
 
-const wkv6_cpu::Kernels wkv6_cpu::WKV6_ISA = {
-    WKV6_NAME(WKV6_ISA), any_forward, any_backward, any_step, any_scratch, any_model_step, any_model_scratch};
+const wkv_cpu::Kernels wkv_cpu::WKV_ISA = {WKV_NAME(WKV_ISA),
+                                           {any_forward, any_backward, any_step, any_scratch},
+                                           {any_forward7, any_backward7, any_step7, any_scratch7},
+                                           any_model_step,
+                                           any_model_scratch};

@@ -4,21 +4,21 @@
 
 extern "C" {
 
-int64_t wkv6_cuda_scratch(const Wkv6Problem* p, int generation) { return scratch_bytes(*p, generation); }
+int64_t wkv_cuda_scratch(const WkvProblem* p, int generation) { return scratch_bytes(*p, generation); }
 
-int wkv6_cuda_forward(const Wkv6Problem* p, int generation, void* stream) {
+int wkv_cuda_forward(const WkvProblem* p, int generation, void* stream) {
     return run(Pass::forward, *p, generation, static_cast<Stream>(stream));
 }
 
-int wkv6_cuda_backward(const Wkv6Problem* p, int generation, void* stream) {
+int wkv_cuda_backward(const WkvProblem* p, int generation, void* stream) {
     return run(Pass::backward, *p, generation, static_cast<Stream>(stream));
 }
 
-int wkv6_cuda_step(const Wkv6Problem* p, int, void* stream) {
+int wkv_cuda_step(const WkvProblem* p, int, void* stream) {
     return run(Pass::step, *p, WKV6_STEPS, static_cast<Stream>(stream));
 }
 
-const char* wkv6_cuda_error(int code) {
+const char* wkv_cuda_error(int code) {
     return code == kUnsupported ? "unsupported type or head size" : cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 }
