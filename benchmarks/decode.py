@@ -33,6 +33,7 @@ from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.measure import BASE_MODELS
@@ -64,7 +65,7 @@ def read_rate(rounds: int) -> float:
     return matrix.nbytes / min(times.values())
 
 
-def weight_bytes(model: RWKV6) -> int:
+def weight_bytes(model: RWKV) -> int:
     """What a step must read: all weights but the embeddings, of which it takes a row."""
     return sum(x.nbytes for name, x in model.state_dict().items() if not name.startswith("emb."))
 
@@ -155,7 +156,7 @@ def measure_cpu(rounds: int, sizes: RWKV6Sizes) -> Row:
     return {"rows": rows, "bytes_per_second": rates, "load": load, "threads": torch.get_num_threads()}
 
 
-def measure_steps(lm: RWKV6, rounds: int, rate: float) -> list[Row]:
+def measure_steps(lm: RWKV, rounds: int, rate: float) -> list[Row]:
     """A step of all slots in a CUDA graph, with the choice of the next token, which it feeds to itself."""
     rows = []
     for batch in (1, 64):
@@ -167,7 +168,7 @@ def measure_steps(lm: RWKV6, rounds: int, rate: float) -> list[Row]:
     return rows
 
 
-def _greedy(lm: RWKV6, ids: Tensor, state: Any) -> None:
+def _greedy(lm: RWKV, ids: Tensor, state: Any) -> None:
     ids.copy_(lm.step(ids, state).argmax(-1))
 
 

@@ -1,5 +1,6 @@
 """Tiny frozen parts with random weights, made once a run: enough to put a whole SpeechLM together on a CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,13 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
         stack=2,
         adapter_hidden=16,
     )
+
+
+@pytest.fixture(scope="session")
+def rwkv7_parts(tiny_parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """The same with a base model of the RWKV-7 family."""
+    from tiny_models import random_rwkv7_tensors
+
+    path = tmp_path_factory.mktemp("rwkv7_parts") / "base.pth"
+    torch.save(random_rwkv7_tensors(), path)
+    return replace(tiny_parts, load_model=str(path))

@@ -5,16 +5,18 @@ import os
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["RWKV6", "AudioError", "Segment", "SpeechLM", "Transcript", "UserError", "Word", "wkv6"]
+__all__ = ["RWKV6", "RWKV7", "AudioError", "Segment", "SpeechLM", "Transcript", "UserError", "Word", "wkv6", "wkv7"]
 _HOME = {
     "AudioError": "rwkv_speech.errors",
     "RWKV6": "rwkv_speech.models.rwkv6",
+    "RWKV7": "rwkv_speech.models.rwkv7",
     "Segment": "rwkv_speech.decoding.results",
     "SpeechLM": "rwkv_speech.decoding.transcribe",
     "Transcript": "rwkv_speech.decoding.results",
     "UserError": "rwkv_speech.errors",
     "Word": "rwkv_speech.decoding.results",
     "wkv6": "rwkv_speech.ops.wkv6",
+    "wkv7": "rwkv_speech.ops.wkv7",
 }
 
 

@@ -10,8 +10,14 @@ from rwkv_speech.models.parts import Parts
 
 
 @pytest.fixture(scope="module")
-def model(tiny_parts: Parts) -> SpeechLM:
-    model = SpeechLM.build(tiny_parts)
+def family() -> str:
+    """The language model's, which a module may set to several."""
+    return "x060"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_parts: Parts, rwkv7_parts: Parts, family: str) -> SpeechLM:
+    model = SpeechLM.build(rwkv7_parts if family == "x070" else tiny_parts)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for x in model.trained_parameters():

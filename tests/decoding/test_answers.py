@@ -6,8 +6,9 @@ import torch
 
 from rwkv_speech.decoding.answers import Answer, answers
 from rwkv_speech.decoding.options import Options
+from rwkv_speech.models.families import read_lm
 from rwkv_speech.models.parts import Parts
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import State
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -19,12 +20,14 @@ def tokenizer(tiny_parts: Parts) -> WorldTokenizer:
     return WorldTokenizer(tiny_parts.vocabulary())
 
 
-@pytest.fixture(scope="module", params=["auto", "torch"])
-def lm(tiny_parts: Parts, request: pytest.FixtureRequest) -> RWKV6:
-    return RWKV6.from_pretrained(tiny_parts.base_file(), form=request.param)
+@pytest.fixture(scope="module", params=["auto", "torch", "x070"])
+def lm(tiny_parts: Parts, rwkv7_parts: Parts, request: pytest.FixtureRequest) -> RWKV:
+    if request.param == "x070":
+        return read_lm(rwkv7_parts.base_file())
+    return read_lm(tiny_parts.base_file(), form=request.param)
 
 
-def plain(lm: RWKV6, tokenizer: WorldTokenizer, prompt: str, limit: int) -> str:
+def plain(lm: RWKV, tokenizer: WorldTokenizer, prompt: str, limit: int) -> str:
     """The likeliest token again and again, each time after reading the whole text anew."""
     ids = tokenizer.encode(prompt)
     start = len(ids)
@@ -42,13 +45,13 @@ def told(found: Sequence[Answer]) -> list[str]:
     return [answer.text for answer in sorted(found)]
 
 
-def test_greedy_answers_equal_a_plain_loop(lm: RWKV6, tokenizer: WorldTokenizer):
+def test_greedy_answers_equal_a_plain_loop(lm: RWKV, tokenizer: WorldTokenizer):
     options = Options.given(0.0, max_new_tokens=12)
     wanted = [plain(lm, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert told(list(answers(lm, tokenizer, PROMPTS, options, 2))) == wanted and len(set(wanted)) > 2
 
 
-def test_sampled_answers_depend_on_prompt_and_seed_alone(lm: RWKV6, tokenizer: WorldTokenizer):
+def test_sampled_answers_depend_on_prompt_and_seed_alone(lm: RWKV, tokenizer: WorldTokenizer):
     options = Options.given(1.0, top_p=0.9, max_new_tokens=9)
     found = told(list(answers(lm, tokenizer, PROMPTS, options, 3, seed=1)))
     assert told(list(answers(lm, tokenizer, PROMPTS[::-1], options, 1, seed=1))) == found[::-1]

@@ -115,6 +115,7 @@ def test_beam_equals_one_that_reads_everything_again(
         assert [texts[0].ids for texts in found] != [texts[0].ids for texts in greedy]  # the search is worth its name
 
 
+@pytest.mark.parametrize("family", ["x060", "x070"], scope="module")
 def test_states_move_with_the_beams(restrict: Restrict):
     model = restrict(LETTERS | {0: -100.0})
     chosen = samples(sounds(LENGTHS[:3]))

@@ -52,6 +52,11 @@ def oracle(model: SpeechLM, sample: Sample, limit: int, before: str = "", after:
         ids.append(token)
 
 
+@pytest.fixture(scope="module", params=["x060", "x070"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def ending(model: SpeechLM) -> SpeechLM:
     """The model with the token that ends the most texts at different places made the end: its rows are swapped."""
@@ -71,6 +76,15 @@ def requests(chosen: Sequence[Sample], limit: int = 24) -> list[Request]:
 
 def decode(engine: Engine, wanted: list[Request]) -> dict[int, Done]:
     return {done.request.key: done for done in engine.run(wanted)}
+
+
+def assert_alike(model: SpeechLM, found: Sequence[Hypothesis], wanted: Sequence[Hypothesis]) -> None:
+    """To the bit with RWKV-6's native step, where a slot's bits depend on nothing else; else but for rounding."""
+    if model.lm.slots_are_apart:
+        assert found == wanted
+    assert [x.ids for x in found] == [x.ids for x in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_greedy_texts_equal_reading_everything_again(ending: SpeechLM):
@@ -205,7 +219,7 @@ def test_greedy_and_sampled_requests_share_the_slots_of_a_beam_search(ending: Sp
     assert engine.num_unfinished == 0
     for request in wanted:
         alone = decode(Engine(ending, Options.given(0.0, beam=3, best_of=2), slots=2), [request])
-        assert found[request.key].hypotheses == alone[request.key].hypotheses
+        assert_alike(ending, found[request.key].hypotheses, alone[request.key].hypotheses)
         assert len(found[request.key].hypotheses) == (2 if request.temperature else 3)
 
 
@@ -291,5 +305,6 @@ def test_keywords_of_one_request_are_not_those_of_another(ending: SpeechLM):
     listed = decode(Engine(ending, phrases, slots=3), chosen)
     mixed = [replace(request, keywords=keywords) if request.key % 2 else request for request in chosen]
     found = decode(Engine(ending, GREEDY, slots=3), mixed)
-    assert all(found[key].hypotheses == (listed if key % 2 else plain)[key].hypotheses for key in found)
+    for key in found:
+        assert_alike(ending, found[key].hypotheses, (listed if key % 2 else plain)[key].hypotheses)
     assert plain[11].hypotheses != listed[11].hypotheses

@@ -19,6 +19,11 @@ from rwkv_speech.decoding.transcribe import SpeechLM
 OPTIONS = Options.given(0.0, max_new_tokens=8, initial_prompt="the weather", prompt=" is")
 
 
+@pytest.fixture(scope="module", params=["x060", "x070"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def audio() -> Tensor:
     noise = torch.randn(8 * SAMPLE_RATE + 1, generator=torch.Generator().manual_seed(6))

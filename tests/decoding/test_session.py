@@ -26,6 +26,11 @@ WAVES = sounds([3_000, 6_000, 2_000, 4_000])
 BREAK = [1 + ord("\n")] * 2  # the vocabulary's ids are bytes + 1
 
 
+@pytest.fixture(scope="module", params=["x060", "x070"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ending(model: SpeechLM) -> SpeechLM:
     """The model with a token that comes in some texts made the end."""

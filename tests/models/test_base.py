@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tiny_models import random_rwkv6_tensors
+from tiny_models import RANDOM_TENSORS, random_rwkv6_tensors, random_rwkv7_tensors
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.base import RWKV6Sizes, open_base, read_tensors
+from rwkv_speech.models.base import RWKV6Sizes, RWKV7Sizes, open_base, read_tensors
+from rwkv_speech.models.families import lm_of, read_lm, read_sizes
 from rwkv_speech.models.rwkv6 import RWKV6
 
 SUFFIXES = [".pth", ".safetensors"]
@@ -47,6 +48,9 @@ def test_sizes_come_from_the_tensors(tmp_path: Path):
     found = RWKV6Sizes.of(random_rwkv6_tensors(**sizes), "base.pth")
     assert found == RWKV6Sizes(**sizes, H=3)
     assert found.N == 64
+    sizes = {"n_layer": 3, "C": 192, "vocab": 100, "decay_rank": 64, "rate_rank": 48, "value_rank": 32, "ffn": 768}
+    found = RWKV7Sizes.of(random_rwkv7_tensors(**sizes, gate_rank=128), "base.pth")
+    assert found == RWKV7Sizes(**sizes, gate_rank=128, H=3)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,20 @@ def test_open_base_says_the_family(key: str, family: str, tmp_path: Path):
     if family != "x060":
         with pytest.raises(UserError, match=rf"base\.pth: found an {family} model, expected RWKV-6 \(x060\)"):
             RWKV6.from_pretrained(path)
+    if family in ("x052", "x04"):
+        with pytest.raises(UserError, match=rf"an {family} model, expected RWKV-6 \(x060\) or RWKV-7 \(x070\)"):
+            read_lm(path)
+
+
+@pytest.mark.parametrize("family", RANDOM_TENSORS)
+def test_a_file_s_family_decides_the_model(family: str, tmp_path: Path):
+    path = write(RANDOM_TENSORS[family](), tmp_path / "base.safetensors")
+    model = read_lm(path, torch.bfloat16)
+    assert family == model.FAMILY and model.emb.weight.dtype == torch.bfloat16
+    assert read_sizes(path) == model.sizes
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in lm_of(model.sizes).named_parameters()}
+    assert shapes == {name: x.shape for name, x in model.named_parameters()}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

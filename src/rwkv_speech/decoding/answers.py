@@ -11,7 +11,7 @@ import torch
 from rwkv_speech.batch import BETWEEN_TURNS
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.strategy import Strategy, Track
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.tokenizer import WorldTokenizer
 
 
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def answers(
-    lm: RWKV6, tokenizer: WorldTokenizer, prompts: Iterable[str], options: Options, slots: int, seed: int = 0
+    lm: RWKV, tokenizer: WorldTokenizer, prompts: Iterable[str], options: Options, slots: int, seed: int = 0
 ) -> Iterator[Answer]:
     """An answer of at most `options.max_new_tokens` tokens to each prompt, as they end, S = `slots` at a time.
 

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import State
 
 _WARM_UPS = 3
@@ -14,7 +14,7 @@ _WARM_UPS = 3
 class StepGraph:
     """`lm.step` on one table of states, recorded once; what the table holds at that time is lost."""
 
-    def __init__(self, lm: RWKV6, state: State) -> None:
+    def __init__(self, lm: RWKV, state: State) -> None:
         self._tokens = torch.zeros(state.wkv.shape[1], dtype=torch.int64, device=state.wkv.device)
         stream = torch.cuda.Stream(state.wkv.device)
         stream.wait_stream(torch.cuda.current_stream(state.wkv.device))
@@ -27,7 +27,7 @@ class StepGraph:
             self._logits = lm.step(self._tokens, state)
 
     @classmethod
-    def of(cls, lm: RWKV6, state: State) -> "StepGraph | None":
+    def of(cls, lm: RWKV, state: State) -> "StepGraph | None":
         """None on a CPU, and under autocast, which keeps copies of the weights outside of the graph."""
         device = state.wkv.device.type
         return cls(lm, state) if device == "cuda" and not torch.is_autocast_enabled(device) else None

@@ -19,12 +19,13 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models import splice
 from rwkv_speech.models.adapter import Adapter
-from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.base import LMSizes
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
+from rwkv_speech.models.families import read_lm
 from rwkv_speech.models.parts import Parts, TrainedOn
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.models.states import States, adapter_sha256, read_states
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -39,7 +40,7 @@ class SpeechLM(nn.Module):
     def __init__(
         self,
         encoder: SpeechEncoder,
-        lm: RWKV6,
+        lm: RWKV,
         tokenizer: WorldTokenizer,
         parts: Parts,
         task_names: Sequence[str] = (tasks.DEFAULT,),
@@ -365,10 +366,10 @@ class SpeechLM(nn.Module):
         return spliced, hidden[0], state
 
 
-def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV6, WorldTokenizer]:
+def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV, WorldTokenizer]:
     """The frozen language model of filled `parts` and its tokenizer; raises UserError for files that do not fit."""
     base = parts.base_file()
-    lm = RWKV6.from_pretrained(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
+    lm = read_lm(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
     tokenizer = WorldTokenizer(parts.vocabulary())
     if tokenizer.vocab_size > lm.sizes.vocab:
         raise UserError(
@@ -378,7 +379,7 @@ def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV6, WorldTokeni
     return lm, tokenizer
 
 
-def check_sizes(parts: Parts, sizes: RWKV6Sizes) -> None:
+def check_sizes(parts: Parts, sizes: LMSizes) -> None:
     """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
     for name, said, found in (("n_layer", parts.n_layer, sizes.n_layer), ("n_embd", parts.n_embd, sizes.C)):
         if said not in (None, found):

@@ -22,10 +22,10 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import parts
-from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.families import lm_of
 from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, Parts
-from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -85,7 +85,7 @@ class MicroBatch(NamedTuple):
 class Sizes:
     """What a SpeechLM without values is built from; `encoder` is its transformers configuration in JSON."""
 
-    lm: RWKV6Sizes
+    lm: LMSizes
     encoder: str = WAVLM_LARGE
     stack: int = STACK
     adapter_hidden: int = ADAPTER_HIDDEN
@@ -97,7 +97,7 @@ class Sizes:
         shape = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
         names = ["asr", *(f"task{number}" for number in range(1, self.num_states))]
         with torch.device("meta"):
-            lm = RWKV6(self.lm).to(dtype).requires_grad_(False)
+            lm = lm_of(self.lm).to(dtype).requires_grad_(False)
             return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), shape, names)
 
     @functools.cached_property
@@ -211,9 +211,16 @@ def _wkv6_operations(r: Tensor, *_: Any, **__: Any) -> int:
     return 5 * r.numel() * r.shape[-1]
 
 
+def _wkv7_operations(r: Tensor, *_: Any, **__: Any) -> int:
+    """In WKV-7 it reads them twice and adds to them twice."""
+    return 9 * r.numel() * r.shape[-1]
+
+
 _OPERATIONS = flop_registry | {
     torch.ops.rwkv_speech.wkv6: _wkv6_operations,
     torch.ops.rwkv_speech.wkv6_backward: lambda dy, dstate, r, *_, **__: 3 * _wkv6_operations(r),
+    torch.ops.rwkv_speech.wkv7: _wkv7_operations,
+    torch.ops.rwkv_speech.wkv7_backward: lambda dy, dstate, r, *_, **__: 3 * _wkv7_operations(r),
 }
 
 
@@ -221,8 +228,9 @@ def _scratch(packet: Any, args: Any) -> int:
     """Bytes that a kernel allocates beside its results, which "meta" does not."""
     if packet in (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution) and not args[0].is_contiguous():
         return int(args[0].nbytes)  # they copy it
-    if packet == torch.ops.rwkv_speech.wkv6_backward:  # the states before all tiles of all sequences
-        r, state = args[2], args[7]
+    if packet in (torch.ops.rwkv_speech.wkv6_backward, torch.ops.rwkv_speech.wkv7_backward):
+        # The states before all tiles of all sequences.
+        r, state = args[2], args[7 if packet == torch.ops.rwkv_speech.wkv6_backward else 8]
         return int((r.shape[0] * r.shape[1] // _KERNEL_TILE + len(state)) * state[0].nbytes)
     return 0
 

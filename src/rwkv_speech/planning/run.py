@@ -16,7 +16,8 @@ from rwkv_speech.data.source import Part, parts_of
 from rwkv_speech.data.sources import open_sources
 from rwkv_speech.devices import accelerator, autocast, compute_of, torch_device
 from rwkv_speech.errors import UserError
-from rwkv_speech.models.base import RWKV6Sizes, open_base
+from rwkv_speech.models.base import LMSizes
+from rwkv_speech.models.families import read_sizes
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM, check_sizes
 from rwkv_speech.planning.measure import ENCODERS, WAVLM_LARGE, Sizes, world_sizes
@@ -58,7 +59,7 @@ def _sizes(config: TrainConfig, notes: list[str]) -> Sizes:
 
     if _has_model(config):
         parts = Parts.of(config).filled()
-        lm = RWKV6Sizes.of(open_base(parts.base_file())[1], parts.base_file())
+        lm: LMSizes = read_sizes(parts.base_file())
         check_sizes(parts, lm)
     else:
         lm = world_sizes(config.n_layer or 0, config.n_embd or 0)

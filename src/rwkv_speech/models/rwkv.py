@@ -1,0 +1,250 @@
+"""What RWKV-6 and RWKV-7 share: everything around the two mixes of a layer, with the state going in and coming out."""
+
+# B batch · T time · C channels = H heads · N head size · L layers · S sequences of a packed batch
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.base import LMSizes, check_tensors, open_base
+from rwkv_speech.models.losses import head_kl_sum, head_loss_sum
+from rwkv_speech.models.quantised import Int8Linear
+from rwkv_speech.models.state import Packing, State
+
+GROUP_NORM_EPS = 64e-5
+
+
+@dataclass
+class Output:
+    """`logits` (B, T, V) and the `state` after the last token of each sequence."""
+
+    logits: Tensor
+    state: State
+
+
+def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """The previous token less the current one, (B, T, C), and each sequence's last token, (B or S, C)."""
+    previous = x.roll(1, 1)
+    if packing is not None:
+        previous.index_copy_(1, packing.starts, shift[packing.filled].to(x.dtype)[None])
+        return previous.sub_(x), shift.to(x.dtype).index_copy(0, packing.filled, x[0, packing.ends])
+    if x.shape[1] == 0:
+        return x, shift
+    previous[:, 0] = shift
+    return previous.sub_(x), x[:, -1]
+
+
+class Block(nn.Module):
+    """One layer; the first one also normalises the embeddings."""
+
+    def __init__(self, layer: int, C: int, att: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.att, self.ffn = att, ffn
+
+    def forward(
+        self,
+        x: Tensor,
+        wkv: Tensor,
+        att_shift: Tensor,
+        ffn_shift: Tensor,
+        packing: Packing | None,
+        *carried: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """x (B, T, C) and the layer's state -> the same, one layer further.
+
+        `carried` is what layers hand on beside x: RWKV-7's first values (B, T, C), nothing in RWKV-6.
+        """
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        out, wkv, att_shift, *carried_on = self.att(self.ln1(x), wkv, att_shift, packing, *carried)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
+        return x + out, wkv, att_shift, ffn_shift, *carried_on
+
+    def step(
+        self, x: Tensor, wkv: Tensor, att_shift: Tensor, ffn_shift: Tensor, *carried: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One token of each of B slots, x (B, C), and what is carried; the layer's state is updated in place."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        mixes: Any = self.att, self.ffn
+        att, ffn = mixes
+        out, *carried_on = att.step(self.ln1(x), wkv, att_shift, *carried)
+        x = x + out
+        return x + ffn.step(self.ln2(x), ffn_shift), *carried_on
+
+
+class Head(nn.Linear):
+    """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss, or with what a teacher
+    gives (the last arguments of losses.head_kl_sum) the summed divergence from it.
+
+    Within one module, since ZeRO-3 has a matrix only while its module runs.
+    """
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, teacher: tuple[Tensor, Tensor, float] | None = None
+    ) -> Tensor:
+        if teacher is not None:
+            return head_kl_sum(hidden, self.weight, *teacher)
+        return super().forward(hidden) if targets is None else head_loss_sum(hidden, self.weight, targets)
+
+
+class RWKV(nn.Module):
+    """A language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`.
+
+    `form` is the recurrence's kernel's, one of config.KERNEL_FORMS; with `fuse`, torch.compile fuses the elementwise
+    parts.
+    """
+
+    FAMILY: ClassVar[str]
+    SIZES: ClassVar[type[LMSizes]]
+
+    def __init__(self, sizes: LMSizes, form: str = "auto", fuse: bool = False) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.grad_cp = False
+        self.emb = nn.Embedding(sizes.vocab, sizes.C)
+        self.blocks = nn.ModuleList(self.layers(sizes, form, fuse))
+        self.ln_out = nn.LayerNorm(sizes.C)
+        self.head = Head(sizes.C, sizes.vocab, bias=False)
+
+    @classmethod
+    def layers(cls, sizes: LMSizes, form: str, fuse: bool) -> Iterable[Block]:
+        """The layers of a model of these sizes."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        form: str = "auto",
+        fuse: bool = False,
+    ) -> Self:
+        """Load a `.pth` or `.safetensors` file; raises UserError for one of another family, else as `from_tensors`."""
+        family, tensors = open_base(path)
+        if family != cls.FAMILY:
+            raise UserError(f"{path}: found an {family} model, expected {cls.SIZES.NAME}; give one with --load_model")
+        return cls.from_tensors(tensors, path, dtype, device, form, fuse)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: dict[str, Tensor],
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        form: str = "auto",
+        fuse: bool = False,
+    ) -> Self:
+        """From the tensors of the file `path`, which say the sizes.
+
+        Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
+        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size. With torch.int8 the
+        matrices are kept in 8 bits and the rest in bfloat16: for decoding on a CPU alone.
+        """
+        sizes = cls.SIZES.of(tensors, path)
+        with torch.device("meta"):
+            model = cls(sizes, form, fuse)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        check_tensors(tensors, shapes, path, cls.SIZES.NAME)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        quantised = {name: Int8Linear(tensors.pop(f"{name}.weight")) for name in linear if dtype == torch.int8}
+        floats = torch.bfloat16 if dtype == torch.int8 else dtype
+        # Not strict, for check_tensors was.
+        model.load_state_dict({name: x.to(device, floats) for name, x in tensors.items()}, strict=False, assign=True)
+        for name, module in quantised.items():
+            model.set_submodule(name, module)
+        return model.requires_grad_(False).eval()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids (...) -> embeddings (..., C), as the first block takes them."""
+        return self.emb(input_ids)
+
+    def zero_state(self, batch: int) -> State:
+        """The state before anything was read, for `batch` sequences."""
+        s, p = self.sizes, self.emb.weight
+        wkv = torch.zeros(s.n_layer, batch, s.H, s.N, s.N, dtype=torch.float32, device=p.device)
+        shift = torch.zeros(s.n_layer, batch, s.C, dtype=p.dtype, device=p.device)
+        return State(wkv, shift, shift.clone())
+
+    def hidden(
+        self, inputs_embeds: Tensor, state: State, packing: Packing | None = None, keep_state: bool = True
+    ) -> tuple[Tensor, State]:
+        """Embeddings (B, T, C) -> normed hidden states (B, T, C), for `head`, and the next state.
+
+        Without `keep_state` the state is the given one: training needs no other, and all layers' take memory.
+        """
+        x, layers, carried = inputs_embeds, [], list[Tensor]()
+        for block, *layer_state in zip(self.blocks, *state, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                inputs = x, *layer_state, packing, *carried
+                x, *layer = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, *layer = block(x, *layer_state, packing, *carried)
+            carried = layer[len(state) :]
+            if keep_state:
+                layers.append(layer[: len(state)])
+        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*layers, strict=True))) if layers else state
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Output:
+        """Ids (B, T) or embeddings (B, T, C) -> logits (B, T, V); packed with `cu_seqlens` (S + 1,), then B = 1.
+
+        Raises ValueError unless exactly one of the two inputs is given.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            x = self.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x = inputs_embeds
+        else:
+            raise ValueError("RWKV: give exactly one of input_ids and inputs_embeds")
+        if state is None:
+            state = self.zero_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        x, state = self.hidden(x, state, None if cu_seqlens is None else Packing.of(cu_seqlens))
+        return Output(self.head(x), state)
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
+        """One token of each of B slots: ids (B,) -> logits (B, V) in float32; the dense `state` is updated in place.
+
+        With `slots` (n,) instead any tokens (n,) of some slots, those of a slot together and in their order: the
+        logits after each. Raises ValueError for a state that is not dense, IndexError for ids or slots that are not
+        there.
+        """
+        x = self.embed(input_ids)
+        if slots is not None:
+            return self._read_slots(x, state, slots)
+        layers: Any = self.blocks
+        carried: list[Tensor] = []
+        for block, *layer_state in zip(layers, *state, strict=True):
+            x, *carried = block.step(x, *layer_state, *carried)
+        return self.head(self.ln_out(x)).float()
+
+    @property
+    def slots_are_apart(self) -> bool:
+        """Whether the bits of a slot's step depend on nothing else in it: then only those in use need be given."""
+        return False
+
+    def _read_slots(self, x: Tensor, state: State, slots: Tensor) -> Tensor:
+        """Embeddings (n, C) of a few tokens of some slots, as one packed batch."""
+        rows, counts = slots.unique_consecutive(return_counts=True)
+        cu_seqlens = nn.functional.pad(counts.cumsum(0), (1, 0))
+        hidden, after = self.hidden(x[None], state.select(rows), Packing.of(cu_seqlens))
+        for whole, part in zip(state, after, strict=True):
+            whole[:, rows] = part
+        return self.head(hidden[0]).float()

@@ -1,0 +1,160 @@
+"""RWKV-7 (x070, "Goose") over embeddings.
+
+Parameters have the names of the published checkpoints:
+    x_{r,w,k,v,a,g}  how much of the previous token each input of the time mix takes ("token shift")
+    w0, w1, w2       the decay, a constant and a low-rank, data-dependent part; so, too
+    a0, a1, a2       the in-context learning rate: how much of what the state holds under a key is replaced
+    v0, v1, v2       how much of the first layer's values the later layers take; g1, g2 the gate, without a constant
+    k_k, k_a, r_k    the key that is removed, how far the rate weakens the key that is written, the bonus of a token
+Source: Peng et al. 2025 (arXiv:2503.14456).
+"""
+
+# B batch · T time · C channels = H heads · N head size · S sequences of a packed batch
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_speech.models.base import LMSizes, RWKV7Sizes
+from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
+from rwkv_speech.models.state import Packing
+from rwkv_speech.ops.mix import squared_relu
+from rwkv_speech.ops.wkv7 import wkv7, wkv7_step
+
+
+class _Recurrence(NamedTuple):
+    """What wkv7 takes of each token, (B, T, H, N)."""
+
+    r: Tensor
+    w: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+
+
+class TimeMix(nn.Module):
+    """Attention's place: token shift, six mixes, WKV-7, group norm, bonus, gate."""
+
+    w0: Tensor
+    a0: Tensor
+    v0: Tensor
+    k_k: Tensor
+    k_a: Tensor
+
+    def __init__(self, layer: int, sizes: RWKV7Sizes, form: str) -> None:
+        super().__init__()
+        C, self.H, self.N, self._form = sizes.C, sizes.H, sizes.N, form
+        for name in (*(f"x_{name}" for name in "rwkvag"), "k_k", "k_a"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, C)))
+        ranks = {"w": sizes.decay_rank, "a": sizes.rate_rank, "v": sizes.value_rank if layer else 0}
+        for name, rank in ranks.items():
+            if rank:
+                self.register_parameter(f"{name}0", nn.Parameter(torch.zeros(1, 1, C)))
+                self._register_low_rank(name, C, rank)
+        self._register_low_rank("g", C, sizes.gate_rank)
+        self.r_k = nn.Parameter(torch.zeros(self.H, self.N))
+        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.ln_x = nn.GroupNorm(self.H, C, eps=GROUP_NORM_EPS)
+
+    def _register_low_rank(self, name: str, C: int, rank: int) -> None:
+        self.register_parameter(f"{name}1", nn.Parameter(torch.zeros(C, rank)))
+        self.register_parameter(f"{name}2", nn.Parameter(torch.zeros(rank, C)))
+
+    def forward(
+        self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, T, C), wkv (B, H, N, N), shift (B, C), the first layer's values (B, T, C), None in that layer.
+
+        Returns the output (B, T, C), the next wkv and shift, and the first layer's values.
+        """
+        xx, shift = token_shift(x, shift, packing)
+        tokens, gate, first = self._inputs(x, xx, first)
+        y, wkv = wkv7(*tokens, wkv, None if packing is None else packing.cu_seqlens, self._form)
+        return self._output(y, tokens, gate), wkv, shift, first
+
+    def step(self, x: Tensor, wkv: Tensor, shift: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One token of each of B slots: x (B, C) -> output (B, C) and the first layer's values (B, C).
+
+        wkv and shift are updated in place.
+        """
+        xx = (shift - x)[:, None]
+        tokens, gate, first = self._inputs(x[:, None], xx, None if first is None else first[:, None])
+        shift.copy_(x)
+        r, w, k, v, a, b = (part[:, 0] for part in tokens)
+        y = wkv7_step(r, w, k, v, a, b, wkv, self._form)
+        return self._output(y[:, None], tokens, gate)[:, 0], first[:, 0]
+
+    def _inputs(self, x: Tensor, xx: Tensor, first: Tensor | None) -> tuple[_Recurrence, Tensor, Tensor]:
+        """Of tokens x and what they differ by from the ones before; the gate (B, T, C) and the first layer's values."""
+        shape = *x.shape[:2], self.H, self.N
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, getattr(self, f"x_{name}")) for name in "rwkvag")
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        # The decay is exp(-exp(w)) with exp(w) = e^-0.5 sigmoid(...): in float32 from here to the kernel.
+        w = F.logsigmoid(self.w0.float() + self._low_rank("w", xw, torch.tanh).float()) - 0.5
+        rate = torch.sigmoid(self.a0 + self._low_rank("a", xa))
+        gate = self._low_rank("g", xg, torch.sigmoid)
+        if first is None:
+            first = v
+        else:
+            v = v + (first - v) * torch.sigmoid(self.v0 + self._low_rank("v", xv))
+        removed = F.normalize((k * self.k_k).view(shape), dim=-1)
+        k = k * (1 + (rate - 1) * self.k_a)
+        r, w, k, v, rate = (part.view(shape) for part in (r, w, k, v, rate))
+        return _Recurrence(r, w, k, v, -removed, removed * rate), gate, first
+
+    def _low_rank(self, name: str, x: Tensor, inside: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        down: Tensor = getattr(self, f"{name}1")
+        up: Tensor = getattr(self, f"{name}2")
+        low = x @ down
+        return (inside(low) if inside else low) @ up
+
+    def _output(self, y: Tensor, tokens: _Recurrence, gate: Tensor) -> Tensor:
+        y = self.ln_x(y.reshape(-1, gate.shape[-1])).view(y.shape)
+        bonus = (tokens.r * tokens.k * self.r_k).sum(-1, keepdim=True) * tokens.v
+        return self.output((y + bonus).view(gate.shape) * gate)
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: token shift, squared ReLU."""
+
+    def __init__(self, C: int, ffn: int) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.zeros(1, 1, C))
+        self.key = nn.Linear(C, ffn, bias=False)
+        self.value = nn.Linear(ffn, C, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""
+        xx, shift = token_shift(x, shift, packing)
+        return self._output(x, xx), shift
+
+    def step(self, x: Tensor, shift: Tensor) -> Tensor:
+        """One token of each of B slots: x (B, C) -> output (B, C); shift is updated in place."""
+        xx = shift - x
+        shift.copy_(x)
+        return self._output(x, xx)
+
+    def _output(self, x: Tensor, xx: Tensor) -> Tensor:
+        return self.value(squared_relu(self.key(torch.addcmul(x, xx, self.x_k.view(-1)))))
+
+
+class RWKV7(RWKV):
+    """The RWKV-7 language model."""
+
+    FAMILY, SIZES = "x070", RWKV7Sizes
+
+    @classmethod
+    def layers(cls, sizes: LMSizes, form: str, fuse: bool) -> Iterable[Block]:
+        assert isinstance(sizes, RWKV7Sizes)
+        for layer in range(sizes.n_layer):
+            yield Block(layer, sizes.C, TimeMix(layer, sizes, form), ChannelMix(sizes.C, sizes.ffn))
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], *where: Any, **how: Any) -> Self:
+        """As of any model; some files hold a value mix of the first layer, which nothing uses."""
+        unused = {f"blocks.0.att.v{i}" for i in range(3)}
+        return super().from_tensors({name: x for name, x in tensors.items() if name not in unused}, *where, **how)
