@@ -41,7 +41,7 @@ echo "== 2 of 5: the recordings alone, at three speeds, and the CTC head that li
 OP=train proj_dir=$run/asr lr_adapter=3e-4 lr_state=3e-3 epoch_count="${asr_epochs-3}" ctc=1 \
     train_data="$p/asr.train.jsonl,$p/words.train.jsonl,$s/asr.train.jsonl" \
     sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --init_from "$run/first/last.safetensors" \
-    --speed 0.9,1,1.1 --ctc_epochs "${ctc_epochs-12}" --ctc_layers 3 --ctc_hidden 320 --batch_seconds 68
+    --speed 0.9,1,1.1 --ctc_epochs "${ctc_epochs-12}" --ctc_layers 5 --ctc_hidden 320 --lr_ctc 3e-3 --batch_seconds 68
 
 echo "== 3 of 5: translation and the name of the language, from that adapter"
 OP=train proj_dir=$run/tasks micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_count="${task_epochs-3}" \

@@ -343,3 +343,5 @@ def test_a_damaged_ctc_head_is_an_error(tmp_path: Path):
         save_file(tensors, tmp_path / "damaged.safetensors", metadata)
         with pytest.raises(UserError, match="its CTC head is damaged .* 2 characters; train it again with --ctc 1"):
             load_trained(tmp_path / "damaged.safetensors").ctc_head()
+        add_ctc(tmp_path / "damaged.safetensors", CtcHead(WIDTH, CtcSpec("ab", hidden=4)))  # as that remedy does
+        assert load_trained(tmp_path / "damaged.safetensors").ctc_head()

@@ -60,7 +60,7 @@ def test_text_joins_repeats_and_drops_blanks():
 def head(request: pytest.FixtureRequest) -> CtcHead:
     torch.manual_seed(0)
     head = CtcHead(24, CtcSpec(" abc", hidden=16, layers=request.param)).eval()
-    assert len(head.state_dict()) == 2 * request.param + 2
+    assert len(head.state_dict()) == 4 * request.param + 2
     return head
 
 

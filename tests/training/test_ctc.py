@@ -1,6 +1,7 @@
 """The CTC head's stage of train.py, on the embedded default."""
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def test_a_resumed_stage_and_another_start_give_the_same_head(
     assert point is not None and point.info["epoch"] == 1 and not head_of(runs[1])
     assert train(corpus, runs[1], ctc=1, ctc_epochs=3) == 0
     one, two = map(head_of, runs)
-    assert len(one) == 6 and all(torch.equal(x, two[name]) for name, x in one.items())
+    assert len(one) == 10 and all(torch.equal(x, two[name]) for name, x in one.items())
 
 
 def test_a_head_that_is_there_is_not_trained_again(
@@ -156,6 +157,20 @@ def test_ctc_loss_is_the_sum_over_all_paths():
     torch.testing.assert_close(ctc.ctc_losses(log_probs, lengths, targets), torch.tensor(expected).float())
     needed = [ctc.frames_needed(target) for target in ([1, 1, 2, 2, 1], [1, 2], [])]
     assert needed == [7, 2, 0] and ctc.ctc_losses(log_probs, lengths, [[1, 1, 2, 2, 1], [1]])[0] == 0
+
+
+def test_gaps_hold_the_mean_of_what_is_heard():
+    torch.manual_seed(0)
+    frames, lengths = torch.randn(40, 600, 3, dtype=torch.float64), torch.full((40,), 600)
+    lengths[1], frames[1, 50:] = 50, torch.nan
+    found = ctc.with_gaps(frames, lengths)
+    gaps = (found != frames).all(-1) & (torch.arange(600) < lengths[:, None])
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(
+            found[row][gaps[row]], frames[row, :length].mean(0).expand(int(gaps[row].sum()), 3), rtol=1e-5, atol=1e-6
+        )
+    # Of gaps that begin every 60 frames and last 1 to 8: 1 - the product of the odds that none covers a frame.
+    assert abs(gaps[2:].double().mean() - (1 - math.prod(1 - (9 - n) / 8 / 60 for n in range(1, 9)))) < 0.01
 
 
 def test_flags_that_a_head_cannot_be_trained_with():

@@ -47,7 +47,7 @@ def average(checkpoints: Sequence[str | Path], output: str | Path) -> None:
 def _common(heads: Sequence[CtcHead | None], output: Path) -> CtcHead | None:
     """The one CTC head that all have; the mean of heads trained apart would hear nothing."""
     first = heads[0]
-    if all(head is first or (head is not None and head.is_like(first)) for head in heads):
+    if all(head is first or (head and first and head.is_like(first.spec, first.state_dict())) for head in heads):
         return first
     logger.warning("%s: the checkpoints' CTC heads differ: it has none", output)
     return None

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rwkv_speech import tasks
-from rwkv_speech.errors import UserError, first_line
+from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_atomically
 from rwkv_speech.models import hub
 from rwkv_speech.models.base import read_tensors
@@ -78,7 +78,7 @@ class Trained:
             head.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:
             raise UserError(
-                f"{self.path}: its CTC head is damaged ({first_line(error)}), expected the tensors of one for "
+                f"{self.path}: its CTC head is damaged or of an older version, expected the tensors of one for "
                 f"{len(spec.labels)} characters; train it again with --ctc 1"
             ) from error
         return head.requires_grad_(False).eval()
@@ -175,7 +175,7 @@ def add_ctc(path: Path, head: CtcHead) -> None:
     """Give an own checkpoint this CTC head, atomically; all else stays, but for the confidence, which another made."""
     trained = load_trained(path)
     assert trained.parts is not None
-    if trained.ctc and head.is_like(trained.ctc_head()):
+    if trained.ctc and head.is_like(*trained.ctc):
         return
     write_checkpoint(path, trained.named_tensors(), trained.parts, trained.trained_on, trained.metrics, head)
 

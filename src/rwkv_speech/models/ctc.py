@@ -2,7 +2,7 @@
 
 # B batch · F frames · D encoder width · K labels, of which 0 is the blank · U characters
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -58,9 +58,10 @@ class CtcSpec:
 
 
 class CtcHead(nn.Module):
-    """A few convolutions over the frames, and a log-probability of each label in each frame.
+    """A few residual convolutions over the frames, and a log-probability of each label in each frame.
 
-    Source: connectionist temporal classification, Graves et al. 2006.
+    Sources: connectionist temporal classification, Graves et al. 2006; layers that are normalised first, Xiong et al.
+    2020.
     """
 
     def __init__(self, D: int, spec: CtcSpec) -> None:
@@ -69,6 +70,7 @@ class CtcHead(nn.Module):
         for number in range(spec.layers):
             width = spec.hidden if number else D
             self.add_module(f"conv{number + 1}", nn.Conv1d(width, spec.hidden, spec.kernel, padding=spec.kernel // 2))
+        self.norms = nn.ModuleList(nn.LayerNorm(spec.hidden) for _ in range(spec.layers))
         self.out = nn.Linear(spec.hidden, len(spec.labels) + 1)
 
     def forward(self, frames: Tensor, frame_lengths: Tensor) -> Tensor:
@@ -76,21 +78,22 @@ class CtcHead(nn.Module):
         outside = ~length_mask(frame_lengths, frames.shape[1], frames.device)[..., None]
         with autocast(frames.device.type, enabled=False):
             x = F.layer_norm(frames.float(), frames.shape[-1:])
-            for conv in self._convolutions:
+            summed = torch.zeros((), device=frames.device)
+            for conv, norm in zip(self._convolutions, self.norms, strict=True):
                 x = F.dropout(x.masked_fill(outside, 0.0), _DROPOUT, self.training)
-                x = F.gelu(_convolved(x, conv))
+                summed = summed + F.gelu(_convolved(x, conv))
+                x = norm(summed)
             return self.out(x).log_softmax(-1)
 
     @property
     def _convolutions(self) -> list[nn.Conv1d]:
         return [cast(nn.Conv1d, self.get_submodule(f"conv{number + 1}")) for number in range(self.spec.layers)]
 
-    def is_like(self, other: "CtcHead | None") -> bool:
-        """Whether the other head has the same record and weights, to the bit."""
-        if other is None or self.spec != other.spec:
-            return False
-        weights = other.state_dict()
-        return all(torch.equal(x.cpu(), weights[name].cpu()) for name, x in self.state_dict().items())
+    def is_like(self, spec: CtcSpec, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether it has this record and these weights, to the bit."""
+        own = self.state_dict()
+        same = self.spec == spec and own.keys() == tensors.keys()
+        return same and all(torch.equal(x.cpu(), tensors[name].cpu()) for name, x in own.items())
 
     def texts(self, frames: Tensor, frame_lengths: Tensor) -> list[str]:
         """What the encoder alone hears in frames (B, F, D)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_speech import tasks
+from rwkv_speech.audio import length_mask
 from rwkv_speech.batch import Batch
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.dataset import SpeechDataset
@@ -51,6 +52,8 @@ _WARMUP, _GRAD_CLIP, _WEIGHT_DECAY = 50, 5.0, 0.01
 _SMALL = 1 << 30
 # Every so many steps a batch more: half of it sounds without words, half of it speech with silence around.
 _EXTRAS_EVERY = 8
+# Spans of frames that are hidden while it learns: how rare, and how long at most.
+_FRAMES_PER_GAP, _LONGEST_GAP = 60, 8
 _SECONDS_BETWEEN_LINES = 60.0
 _CHECKPOINT = re.compile(rf"{BEST}|{LAST}|(best-)?epoch-\d+\.safetensors")
 
@@ -233,7 +236,8 @@ class CtcModule(pl.LightningModule):
         for row, target in zip(spoken, targets, strict=True):
             if frames_needed(target) > lengths[row]:
                 self._left_out.add(batch.indices[row])
-        return ctc_losses(self.head(frames[spoken].to(self.device), lengths[spoken]), lengths[spoken], targets)
+        frames, lengths = frames[spoken].to(self.device), lengths[spoken]
+        return ctc_losses(self.head(with_gaps(frames, lengths), lengths), lengths, targets)
 
     def _encode(self, waveforms: Tensor, num_samples: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
         return self._encoder.forward(waveforms.to(self.device), num_samples, normalised)
@@ -256,6 +260,24 @@ class CtcModule(pl.LightningModule):
             state = {"head": self.head.state_dict(), "optimizer": self.trainer.optimizers[0].state_dict()}
             torch.save({**state, "schedule": schedule.state_dict()}, pending / _STATE)
             finish_point(pending, {**self._info, "epoch": epoch}, keep=1)
+
+
+def with_gaps(frames: Tensor, frame_lengths: Tensor) -> Tensor:
+    """Frames (B, F, D), (B,) with the row's mean in place of some spans: the rest must tell what is said there.
+
+    Source: time masking, SpecAugment, Park et al. 2019.
+    """
+    rows, count, _ = frames.shape
+    place = torch.arange(count)
+    begins = torch.rand(rows, count) * _FRAMES_PER_GAP < 1
+    ends = torch.where(begins, place + torch.randint(1, _LONGEST_GAP + 1, (rows, count)), 0).cummax(1).values
+    gaps = (place < ends)[..., None].to(frames.device)
+    outside = ~length_mask(frame_lengths, count, frames.device)[..., None]
+    means = (
+        frames.masked_fill(outside, 0.0).sum(1, dtype=torch.float32)
+        / frame_lengths.clamp_min(1).to(frames.device)[:, None]
+    )
+    return torch.where(gaps, means[:, None].to(frames.dtype), frames)
 
 
 def frames_needed(targets: Sequence[int]) -> int:
