@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,13 +22,7 @@ def pip_rwkv() -> Callable[[list[Tensor]], Tensor]:
     os.environ.setdefault("RWKV_JIT_ON", "0")
     os.environ.setdefault("RWKV_CUDA_ON", "0")
     os.environ.setdefault("RWKV_V7_ON", "0")
-    spec = importlib.util.find_spec("rwkv")
-    assert spec is not None and spec.origin is not None, "pip install -r requirements.txt"
-    path = Path(spec.origin).parent / "model.py"
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-    whole = next(node for node in functions if node.name == "att_seq_v6_0")
-    loop = next(node for node in whole.body if isinstance(node, ast.For))
-    code = compile(ast.Module([loop], []), str(path), "exec")
+    code = _pip_loop("att_seq_v6_0")
 
     def run(inputs: list[Tensor]) -> Tensor:
         r, k, v, w, u, state = inputs
@@ -48,6 +43,38 @@ def pip_rwkv() -> Callable[[list[Tensor]], Tensor]:
         return out
 
     return run
+
+
+def pip_rwkv7() -> Callable[[list[Tensor]], Tensor]:
+    """The same of RWKV-7; takes r, w, k, v, a, b (1, T, H, N), state (1, H, N, N), all float32; gives y (T, H N)."""
+    code = _pip_loop("RWKV_x070_TMix_seq")
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        r, w, k, v, a, b, state = inputs
+        T, H, N = r.shape[1:]
+        names: dict[str, Any] = {
+            **{name: x[0].flatten(1) for name, x in (("r", r), ("k", k), ("v", v), ("kk", -a))},
+            "w": torch.exp(-torch.exp(w[0])).flatten(1),
+            "a": (b / -a)[0].flatten(1),  # it multiplies by kk itself
+            "state": state[0],
+            **{"T": T, "H": H, "N": N, "xx": torch.empty(T, H * N), "x": r, "torch": torch},
+        }
+        exec(code, names)
+        y: Tensor = names["xx"]
+        return y
+
+    return run
+
+
+def _pip_loop(function: str) -> CodeType:
+    """A function's loop over tokens, cut out of the installed source; of several definitions of the one with it."""
+    spec = importlib.util.find_spec("rwkv")
+    assert spec is not None and spec.origin is not None, "pip install -r requirements.txt"
+    path = Path(spec.origin).parent / "model.py"
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    wholes = [node for node in functions if node.name == function]
+    loop = next(node for whole in wholes for node in whole.body if isinstance(node, ast.For))
+    return compile(ast.Module([loop], []), str(path), "exec")
 
 
 def pip_rwkv_model(path: Path, strategy: str) -> Any:

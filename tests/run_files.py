@@ -15,6 +15,7 @@ import train as train_script
 from torch import Tensor
 
 from rwkv_speech.decoding.results import Row, write_rows
+from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
@@ -61,6 +62,15 @@ def finish(argv: list[str]) -> None:
         assert train_script.main(argv) == 0
     finally:
         torch.set_num_threads(threads)
+
+
+def results(run: Path) -> dict[str, str]:
+    """SHA-256 of all checkpoints, and the losses that were logged."""
+    found = {path.name: sha256_file(path) for path in run.glob("*.safetensors")}
+    rows = (run / "logs/csv/metrics.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    kept = [columns.index(name) for name in ("step", "loss", "lr_adapter", "lr_state", "grad_norm", "wer")]
+    return found | {"metrics": "\n".join(",".join(row.split(",")[i] for i in kept) for row in rows)}
 
 
 def write_texts(folder: Path, texts: Iterable[tuple[str, str, str]]) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from benchmarks import decode
+from benchmarks import decode, rwkv7
 from benchmarks.first_recipe import Side
 from benchmarks.train_step import SIDES, Bench, Case, random_encoder
 
@@ -51,3 +51,9 @@ def test_the_first_recipe_hears_otherwise_each_time_and_ours_does_not(tiny_parts
     assert all(map(math.isfinite, first + ours)) and ours[1] < ours[0]
     heard = [[side._encode(batch)[0] for _ in range(2)] for side in sides]
     assert not torch.equal(*heard[0]) and torch.equal(*heard[1])
+
+
+def test_rwkv7_s_peer_computes_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rwkv7, "SHAPES", [(1, 5, 2)])
+    [row] = rwkv7.recurrence(1)  # raises ValueError where they do not agree
+    assert row["error"] < 1e-6 and row["ratio"] > 0

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from assertions import assert_rms_close
-from tiny_models import random_rwkv6_tensors
+from tiny_models import RANDOM_TENSORS
 from torch.nn import functional as F
 
+from rwkv_speech.models.families import read_lm
 from rwkv_speech.models.quantised import Int8Linear
-from rwkv_speech.models.rwkv6 import RWKV6
 
 
 def test_int8_linear_rounds_the_weights_and_nothing_else():
@@ -28,9 +28,10 @@ def test_int8_linear_rounds_the_weights_and_nothing_else():
         assert_rms_close("bfloat16", got, F.linear(x.bfloat16().double(), rounded.double()), 5e-3)
 
 
-def test_int8_model_is_close_to_float32_and_small(tmp_path: Path):
-    torch.save(random_rwkv6_tensors(C=256, ffn=896, vocab=300), tmp_path / "base.pth")
-    wide, narrow = (RWKV6.from_pretrained(tmp_path / "base.pth", dtype) for dtype in (torch.float32, torch.int8))
+@pytest.mark.parametrize("family", RANDOM_TENSORS)
+def test_int8_model_is_close_to_float32_and_small(family: str, tmp_path: Path):
+    torch.save(RANDOM_TENSORS[family](C=256, ffn=896, vocab=300), tmp_path / "base.pth")
+    wide, narrow = (read_lm(tmp_path / "base.pth", dtype) for dtype in (torch.float32, torch.int8))
     ids = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(4))
     want, got = wide(ids), narrow(ids)
     assert_rms_close("logits", got.logits, want.logits, 4e-2)
@@ -43,9 +44,10 @@ def test_int8_model_is_close_to_float32_and_small(tmp_path: Path):
     assert {x.dtype for x in narrow.parameters()} == {torch.bfloat16}
 
 
-def test_int8_model_reads_and_steps_alike(tmp_path: Path):
-    torch.save(random_rwkv6_tensors(), tmp_path / "base.pth")
-    model = RWKV6.from_pretrained(tmp_path / "base.pth", torch.int8)
+@pytest.mark.parametrize("family", RANDOM_TENSORS)
+def test_int8_model_reads_and_steps_alike(family: str, tmp_path: Path):
+    torch.save(RANDOM_TENSORS[family](), tmp_path / "base.pth")
+    model = read_lm(tmp_path / "base.pth", torch.int8)
     ids, state = torch.randint(272, (3, 12)), model.zero_state(3)
     whole = model(ids, state=state)
     steps = torch.stack([model.step(column, state) for column in ids.T], 1)

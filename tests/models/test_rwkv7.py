@@ -8,6 +8,8 @@ from assertions import assert_rms_close
 from lm_cases import check_against_pip, make_model, pip_rwkv, random_ids
 from tiny_models import random_rwkv7_tensors
 
+from rwkv_speech.errors import UserError
+from rwkv_speech.models.base import RWKV7Sizes
 from rwkv_speech.models.rwkv7 import RWKV7
 from rwkv_speech.models.states import States, read_states
 
@@ -58,3 +60,9 @@ def test_rwkv7_published_state_starts_pip_rwkv_as_it_starts_ours(tmp_path: Path)
     got = model(ids, state=zero._replace(wkv=read[:, None]))
     assert_rms_close("logits", got.logits[0], want, 1e-5)
     assert not torch.allclose(model(ids).logits[0], want, atol=1e-2), "the state has no effect"
+
+
+def test_rwkv7_refuses_what_it_has_no_parts_for():
+    sizes = RWKV7Sizes.of(random_rwkv7_tensors(n_layer=1), "base.pth")
+    with pytest.raises(UserError, match="--compile: found 1 with an RWKV-7 model"):
+        RWKV7(sizes, fuse=True)

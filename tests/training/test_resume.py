@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import train as train_script
-from run_files import column, command_line, finish, start, wait_for_a_point
+from run_files import column, command_line, finish, results, start, wait_for_a_point
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
-from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 from rwkv_speech.training.points import begin_point, finish_point, newest_point
@@ -124,15 +123,6 @@ def arguments(corpus: Path, run: Path, **more: object) -> list[str]:
         "lr_adapter": 1e-3, **more,
     }  # fmt: skip
     return command_line(**values)
-
-
-def results(run: Path) -> dict[str, str]:
-    """SHA-256 of all checkpoints, and the losses that were logged."""
-    found = {path.name: sha256_file(path) for path in run.glob("*.safetensors")}
-    rows = (run / "logs/csv/metrics.csv").read_text().splitlines()
-    columns = rows[0].split(",")
-    kept = [columns.index(name) for name in ("step", "loss", "lr_adapter", "lr_state", "grad_norm", "wer")]
-    return found | {"metrics": "\n".join(",".join(row.split(",")[i] for i in kept) for row in rows)}
 
 
 @pytest.fixture(scope="module")

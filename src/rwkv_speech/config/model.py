@@ -60,8 +60,8 @@ class DeviceFlags:
     )
     wkv6: str = flag(
         "auto",
-        "kernel of WKV-6: auto, the native one; torch, PyTorch's operations; on a GPU also "
-        "steps (first generation, what auto takes) and tiles (second, tensor cores)",
+        "kernel of the recurrence: auto, the native one; torch, PyTorch's operations, as always for RWKV-7 on a GPU; "
+        "for RWKV-6 there also steps (first generation, what auto takes) and tiles (second, tensor cores)",
         KERNEL_FORMS,
         resume=True,
     )

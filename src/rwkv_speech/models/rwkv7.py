@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, RWKV7Sizes
 from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
 from rwkv_speech.models.state import Packing
@@ -150,6 +151,8 @@ class RWKV7(RWKV):
     @classmethod
     def layers(cls, sizes: LMSizes, form: str, fuse: bool) -> Iterable[Block]:
         assert isinstance(sizes, RWKV7Sizes)
+        if fuse:
+            raise UserError("--compile: found 1 with an RWKV-7 model, whose parts it does not fuse; leave it out")
         for layer in range(sizes.n_layer):
             yield Block(layer, sizes.C, TimeMix(layer, sizes, form), ChannelMix(sizes.C, sizes.ffn))
 
