@@ -2,7 +2,8 @@
 # Real recordings, several tasks and five languages: demo/real-tasks.sh FOLDER
 # FOLDER holds prompts/, stamps/ and emotion/ with manifests as asr.train.jsonl, st.train.jsonl, lid.train.jsonl and the same
 # with valid. The base model is a small one of demo/pretrain-small.sh in `base`, the encoder a Whisper's in `encoder`.
-# With `texts`, the folders that the base model was made of, eSpeak NG speaks 1,000 lines of each language beside.
+# With `texts`, the folders that the base model was made of, eSpeak NG speaks 1,000 lines of each language beside; with
+# `voices`, a file of commands, other synthesizers take turns with it (--voices of synthetic.say_texts).
 # Start it again and it is resumed.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +28,8 @@ spoken=
 if [ -n "$texts" ]; then
     spoken=,$run/spoken/train.jsonl
     if [ ! -f "${spoken#,}" ]; then
-        "$python" -m rwkv_speech.synthetic.say_texts --texts "$texts" --out "$run/spoken" --count 1000
+        "$python" -m rwkv_speech.synthetic.say_texts --texts "$texts" --out "$run/spoken" --count 1000 \
+            --voices "${voices-}"
     fi
 fi
 

@@ -1,6 +1,7 @@
 """`python -m rwkv_speech.synthetic.say_texts --texts FOLDERS --out FOLDER`: lines of text, spoken by eSpeak NG.
 
 What recordings lack, a text often has: an adapter learns from these sentences to write words that no recording says.
+With `--voices` other synthesizers, whose voices are more like people's, take their turns.
 """
 
 import json
@@ -18,8 +19,9 @@ from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.files import write_text_atomically
 from rwkv_speech.flags import OutFlags, flag, parse
-from rwkv_speech.synthetic.espeak import Synthesizer
+from rwkv_speech.synthetic.espeak import Synthesizer, Voice
 from rwkv_speech.synthetic.phones import LANGUAGES, voice_of
+from rwkv_speech.synthetic.programs import Program, read_programs
 from rwkv_speech.synthetic.texts import read_texts
 from rwkv_speech.synthetic.voices import TRAIN_VARIANTS
 
@@ -37,34 +39,51 @@ class Flags(OutFlags):
     count: int = flag(1200, "lines of each language", at_least=1)
     least_words: int = flag(2, "words of the shortest line", at_least=1)
     most_words: int = flag(25, "words of the longest line", at_least=1)
+    voices: str = flag(
+        "", "file of other voices, one a line: language and command, as: en flite -voice slt -o {wav} -t {text}"
+    )
     seed: int = flag(7, "seed of lines and voices", at_least=0, at_most=2**32 - 1)
 
 
 def say_texts(config: Flags) -> None:
     """Write train.jsonl, with the language of each line, and the audio beside it.
 
-    Lines that pretraining holds out are left out here, too. Raises UserError for texts without a line to speak.
+    Lines that pretraining holds out are left out here, too. Raises UserError for texts without a line to speak, and for
+    a voice that cannot speak its first one.
     """
+    programs = read_programs(config.voices) if config.voices else []
     lines = _lines(config)
     if not any(lines.values()):
         raise UserError(
             f"--texts: {config.texts} holds no line of {config.least_words} to {config.most_words} words without "
             f"digits and signs below {', '.join(LANGUAGES)}; expected one at least"
         )
-    synthesizer, out, rows, spoken = Synthesizer(), Path(config.out), list[str](), Counter[str]()
+    synthesizer, out, rows = Synthesizer(), Path(config.out), list[str]()
+    spoken, heard, unspoken = Counter[str](), set[str](), Counter[str]()
     for lang, found in lines.items():
         rng = random.Random(f"{config.seed}/{lang}")
         (out / lang).mkdir(parents=True, exist_ok=True)
         for index, text in enumerate(rng.sample(found, min(config.count, len(found)))):
-            speaker = voice_of(rng, lang, TRAIN_VARIANTS)
-            waveform = _recorded(synthesizer.say(text, speaker).waveform().numpy(), rng)
+            voices: list[Voice | Program] = [voice_of(rng, lang, TRAIN_VARIANTS)]
+            voice = rng.choice(voices + [x for x in programs if x.lang == lang])
+            try:
+                said = voice.say(text, rng) if isinstance(voice, Program) else synthesizer.say(text, voice).waveform()
+            except UserError:
+                if voice.name not in heard:
+                    raise
+                unspoken[voice.name] += 1
+                continue
+            heard.add(voice.name)
+            waveform = _recorded(said.numpy(), rng)
             file = f"{lang}/{index:05d}.flac"
             soundfile.write(out / file, waveform, SAMPLE_RATE)
             row = {"audio_filepath": file, "duration": round(len(waveform) / SAMPLE_RATE, 4), "text": text}
-            rows.append(json.dumps({**row, "task": "asr", "lang": lang, "speaker": speaker.name}, ensure_ascii=False))
+            rows.append(json.dumps({**row, "task": "asr", "lang": lang, "speaker": voice.name}, ensure_ascii=False))
             spoken[lang] += 1
     write_text_atomically(out / "train.jsonl", "".join(f"{row}\n" for row in rows))
     print(f"{spoken.total()} lines in {out}: " + ", ".join(f"{lang} {count}" for lang, count in spoken.items()))
+    for name, count in unspoken.items():
+        print(f"{name} could not speak {count} lines: they are left out")
 
 
 def _lines(config: Flags) -> dict[str, list[str]]:
