@@ -12,10 +12,12 @@ import openai
 import pytest
 import torch
 from hard_files import sound
+from torch import Tensor
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.transcriber import Transcriber
+from rwkv_speech.decoding.vad import WINDOW, Vad
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.serving.server import Service, read_keys, web_server
@@ -121,3 +123,11 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 @pytest.fixture
 def open_to_all(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "api_keys": ""}
+
+
+@pytest.fixture
+def vad_by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(vad: Vad, samples: Tensor) -> Tensor:
+        return torch.tensor([float(x.square().mean() > 1e-6) for x in samples.split(WINDOW)])
+
+    monkeypatch.setattr(Vad, "block", block)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import re
 import shutil
 import struct
@@ -9,12 +10,15 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import srt
+from hard_files import sound
 
 from rwkv_speech.audio import as_waveform
 from rwkv_speech.config import PageConfig
@@ -23,8 +27,8 @@ from rwkv_speech.decoding.session import Session
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.writers import render
 from rwkv_speech.errors import UserError
-from rwkv_speech.serving.page_view import Outline, downloads, picture, spoken
-from rwkv_speech.serving.page_work import Answer, Desk, Heard, Live
+from rwkv_speech.serving.page_view import Outline, aloud, downloads, picture, spoken
+from rwkv_speech.serving.page_work import Answer, Desk, Heard, Live, Talking
 from serving.conftest import OPTIONS, noise, offline, wav
 
 
@@ -112,6 +116,44 @@ def test_turns_are_remembered_and_go_on_from_a_file(desk: Desk, model: SpeechLM,
     assert answered(desk, second.session, wav(5)[1]).text == expected[2] != answered(desk, None, wav(5)[1]).text
 
 
+TALK = np.concatenate([noise(1, 1.0), np.zeros(24_000, np.int16), noise(2, 1.0), np.zeros(24_000, np.int16), noise(3)])
+
+
+def test_a_silence_ends_a_turn_and_nothing_is_heard_until_it_is_answered(model: SpeechLM, vad_by_loudness: None):
+    desk = Desk(model, PageConfig(**{**OPTIONS, "temperature": "0", "vad": "silero", "micro_bsz": 1}))
+    assert desk.finds_turns
+
+    async def turns(is_slow: bool) -> list[int]:
+        talking: Talking | None = None
+        found = list[int]()
+        for start in range(0, len(TALK), 8_000):
+            talking, turn = await desk.overhear(talking, as_part(TALK[start : start + 8_000]))
+            if turn is not None:
+                found.append(len(turn))
+                assert not talking.is_answered
+                talking.deaf_until = time.monotonic() + 60 * is_slow  # while the answer is spoken
+                talking.is_answered = True
+        assert talking is not None
+        rest = await desk.last_turn(talking)
+        return [*found, len(rest)] if rest is not None else found
+
+    *turns_found, last = asyncio.run(turns(False))
+    expected = [len(noise(number, seconds)) for number, seconds in ((1, 1.0), (2, 1.0), (3, 0.4))]
+    assert [*turns_found, last] == pytest.approx(expected, abs=4_000)
+    assert len(asyncio.run(turns(True))) == 1
+    desk.close()
+
+
+def test_an_answer_is_spoken_and_marked_as_synthetic(desk: Desk):
+    assert desk.can_speak
+    speech = desk.spoken("the cat")
+    shown = aloud(speech.wav())
+    [content] = re.findall(r"base64,([^']+)'", shown)
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
+    assert rate == speech.sample_rate and len(samples) == len(speech.samples) > rate // 4
+    assert "Synthetic voice" in shown
+
+
 def test_what_cannot_be_heard_is_said(desk: Desk, tmp_path: Path):
     with pytest.raises(UserError, match="the recording: lasts more than 5 s"):
         all_of(desk.transcribe(wav(1, 6.0)[1], "asr", ""))
@@ -171,52 +213,66 @@ def test_the_outline_is_the_loudest_sample_of_each_part_whatever_the_parts():
     assert whole.peaks.tolist() == parts.peaks.tolist() == pytest.approx(expected)
 
 
-@pytest.fixture
-def address(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The page, where no program named ffmpeg is found."""
+@contextmanager
+def shown(desk: Desk, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of the page, where no program named ffmpeg is found."""
     from rwkv_speech.serving.page import page_server
 
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     server = page_server(desk, PageConfig(port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     host, port = server.servers[0].sockets[0].getsockname()
-    yield f"http://{host}:{port}/"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://{host}:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
-@pytest.mark.soak
-def test_a_browser_shows_files_a_microphone_and_turns(address: str, model: SpeechLM, tmp_path: Path):
-    from playwright.sync_api import expect, sync_playwright
+@contextmanager
+def browsing(address: str, microphone: Path) -> Iterator[Any]:
+    """The page in Chromium as on a telephone, with a file in place of the microphone."""
+    from playwright.sync_api import sync_playwright
 
     program = shutil.which("chromium", path="/usr/bin:/usr/local/bin")
     if program is None:
         pytest.skip("no Chromium is installed")
-    file, microphone = tmp_path / "a.wav", tmp_path / "microphone.wav"
-    file.write_bytes(wav(3, 1.5)[1])
-    microphone.write_bytes(wav(4, 30.0)[1])
-    session = Session(model, "chat")
-    answers = [
-        session.say(said, **OPTIONS).text for said in ("what is a dog", "and then", as_waveform(noise(3, 1.5), ""))
-    ]
     fake = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     flags = ["--no-sandbox", *fake, f"--use-file-for-fake-audio-capture={microphone}"]
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=program, args=flags)
         context = browser.new_context(permissions=["microphone"], viewport={"width": 375, "height": 700})
         context.set_default_timeout(120_000)
-        page, asked = context.new_page(), list[str]()
-        page.on("request", lambda request: asked.append(request.url))
+        page = context.new_page()
         page.goto(address)
+        yield page
+        browser.close()
+
+
+@pytest.mark.soak
+def test_a_browser_shows_files_a_microphone_and_turns(
+    desk: Desk, model: SpeechLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from playwright.sync_api import expect
+
+    file, microphone = tmp_path / "a.wav", tmp_path / "microphone.wav"
+    file.write_bytes(wav(3, 1.5)[1])
+    microphone.write_bytes(wav(4, 30.0)[1])
+    session, asked = Session(model, "chat"), list[str]()
+    answers = [
+        session.say(said, **OPTIONS).text for said in ("what is a dog", "and then", as_waveform(noise(3, 1.5), ""))
+    ]
+    with shown(desk, tmp_path, monkeypatch) as address, browsing(address, microphone) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        page.reload()
         page.locator("#file input[type=file]").set_input_files(file)
         page.get_by_text("transcript.srt").wait_for()
         [expected] = model.transcribe(noise(3, 1.5), 4, "asr", **OPTIONS)
-        shown = page.locator("#said .spoken").text_content() or ""
-        assert shown.split() == expected.text.split() != []
+        assert (page.locator("#said .spoken").text_content() or "").split() == expected.text.split() != []
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
         assert page.locator("#said").get_attribute("aria-live") == "polite"
         with page.expect_download() as download:
@@ -232,9 +288,36 @@ def test_a_browser_shows_files_a_microphone_and_turns(address: str, model: Speec
                 page.get_by_label("Your turn, written").fill(said)
                 page.get_by_role("button", name="Send").click()
             else:
-                page.locator("#voice").get_by_role("button", name="Upload file").click()
                 page.locator("#voice input[type=file]").set_input_files(file)
             expect(page.locator("#turns .bot.message").last).to_have_text(answer.strip(), timeout=120_000)
-        browser.close()
-    assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
+        assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
+    assert not list(tmp_path.rglob("gradio/*/*.wav"))
+
+
+@pytest.mark.soak
+def test_a_browser_hears_turns_and_what_is_said_right_before_stop(
+    model: SpeechLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vad_by_loudness: None
+):
+    from playwright.sync_api import expect
+
+    desk = Desk(model, PageConfig(**{**OPTIONS, "temperature": "0", "vad": "silero", "micro_bsz": 1}))
+    microphone = tmp_path / "microphone.wav"
+    microphone.write_bytes(sound(np.tile(TALK[: -len(noise(3))], 8), "WAV"))
+    with shown(desk, tmp_path, monkeypatch) as address, browsing(address, microphone) as page:
+        page.get_by_role("button", name="Record").first.click()
+        time.sleep(4)
+        page.locator("#microphone .stop-button").click()
+        heard = re.search(r"([\d.]+) s of audio", page.locator("#speed").filter(has_text="times").text_content() or "")
+        page.get_by_text("transcript.srt").wait_for()
+        after = re.search(r"([\d.]+) s of audio", page.locator("#speed").text_content() or "")
+        assert heard and after and float(after[1]) - float(heard[1]) >= 0.4  # parts are of 0.5 s
+        page.get_by_role("tab", name="Conversation").click()
+        page.get_by_label("Speak the answers").check()
+        page.locator("#talk").get_by_role("button", name="Record").click()
+        for number in (1, 2):
+            expect(page.locator("#turns .bot.message")).to_have_count(number, timeout=120_000)
+            expect(page.locator("#aloud audio")).to_have_count(1, timeout=120_000)
+        page.locator("#talk .stop-button").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    desk.close()
     assert not list(tmp_path.rglob("gradio/*/*.wav"))

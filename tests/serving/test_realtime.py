@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import torch
-from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -22,7 +20,7 @@ from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.streaming import Committed, Stream
 from rwkv_speech.decoding.transcribe import SpeechLM
-from rwkv_speech.decoding.vad import WINDOW, Vad
+from rwkv_speech.decoding.vad import Vad
 from rwkv_speech.serving.realtime import FRAME_BYTES
 from rwkv_speech.serving.worker import Worker
 from serving.conftest import KEY, OPTIONS, connected, noise, running
@@ -40,14 +38,6 @@ def limited(settings: dict[str, Any]) -> dict[str, Any]:
 def server(model: SpeechLM, limited: dict[str, Any]) -> Iterator[Any]:
     with running(model, ServeConfig(**limited)) as server:
         yield server
-
-
-@pytest.fixture
-def vad_by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    def block(vad: Vad, samples: Tensor) -> Tensor:
-        return torch.tensor([float(x.square().mean() > 1e-6) for x in samples.split(WINDOW)])
-
-    monkeypatch.setattr(Vad, "block", block)
 
 
 def set_to(connection: Any, rate: int = 16_000, **transcription: Any) -> Any:

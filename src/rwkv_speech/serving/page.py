@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import tempfile
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from rwkv_speech import tasks
 from rwkv_speech.checks import before_serving
@@ -20,8 +22,8 @@ from rwkv_speech.devices import compute_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.serving.page_view import downloads, link, picture, spoken
-from rwkv_speech.serving.page_work import Answer, Desk, Heard, Live
+from rwkv_speech.serving.page_view import aloud, downloads, link, picture, spoken
+from rwkv_speech.serving.page_work import Answer, Desk, Heard, Live, Talking
 
 logger = logging.getLogger(__name__)
 _STREAM_SECONDS = 0.5  # of a part that the browser sends
@@ -34,13 +36,27 @@ _CSS = """
 .wave path { stroke: currentColor; stroke-width: 1.5; opacity: 0.5 }
 .wave line { stroke: currentColor; opacity: 0.3 }
 .wave text { fill: currentColor; font-size: 14px }
+figure { margin: 0 }
+figure audio { max-width: 100% }
 .files a { display: inline-block; padding: 0.6em 0.8em; text-decoration: underline }
 footer { display: none !important }
 """
-# Texts that change are read out.
-_READ_OUT = "() => ['said', 'speed', 'answer_speed'].forEach(x => document.getElementById(x)" \
-    ".setAttribute('aria-live', 'polite'))"  # fmt: skip
+# Texts that change are read out. A recorder never sends the half second before its Stop: that comes so much later.
+_AT_FIRST = """() => {
+    for (const id of ['said', 'speed', 'answer_speed']) document.getElementById(id).setAttribute('aria-live', 'polite')
+    window.addEventListener('click', event => {
+        const stop = event.target.closest('#microphone .stop-button, #talk .stop-button')
+        if (!stop || !event.isTrusted) return
+        event.stopPropagation()
+        setTimeout(() => stop.click(), 700)
+    }, true)
+}"""
 _HIDDEN: dict[str, Any] = {"api_visibility": "private"}
+
+
+def _in_order(microphone: str) -> dict[str, Any]:
+    """Parts of one microphone are heard one after another."""
+    return {**_HIDDEN, "concurrency_id": microphone, "concurrency_limit": 1, "show_progress": "hidden"}
 
 
 class Page:
@@ -56,7 +72,7 @@ class Page:
                 self._transcription()
             with gr.Tab("Conversation"):
                 self._conversation()
-            self.blocks.load(None, js=_READ_OUT, **_HIDDEN)
+            self.blocks.load(None, js=_AT_FIRST, **_HIDDEN)
         self.blocks.state_session_capacity = config.max_sessions
         self.blocks.queue(max_size=config.max_requests, api_open=False, default_concurrency_limit=config.micro_bsz)
 
@@ -90,13 +106,7 @@ class Page:
         wave, files = gr.HTML("", elem_id="wave"), gr.HTML("", elem_id="files")
         shown = [said, speed, wave, files]
         live = gr.State(None, time_to_live=self._config.session_seconds)
-        # Parts of one microphone are heard in order, one after another.
-        one: dict[str, Any] = {
-            **_HIDDEN,
-            "concurrency_id": "microphone",
-            "concurrency_limit": 1,
-            "show_progress": "hidden",
-        }
+        one = _in_order("microphone")
         microphone.start_recording(lambda: (None, spoken(""), "", "", ""), None, [live, *shown], **one)
         microphone.stream(
             self._hear, [live, microphone, task, language], [live, *shown], stream_every=_STREAM_SECONDS, **one
@@ -125,42 +135,90 @@ class Page:
         turns = gr.Chatbot([], label="Conversation", elem_id="turns", height=320, render_markdown=False, buttons=[],
                            feedback_options=None, allow_tags=False)  # fmt: skip
         speed = gr.HTML("", elem_id="answer_speed")
+        speaks = gr.Checkbox(False, label="Speak the answers", elem_id="speaks", interactive=self._desk.can_speak,
+                             info="by a synthetic voice: eSpeak NG" if self._desk.can_speak else
+                             "found no voice: pip install espeakng-loader")  # fmt: skip
+        voice_out = gr.HTML("", elem_id="aloud")
+        talk = gr.Audio(sources=["microphone"], type="filepath", streaming=True, elem_id="talk", buttons=[],
+                        label="Your turns, spoken: a silence ends each", visible=self._desk.finds_turns)  # fmt: skip
         with gr.Row():
-            voice = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Your turn, spoken",
-                             elem_id="voice", buttons=[], editable=False)  # fmt: skip
             text = gr.Textbox(label="Your turn, written", elem_id="written", submit_btn="Send", max_length=2000)
+            voice = gr.Audio(sources=["upload"], type="filepath", label="Your turn, recorded (file)", elem_id="voice",
+                             buttons=[], editable=False)  # fmt: skip
         with gr.Row():
             new, save = gr.Button("New conversation"), gr.Button("Save conversation")
             load = gr.UploadButton("Load conversation", type="filepath")
         saved = gr.HTML("", elem_id="saved")
         session = gr.State(None, time_to_live=self._config.session_seconds)
-        changed = [session, turns, speed, saved]
-        gr.on(
-            [voice.stop_recording, voice.upload], self._say, [session, voice, task, turns], [voice, *changed], **_HIDDEN
-        )
-        text.submit(self._write, [session, text, task, turns], [text, *changed], **_HIDDEN)
-        gr.on([new.click, turns.clear, task.input], lambda: (None, [], "", ""), None, changed, **_HIDDEN)
+        changed = [session, turns, speed, saved, voice_out]
+        known = [session, task, turns, speaks]
+        self._turn_by_turn(talk, known, changed)
+        voice.upload(self._say, [voice, *known], [voice, *changed], **_HIDDEN)
+        text.submit(self._write, [text, *known], [text, *changed], **_HIDDEN)
+        gr.on([new.click, turns.clear, task.input], lambda: (None, [], "", "", ""), None, changed, **_HIDDEN)
         save.click(self._save, session, saved, **_HIDDEN)
         load.upload(self._load, load, [task, *changed], **_HIDDEN)
 
-    async def _say(self, session: Session | None, path: str | None, task: str, turns: list[Any]) -> AsyncGenerator[Any]:
+    def _turn_by_turn(self, talk: gr.Audio, known: list[Any], changed: list[Any]) -> None:
+        """A microphone that stays open: what is said up to a silence is answered, then it is heard again."""
+        seconds = self._config.session_seconds
+        talking, turn = gr.State(None, time_to_live=seconds), gr.State(None, time_to_live=seconds)
+        one = _in_order("talk")
+        talk.start_recording(lambda: (None, None), None, [talking, turn], **one)
+        talk.stream(self._overhear, [talking, talk], [talking, turn], stream_every=_STREAM_SECONDS, **one)
+        talk.stop_recording(self._last_turn, talking, turn, **one)
+        turn.change(self._reply, [talking, turn, *known], changed, **_HIDDEN)
+
+    async def _overhear(self, talking: Talking | None, path: str | None) -> tuple[Any, ...]:
+        if path is None:
+            return talking, gr.skip()
+        talking, turn = await told(self._desk.overhear(talking, taken(path)))
+        return talking, gr.skip() if turn is None else turn
+
+    async def _last_turn(self, talking: Talking | None) -> Any:
+        turn = None if talking is None else await told(self._desk.last_turn(talking))
+        return gr.skip() if turn is None else turn
+
+    async def _reply(self, talking: Talking | None, turn: Tensor | None, *known: Any) -> AsyncGenerator[Any]:
+        if talking is None or turn is None:
+            return
+        try:
+            async for found in self._answer(turn, "(spoken)", talking, *known):
+                yield found
+        finally:
+            talking.is_answered = True
+
+    async def _say(self, path: str | None, *known: Any) -> AsyncGenerator[Any]:
         if path is not None:
-            async for found in self._answer(session, taken(path), "(spoken)", task, turns):
+            async for found in self._answer(taken(path), "(spoken)", None, *known):
                 yield None, *found
 
-    async def _write(self, session: Session | None, text: str, task: str, turns: list[Any]) -> AsyncGenerator[Any]:
+    async def _write(self, text: str, *known: Any) -> AsyncGenerator[Any]:
         if text.strip():
-            async for found in self._answer(session, text, text, task, turns):
+            async for found in self._answer(text, text, None, *known):
                 yield "", *found
 
     async def _answer(
-        self, session: Session | None, said: bytes | str, shown: str, task: str, turns: list[Any]
+        self,
+        said: bytes | str | Tensor,
+        shown: str,
+        talking: Talking | None,
+        session: Session | None,
+        task: str,
+        turns: list[Any],
+        speaks: bool,
     ) -> AsyncGenerator[tuple[Any, ...]]:
         turns = [*turns, {"role": "user", "content": shown}]
         answer: Answer
         async for answer in each(self._desk.answer(session, said, task)):
-            spoken_so_far = [*turns, {"role": "assistant", "content": answer.text}]
-            yield answer.session or session, spoken_so_far, f"<p>{answer.speed}</p>", ""
+            found = [*turns, {"role": "assistant", "content": answer.text}]
+            sound = ""
+            if speaks and self._desk.can_speak and answer.session and answer.text.strip():
+                speech = await asyncio.to_thread(self._desk.spoken, answer.text)
+                sound = aloud(speech.wav())
+                if talking:
+                    talking.deaf_until = time.monotonic() + len(speech.samples) / speech.sample_rate
+            yield answer.session or session, found, f"<p>{answer.speed}</p>", "", sound
 
     async def _save(self, session: Session | None) -> str:
         if session is None:
@@ -177,7 +235,7 @@ class Page:
         finally:
             Path(path).unlink(missing_ok=True)
         note = {"role": "assistant", "content": f"(a conversation of {session.num_turns} turns goes on)"}
-        return session.task, session, [note], "", ""
+        return session.task, session, [note], "", "", ""
 
 
 def _shown(heard: Heard) -> tuple[str, ...]:

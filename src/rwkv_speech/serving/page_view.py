@@ -81,6 +81,13 @@ def downloads(transcript: Transcript) -> str:
     ) + "</p>"  # fmt: skip
 
 
+def aloud(wav: bytes) -> str:
+    """What plays a spoken answer at once, and says that no person speaks."""
+    source = f"data:audio/wav;base64,{base64.b64encode(wav).decode()}"
+    player = f"<audio controls autoplay src='{source}'></audio>"
+    return f"<figure><figcaption>Synthetic voice (eSpeak NG)</figcaption>{player}</figure>"
+
+
 def link(name: str, content: bytes, kind: str = "application/octet-stream") -> str:
     """A link that downloads this content."""
     data = base64.b64encode(content).decode()

@@ -3,6 +3,7 @@
 # S samples
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -26,18 +27,22 @@ from rwkv_speech.decoding.session import Session, Turn
 from rwkv_speech.decoding.streaming import Committed, Event, Stream
 from rwkv_speech.decoding.transcribe import stream_through
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
+from rwkv_speech.decoding.turns import Turns
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving.events import Told
 from rwkv_speech.serving.form import Audio, check_language
 from rwkv_speech.serving.page_view import Outline
 from rwkv_speech.serving.worker import Said, Talk, Worker
+from rwkv_speech.synthetic.espeak import Speech, Synthesizer, Voice
 from rwkv_speech.text import join_texts
 
 # A part of a microphone is waited for so long; the browser would lose the next one.
 _PATIENCE_SECONDS = 0.3
 # What is being said is read again after so much more of it.
 _PACE_SECONDS = 0.5
+# A silence of so long ends a turn.
+_TURN_SILENCE_SECONDS = 0.8
 _HEADER_BYTES = 44  # of the WAV that a browser's recorder makes
 _SESSION_FILE = "conversation.session"
 Found = TypeVar("Found")
@@ -96,6 +101,15 @@ class Live:
             self.partial = ""
 
 
+@dataclass
+class Talking:
+    """A microphone whose turns are answered one by one: it hears nothing while an answer is made or spoken."""
+
+    turns: Turns
+    is_answered: bool = True
+    deaf_until: float = 0.0
+
+
 class Desk:
     """One model and its worker; of each visitor it knows what it is given."""
 
@@ -103,6 +117,17 @@ class Desk:
         self._model, self._config, self._options = model, config, Options.of(config)
         self._worker = Worker(model, self._options, config.micro_bsz)
         self._transcriber: Transcriber | None = None
+        self._synthesizer, self._voice_lock = _synthesizer(), threading.Lock()
+
+    @property
+    def can_speak(self) -> bool:
+        """Whether answers can be spoken: eSpeak NG is installed."""
+        return self._synthesizer is not None
+
+    @property
+    def finds_turns(self) -> bool:
+        """Whether silences are found."""
+        return self._options.vad != "none"
 
     @property
     def states(self) -> list[str]:
@@ -181,14 +206,38 @@ class Desk:
             live.latency = time.monotonic() - begun
             live.busy_seconds += live.latency
 
-    async def answer(self, session: Session | None, said: bytes | str, task: str) -> AsyncGenerator[Answer]:
-        """The answer to a file's bytes, or to a text, in parts, and at the end with the session that remembers it.
+    async def overhear(self, talking: Talking | None, content: bytes) -> tuple[Talking, Tensor | None]:
+        """The next part of a microphone, a WAV, and the turn (S,), 16 kHz, that ends in it, which is to be answered."""
+        rate, samples = _part(content)
+        if talking is None:
+            segmenter = (await self._run(self._opened)).segmenter()
+            talking = Talking(Turns(segmenter, _TURN_SILENCE_SECONDS, rate, self._config.max_turn_seconds))
+        if not talking.is_answered or time.monotonic() < talking.deaf_until:
+            return talking, None
+        return talking, self._turn_of(talking, await self._run(partial(talking.turns.push, samples)))
+
+    async def last_turn(self, talking: Talking) -> Tensor | None:
+        """What has been said when a microphone is switched off."""
+        return self._turn_of(talking, await self._run(talking.turns.finish)) if talking.is_answered else None
+
+    def _turn_of(self, talking: Talking, ended: list[Tensor]) -> Tensor | None:
+        talking.is_answered = not ended
+        return torch.cat(ended) if ended else None
+
+    def spoken(self, text: str) -> Speech:
+        """The text by a synthetic voice."""
+        assert self._synthesizer is not None
+        with self._voice_lock:  # eSpeak says one thing at a time
+            return self._synthesizer.say(text, Voice())
+
+    async def answer(self, session: Session | None, said: bytes | str | Tensor, task: str) -> AsyncGenerator[Answer]:
+        """The answer to a file's bytes, to a waveform (S,) or to a text, in parts, and then with what remembers it.
 
         What is given is not changed, so that a turn that fails leaves nothing. Raises UserError as `transcribe`.
         """
         begun, first, text = time.monotonic(), 0.0, ""
         session = session.fork() if session else Session(self._model, task)
-        sample = session.sample(said if isinstance(said, str) else await asyncio.to_thread(self._turn, said))
+        sample = session.sample(await asyncio.to_thread(self._turn, said) if isinstance(said, bytes) else said)
         talk = Talk(session, [Said(sample)], self._options, self._model)
         told = Told(partial(self._worker.converse, talk), partial(self._worker.cancel, talk))
         async with aclosing(told.parts(self._config.request_seconds)) as parts:
@@ -221,8 +270,11 @@ class Desk:
 
     def _begin(self, live: Live) -> Stream:
         task, options = live.task, self._asked(live.task, live.language)
+        return stream_through(self._opened(), self._model, options, "segment", _PACE_SECONDS, live.rate, task)
+
+    def _opened(self) -> Transcriber:
         self._transcriber = self._transcriber or Transcriber(self._model, self._options, slots=1)
-        return stream_through(self._transcriber, self._model, options, "segment", _PACE_SECONDS, live.rate, task)
+        return self._transcriber
 
     def _turn(self, content: bytes) -> Tensor:
         return torch.cat(list(Audio(content, self._config.max_turn_seconds, "the recording").blocks()))
@@ -240,6 +292,13 @@ class Desk:
 
     def _too_long(self) -> UserError:
         return UserError(f"found nothing within {self._config.request_seconds:g} s; give less, or try again soon")
+
+
+def _synthesizer() -> Synthesizer | None:
+    try:
+        return Synthesizer()
+    except UserError:  # then the page says that it has none
+        return None
 
 
 def _part(content: bytes) -> tuple[int, np.ndarray]:

@@ -71,7 +71,7 @@ class Speech:
 
 
 class Synthesizer:
-    """Speaks text; eSpeak keeps its state in globals, so one instance serves a whole process.
+    """Speaks text; eSpeak keeps its state in globals, so a process speaks one text at a time.
 
     Raises UserError if `espeakng-loader` is missing or a voice does not exist.
     """
@@ -95,7 +95,6 @@ class Synthesizer:
         self._phonemes: list[tuple[str, int]] = []
         self._words: list[int] = []
         self._callback = _Callback(self._receive)
-        self._lib.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, wav: "ctypes._Pointer[ctypes.c_short]", count: int, events: "ctypes._Pointer[_Event]") -> int:
         if wav and count > 0:
@@ -116,6 +115,7 @@ class Synthesizer:
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
         self._chunks, self._phonemes, self._words = [], [], []
+        self._lib.espeak_SetSynthCallback(self._callback)  # another instance may have set its own
         if pauses:
             first, *rest = map(escape, text.split())
             words = (f"<break time='{pause}ms'/>{word}" for pause, word in zip(pauses, rest, strict=True))
