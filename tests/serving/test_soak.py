@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +110,7 @@ def transcribed(client: openai.OpenAI, clip: int, _: random.Random) -> str:
 
 def talked(client: openai.OpenAI, clip: int, draw: random.Random) -> str:
     """Two turns of a session of its own; what the second one's answer is hangs on the first."""
-    session, found = f"soak-{draw.getrandbits(64)}", list[str]()
+    session, found = f"soak-{uuid.uuid4()}", list[str]()
     for turn in range(2):
         said = client.chat.completions.create(
             model="chat", messages=voice((clip + turn) % CLIPS), extra_body={"session_id": session}

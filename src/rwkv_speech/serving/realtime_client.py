@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,8 +24,8 @@ from rwkv_speech.serving.realtime_form import (
     Update,
 )
 
-# The model's thread does so much for a connection before it turns to the others.
-_PART_SECONDS = 0.25
+# The model's thread does so much for a connection before it turns to the others; so much more waits for it at most.
+_PART_SECONDS, _WAITING_SECONDS = 0.25, 1.0
 # Who has been told no word yet of what is being said comes so long before the others.
 _AHEAD_SECONDS = 0.5
 # When the server ends, what a client has sent is waited for so long, all in all; after such a silence it has sent all.
@@ -64,46 +65,70 @@ class Client:
         self._hearing: Hearing
         self._tells_logprobs, self._seconds_left = False, _LAST_SECONDS
         self._loop, self._outgoing, self._due = asyncio.get_running_loop(), asyncio.Queue[Sent](), asyncio.Event()
+        # Audio is taken while what came before it is heard: the model's thread is asked seldom, for much at once.
+        self._waiting, self._has_more, self._feeding = list[np.ndarray](), asyncio.Event(), asyncio.Lock()
+        self._timer = asyncio.timeout(None)
 
     async def serve(self) -> None:
         """Answer until the client goes, or the server has no more to tell it; raises Fault for one that is idle."""
         await self._hear(0.0)
         self._tell([self._described("session.created")])
-        await _first_ended(self._receive(), self._look(), self._deliver())
+        await _first_ended(self._receive(), self._feed(), self._look(), self._deliver())
 
     async def _hear(self, seconds: float) -> None:
         self._hearing = await self._host.run(partial(self._host.hearing, self._known, seconds, self._tells_logprobs))
 
     async def _receive(self) -> None:
-        ending = asyncio.ensure_future(self._host.ending.wait())
+        ending = asyncio.ensure_future(self._hurry())
         try:
-            while message := await self._next(ending):
+            while message := await self._next():
                 if message["type"] == "websocket.disconnect":
                     return
                 await self._take(message.get("text"))
                 await self._outgoing.join()  # who does not listen is not heard either
         finally:
             ending.cancel()
+        await self._flush()
         if self._hearing.is_open:
             await self._do(self._hearing.commit)
         await self._outgoing.join()
         await self._socket.close(_GOING, "the server ends")
 
-    async def _next(self, ending: asyncio.Future[Any]) -> Any:
+    async def _hurry(self) -> None:
+        """When the server ends, wait for the next message no longer than for one that is on its way."""
+        await self._host.ending.wait()
+        with suppress(RuntimeError):  # it is not waiting for one
+            self._timer.reschedule(self._loop.time() + _SILENT_SECONDS)
+
+    async def _next(self) -> Any:
         """The next message, None where the server ends and has all of them; raises Fault for a silent client."""
-        limit, coming = self._host.limits.idle_seconds, asyncio.ensure_future(self._socket.receive())
+        limit, begun, is_ending = self._host.limits.idle_seconds, self._loop.time(), self._host.ending.is_set()
         try:
-            await asyncio.wait((coming, ending), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if ending.done():
-                begun, limit = self._loop.time(), min(self._seconds_left, _SILENT_SECONDS)
-                await asyncio.wait((coming,), timeout=max(0.0, limit))
-                self._seconds_left -= self._loop.time() - begun
-                return coming.result() if coming.done() else None
-            if coming.done():
-                return coming.result()
+            async with asyncio.timeout(min(self._seconds_left, _SILENT_SECONDS) if is_ending else limit) as self._timer:
+                return await self._socket.receive()
+        except TimeoutError as error:
+            if self._host.ending.is_set():
+                return None
+            raise Fault(408, f"found no event for {limit:g} s; connect again to go on", "idle_timeout") from error
         finally:
-            coming.cancel()
-        raise Fault(408, f"found no event for {limit:g} s; connect again to go on", "idle_timeout")
+            self._seconds_left -= is_ending * (self._loop.time() - begun)
+
+    async def _feed(self) -> None:
+        """Have the audio that comes heard."""
+        while True:
+            await self._has_more.wait()
+            self._has_more.clear()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """Return when all audio that has come is heard."""
+        async with self._feeding:
+            while self._waiting:
+                samples = np.concatenate(self._waiting)
+                self._waiting.clear()
+                for part in _parts(samples, round(_PART_SECONDS * self._known.format.rate)):
+                    await self._do(partial(self._hearing.push, part))
+                self._look_again()
 
     async def _look(self) -> None:
         """Have what is being said looked at, again and again, as often as the model's thread finds the time."""
@@ -149,14 +174,18 @@ class Client:
             self._tell([_error(fault, event.event_id if event else None)])
 
     async def _answer(self, event: ClientEvent) -> None:
-        hearing = self._hearing
         if isinstance(event, Append):
-            samples = self._known.format.samples(event.content())
-            self._host.heard(len(samples) / self._known.format.rate, hearing.seconds)
-            for part in _parts(samples, round(_PART_SECONDS * self._known.format.rate)):
-                await self._do(partial(hearing.push, part))
-                self._look_again()
-        elif isinstance(event, Update):
+            samples, rate = self._known.format.samples(event.content()), self._known.format.rate
+            self._waiting.append(samples)
+            self._has_more.set()
+            waiting = sum(map(len, self._waiting)) / rate
+            self._host.heard(len(samples) / rate, self._hearing.seconds + waiting - len(samples) / rate)
+            if waiting > _WAITING_SECONDS:
+                await self._flush()
+            return
+        await self._flush()
+        hearing = self._hearing
+        if isinstance(event, Update):
             if hearing.is_open:
                 raise Fault(400, "session: found audio in the buffer; commit or clear it before", "invalid_state")
             known = event.session.changed(self._known)
