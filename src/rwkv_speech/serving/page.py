@@ -41,16 +41,16 @@ figure audio { max-width: 100% }
 .files a { display: inline-block; padding: 0.6em 0.8em; text-decoration: underline }
 footer { display: none !important }
 """
-# Texts that change are read out. A recorder never sends the half second before its Stop: that comes so much later.
-_AT_FIRST = """() => {
-    for (const id of ['said', 'speed', 'answer_speed']) document.getElementById(id).setAttribute('aria-live', 'polite')
-    window.addEventListener('click', event => {
-        const stop = event.target.closest('#microphone .stop-button, #talk .stop-button')
-        if (!stop || !event.isTrusted) return
-        event.stopPropagation()
-        setTimeout(() => stop.click(), 700)
-    }, true)
-}"""
+# Texts that change are read out; what lies in another tab is not there until it is chosen.
+_READ_OUT = """() => ['said', 'speed', 'answer_speed'].forEach(
+    id => document.getElementById(id)?.setAttribute('aria-live', 'polite'))"""
+# A recorder never sends the half second before its Stop: that comes so much later.
+_STOP_LATER = """() => window.addEventListener('click', event => {
+    const stop = event.target.closest('#microphone .stop-button, #talk .stop-button')
+    if (!stop || !event.isTrusted) return
+    event.stopPropagation()
+    setTimeout(() => stop.click(), 700)
+}, true)"""
 _HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 
 
@@ -70,9 +70,10 @@ class Page:
             gr.Markdown("# Speak with rwkv_speech")
             with gr.Tab("Transcribe"):
                 self._transcription()
-            with gr.Tab("Conversation"):
+            with gr.Tab("Conversation") as tab:
                 self._conversation()
-            self.blocks.load(None, js=_AT_FIRST, **_HIDDEN)
+            self.blocks.load(None, js=_STOP_LATER, **_HIDDEN)
+            gr.on([self.blocks.load, tab.select], None, js=_READ_OUT, **_HIDDEN)
         self.blocks.state_session_capacity = config.max_sessions
         self.blocks.queue(max_size=config.max_requests, api_open=False, default_concurrency_limit=config.micro_bsz)
 
@@ -115,9 +116,9 @@ class Page:
         file.upload(self._transcribe, [file, task, language], [file, *shown], **_HIDDEN)
 
     async def _hear(self, live: Live | None, path: str | None, task: str, language: str) -> tuple[Any, ...]:
-        if path is None:
+        if path is None or (part := taken_part(path)) is None:
             return live, *[gr.skip()] * 4
-        live, heard = await told(self._desk.hear(live, taken(path), task, language))
+        live, heard = await told(self._desk.hear(live, part, task, language))
         return live, *_shown(heard)
 
     async def _finish(self, live: Live | None) -> tuple[Any, ...]:
@@ -170,9 +171,9 @@ class Page:
         turn.change(self._reply, [talking, turn, *known], changed, **_HIDDEN)
 
     async def _overhear(self, talking: Talking | None, path: str | None) -> tuple[Any, ...]:
-        if path is None:
+        if path is None or (part := taken_part(path)) is None:
             return talking, gr.skip()
-        talking, turn = await told(self._desk.overhear(talking, taken(path)))
+        talking, turn = await told(self._desk.overhear(talking, part))
         return talking, gr.skip() if turn is None else turn
 
     async def _last_turn(self, talking: Talking | None) -> Any:
@@ -252,6 +253,11 @@ def taken(path: str) -> bytes:
         raise gr.Error("the recording is gone; give it again", print_exception=False) from error
     finally:
         file.unlink(missing_ok=True)
+
+
+def taken_part(path: str) -> bytes | None:
+    """A part of a microphone; None where it lay in one file with an equal part, as of silence, that was taken."""
+    return taken(path) if Path(path).exists() else None
 
 
 async def told(work: Any) -> Any:
