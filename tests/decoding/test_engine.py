@@ -162,6 +162,19 @@ def test_each_utterance_may_have_a_prompt(ending: SpeechLM):
         assert found[sample.index].hypotheses[0].ids == oracle(ending, sample, 24, prompt).ids
 
 
+def test_a_round_without_time_reads_one_at_most_and_finds_the_same(ending: SpeechLM):
+    wanted = requests(samples(sounds(LENGTHS)), limit=3)
+    expected = decode(Engine(ending, GREEDY, slots=4), wanted)
+    engine, found, left = Engine(ending, GREEDY, slots=4), dict[int, list[Hypothesis]](), list[int]()
+    for request in wanted:
+        engine.submit(request)
+    while engine.num_unfinished:
+        found |= {done.request.key: done.hypotheses for done in engine.poll(0.0)}
+        left.append(len(engine._waiting))
+    assert found == {key: done.hypotheses for key, done in expected.items()}
+    assert max(a - b for a, b in itertools.pairwise([len(wanted), *left])) == 1
+
+
 def test_what_holds_no_audio_token_is_done_at_once(ending: SpeechLM):
     engine = Engine(ending, GREEDY, slots=1)
     for request in requests(samples(sounds(NOTHING))):

@@ -225,7 +225,7 @@ class Scripted:
         self.requests.append(request)
         self.waiting.append(request)
 
-    def poll(self) -> list[Done]:
+    def poll(self, seconds: float = 0.0) -> list[Done]:
         request = self.waiting.pop()
         size = len(request.sample.waveform)
         text, logprob = self.table[size, request.temperature]

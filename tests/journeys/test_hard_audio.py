@@ -85,7 +85,7 @@ def test_prediction_gives_all_of_the_audio_and_names_what_is_broken(folder: Path
         def submit(self, request):
             self.waiting.append(request)
 
-        def poll(self):
+        def poll(self, seconds):
             done, self.waiting = self.waiting, []
             return [Done(x, [Hypothesis(heard(x.sample.waveform.numpy()), (0.0,), (0.0,), False)], None) for x in done]
 

@@ -116,7 +116,7 @@ def offline(model: SpeechLM, number: int = 0, **options: Any) -> Any:
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Until it is set, nothing is decoded."""
     gate, poll = threading.Event(), Transcriber.poll
-    monkeypatch.setattr(Transcriber, "poll", lambda mine: poll(mine) if gate.wait(0.01) else [])
+    monkeypatch.setattr(Transcriber, "poll", lambda *given: poll(*given) if gate.wait(0.01) else [])
     return gate
 
 

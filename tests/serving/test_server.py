@@ -1,8 +1,10 @@
 """What the official client gets from a running server, beside what the same recording gives without one."""
 
+import asyncio
 import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -16,6 +18,7 @@ from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.transcriber import Transcriber
 from rwkv_speech.decoding.writers import render
 from rwkv_speech.serving.answers import Deltas
+from rwkv_speech.serving.events import Told
 from rwkv_speech.serving.faults import Fault
 from serving.conftest import OPTIONS, connected, noise, offline, wav
 
@@ -208,3 +211,24 @@ def test_health_needs_no_key(server: Any):
     http = connected(server, "none")._client
     assert http.get(f"{server.address}/health/live").json() == {"status": "ok"}
     assert http.get(f"{server.address}/health/ready").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_cancellation_that_comes_together_with_a_part_is_not_forgotten(steps: int):
+    async def is_told() -> bool:
+        told = list[Callable[[str], None]]()
+
+        def submit(tell: Callable[[str], None]) -> Future[str]:
+            told.append(tell)
+            return Future()
+
+        waiting = asyncio.ensure_future(anext(Told(submit, lambda: None).parts(10)))
+        await asyncio.sleep(0.01)
+        told[0]("part")
+        for _ in range(steps):  # of the event loop
+            await asyncio.sleep(0)
+        was_asked = waiting.cancel()
+        await asyncio.wait([waiting])
+        return waiting.cancelled() == was_asked
+
+    assert asyncio.run(is_told())

@@ -4,7 +4,9 @@
 
 import heapq
 import itertools
+import math
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,10 +129,14 @@ class Engine:
         self.num_unfinished += 1
 
     @torch.no_grad()
-    def poll(self) -> list[Done]:
-        """One round: texts go on by a token, drafts by a pass, free rows are filled; what has ended."""
+    def poll(self, seconds: float = math.inf) -> list[Done]:
+        """One round: texts go on by a token, drafts by a pass, free rows are filled; what has ended.
+
+        Once the round has taken so many seconds, no more is read than what is read together.
+        """
+        end = time.monotonic() + seconds
         self._step()
-        done = [*self._verify(), *self._admit(), *self._choose()]
+        done = [*self._verify(), *self._admit(end), *self._choose()]
         self.num_unfinished -= len(done)
         return done
 
@@ -200,15 +206,17 @@ class Engine:
         self._verifiers = going
         return done
 
-    def _admit(self) -> list[Done]:
+    def _admit(self, end: float) -> list[Done]:
         """Fill the free rows; what has been found on the way to hold no audio token has no text, and is done."""
-        done = list[Done]()
+        done, has_read = list[Done](), False
         free = [row for row, job in enumerate(self._jobs) if job is None]
         while True:
             while self._texts and free:
                 self._place(free.pop(0), *self._texts.popleft())
             room = len(free) - len(self._verifiers) - len(self._texts)
-            if room > 0 and self._waiting and not self._read:
+            has_time = not has_read or time.monotonic() < end
+            if room > 0 and self._waiting and not self._read and has_time:
+                has_read = True
                 done += self._read_some()
             elif room > 0 and self._read and room >= self._rows(self._read[0][0].request):
                 self._start(*self._read.popleft(), free)

@@ -7,6 +7,7 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -118,12 +119,13 @@ class Transcriber:
     """Takes recordings to transcripts through an engine of so many slots, which several of them share.
 
     The `engine` takes other requests, too, whose keys are the caller's; what is found of these is in `answered`.
+    So many pieces are read `ahead` for each slot.
     """
 
-    def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int) -> None:
+    def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int, ahead: int = _AHEAD) -> None:
         self._model, self._options = model, options
         self.engine, self._reader = Engine(model, options, slots), Reader(model)
-        self._ahead = _AHEAD * slots
+        self._ahead = ahead * slots
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
         self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN
@@ -163,11 +165,16 @@ class Transcriber:
         self._reading.append(_Reading(work, _blocks(recording), self.segmenter()))
 
     @torch.no_grad()
-    def poll(self) -> list[tuple[Recording, Transcript | BadSample]]:
-        """One round: a block of one recording is read, each in its turn, and texts go on by a token; what has ended."""
-        if self._reading and self._has_room:
-            self._read_on()
-        for done in self.engine.poll():
+    def poll(self, seconds: float = math.inf) -> list[tuple[Recording, Transcript | BadSample]]:
+        """One round: a block of each recording is read, texts go on by a token; what has ended.
+
+        Once the round has taken so many seconds, one block and one piece are read at most.
+        """
+        end = time.monotonic() + seconds
+        for number in range(len(self._reading)):
+            if self._has_room and (number == 0 or time.monotonic() < end):
+                self._read_on()
+        for done in self.engine.poll(max(0.0, end - time.monotonic())):
             if isinstance(done.request.key, _Place):
                 self._take(done)
             else:

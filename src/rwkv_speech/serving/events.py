@@ -35,12 +35,17 @@ class Told(Generic[Part, Found]):
         end = self._loop.time() + seconds
         try:
             with suppress(TimeoutError):
-                while (part := await asyncio.wait_for(self._parts.get(), end - self._loop.time())) is not None:
+                while (part := await self._next(end)) is not None:
                     yield part
         finally:
             if not self.future.done():
                 self.future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
                 self._give_up()
+
+    async def _next(self, end: float) -> Part | None:
+        # Not asyncio.wait_for: in Python 3.11 that forgets a cancellation that comes together with a part.
+        async with asyncio.timeout_at(end):
+            return await self._parts.get()
 
     async def ended(self, seconds: float) -> None:
         """Return when all is found, or the time is over."""

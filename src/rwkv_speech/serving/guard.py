@@ -2,7 +2,7 @@
 
 import hmac
 import time
-from asyncio import timeout, wait_for
+from asyncio import timeout
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -145,7 +145,8 @@ class Guard:
             if is_whole:
                 return await receive()
             try:
-                message = await wait_for(receive(), end - time.monotonic())
+                async with timeout(end - time.monotonic()):
+                    message = await receive()
             except TimeoutError as error:
                 limit = self._limits.upload_seconds
                 raise Fault(408, f"the request did not arrive within {limit:g} s", "request_timeout") from error

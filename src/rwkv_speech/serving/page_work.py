@@ -281,7 +281,8 @@ class Desk:
 
     async def _run(self, work: Callable[[], Found]) -> Found:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(self._worker.run(work)), self._config.request_seconds)
+            async with asyncio.timeout(self._config.request_seconds):
+                return await asyncio.wrap_future(self._worker.run(work))
         except TimeoutError as error:
             raise self._too_long() from error
 

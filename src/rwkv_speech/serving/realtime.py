@@ -91,7 +91,8 @@ class Realtime:
         """What the worker's thread finds, late if `due` says when; raises Fault when it takes too long."""
         future = self._worker.run(work) if due is None else self._worker.run_late(work, due)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.limits.request_seconds)
+            async with asyncio.timeout(self.limits.request_seconds):
+                return await asyncio.wrap_future(future)
         except TimeoutError as error:
             raise Fault(503, "the server is too busy; try again soon", "timeout") from error
 

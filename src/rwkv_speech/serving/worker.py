@@ -19,6 +19,8 @@ from rwkv_speech.decoding.session import Session, TextParts, Turn
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.models.speech_lm import SpeechLM
 
+# A round takes little longer, so that what others send is soon heard; and no recording is far ahead of theirs.
+_ROUND_SECONDS, _AHEAD = 0.1, 2
 Found = TypeVar("Found")
 Listener = Callable[[list[Segment]], None]
 
@@ -88,7 +90,7 @@ class Worker:
     """Transcribes what other threads give it, `slots` pieces of audio at once; each recording's `key` is its own."""
 
     def __init__(self, model: SpeechLM, options: Options, slots: int) -> None:
-        self._begin = partial(Transcriber, model, options, slots)
+        self._begin = partial(Transcriber, model, options, slots, _AHEAD)
         self._transcriber: Transcriber | None = self._begin()
         self._orders = SimpleQueue[Callable[[], None]]()
         self._spare: list[tuple[float, int, Callable[[], None]]] = []  # a heap, of what can wait
@@ -194,7 +196,7 @@ class Worker:
             heapq.heappop(self._spare)[-1]()
         if self._transcriber is None:
             return
-        for recording, result in self._transcriber.poll():
+        for recording, result in self._transcriber.poll(_ROUND_SECONDS):
             self._listeners.pop(recording.key, None)
             self._futures.pop(recording.key).set_result(result)
         for key, told in self._listeners.items():
