@@ -15,7 +15,7 @@ from transformers import WavLMConfig, WavLMModel
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.ops import native
+from rwkv_speech.ops import chunks, native, wkv7_chunked
 from rwkv_speech.planning import measure
 from rwkv_speech.planning.measure import BASE_MODELS, ENCODERS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning
 
@@ -207,3 +207,21 @@ def test_whisper_hears_ten_seconds_at_their_length_unless_padded(padding: float 
     sizes = Sizes(BASE_MODELS["3B"], config, encoder_padding=padding)
     # 500 frames of the true length, a hundred audio tokens of five; and a separator.
     assert sizes.positions(MicroBatch(utterances, 10.0, 30)) == utterances * (100 + 1 + 30)
+
+
+def test_wkv7_s_bytes_on_a_gpu_are_those_of_its_pytorch_form(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks, "_GROUP", 1 << 40)  # all heads at once, as on a GPU
+    S, T, H, N = 4, 652, 4, 64
+    with torch.device("meta"):
+        state = torch.empty(S, H, N, N)
+        tokens = [torch.empty(1, T, H, N, dtype=torch.bfloat16) for _ in range(6)]
+        dy = torch.empty_like(tokens[0])
+    inputs, plan = wkv7_chunked.Inputs(*tokens, state), chunks.plan_packed((T // S,) * S, torch.device("meta"))
+    passes = {
+        torch.ops.rwkv_speech.wkv7: lambda: wkv7_chunked.forward(inputs, plan),
+        torch.ops.rwkv_speech.wkv7_backward: lambda: wkv7_chunked.backward(dy, state, inputs, plan),
+    }
+    for packet, call in passes.items():
+        with measure._Meter([*inputs, dy]) as meter:
+            call()
+        assert meter.peak / dy.numel() == pytest.approx(measure._WKV7_SCRATCH[packet][1], rel=0.1)

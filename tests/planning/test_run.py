@@ -26,7 +26,7 @@ def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_a_plan_needs_neither_model_nor_data(capsys: pytest.CaptureFixture[str]):
     out = shown(capsys, *SIZES, "--plan_hours", "960", "--device", "4", "--load_model", "missing.pth")
     notes = [line for line in out.splitlines() if line.startswith("note:")]
-    assert notes[0] == "note: missing.pth is not here: planned from --n_layer 32 and --n_embd 2560"
+    assert notes[0] == "note: missing.pth is not here: planned as RWKV-6 from --n_layer 32 and --n_embd 2560"
     assert "960 h of audio are assumed, in utterances of 12.3 s on average and 35 s at most" in notes[-1]
     assert "3,099,863,040" in out and "315,453,120" in out
     assert "960.0 h of audio in 280,976 utterances, 12.3 s on average" in out

@@ -64,7 +64,8 @@ def _sizes(config: TrainConfig, notes: list[str]) -> Sizes:
     else:
         lm = world_sizes(config.n_layer or 0, config.n_embd or 0)
         parts = replace(Parts.of(config), load_model=config.load_model or "the base model").filled()
-        notes.append(f"{parts.load_model} is not here: planned from --n_layer {lm.n_layer} and --n_embd {lm.C}")
+        sizes = f"--n_layer {lm.n_layer} and --n_embd {lm.C}"
+        notes.append(f"{parts.load_model} is not here: planned as RWKV-6 from {sizes}")
     try:
         encoder = AutoConfig.from_pretrained(parts.encoder_name(), local_files_only=True).to_json_string()
     except (OSError, ValueError):
