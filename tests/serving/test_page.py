@@ -317,6 +317,7 @@ def test_a_browser_hears_turns_and_what_is_said_right_before_stop(
             "() => { window.clicks = [];"
             "addEventListener('click', x => clicks.push([performance.now(), x.isTrusted]), true) }"
         )
+        expect(page.locator("#speed")).to_contain_text("of audio", timeout=120_000)
         page.locator("#microphone .stop-button").click()
         page.get_by_text("transcript.srt").wait_for()
         [(clicked, by_hand), (stopped, by_page)] = page.evaluate("clicks")

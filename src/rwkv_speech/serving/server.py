@@ -193,6 +193,7 @@ def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
         ws_max_size=FRAME_BYTES,
         ws_max_queue=4,
         ws_per_message_deflate=False,
+        ws_ping_interval=None,  # idle_seconds ends silent clients; a busy server would read no pong in time
         http=impatient(config.upload_seconds),
         timeout_graceful_shutdown=round(config.upload_seconds + config.request_seconds),
     )
