@@ -194,6 +194,11 @@ def test_the_longest_of_what_waits_comes_first_but_nothing_waits_for_ever(ending
         order += [len(done.request.sample.waveform) for done in engine.poll()]
     first, later = LENGTHS[:4], LENGTHS[4:]  # what is read ahead of one slot, and what comes after
     assert order == [*sorted(first, reverse=True), *sorted(later, reverse=True)]
+    fair = Engine(ending, GREEDY, slots=1, window=1)
+    for request in requests(samples(sounds(LENGTHS)), limit=1):
+        fair.submit(request)
+    order = [len(done.request.sample.waveform) for _ in range(40) for done in fair.poll()]
+    assert order == LENGTHS
 
 
 def test_run_takes_requests_as_they_are_wanted(ending: SpeechLM):

@@ -79,7 +79,7 @@ def test_prediction_gives_all_of_the_audio_and_names_what_is_broken(folder: Path
 
         num_unfinished = 0
 
-        def __init__(self, model, options, slots):
+        def __init__(self, model, options, slots, window):
             self.waiting = []
 
         def submit(self, request):

@@ -90,10 +90,11 @@ class Engine:
 
     The states lie in a table of S rows, one for each text: with a beam search each request has as many as beams. All
     rows make every step, the empty ones too, so that a step always has one shape; but where a kernel keeps them apart.
-    Free rows take the longest of the waiting requests. Raises UserError for a draft where the weights have no CTC head.
+    Free rows take the longest of the waiting requests, among so many of a `window`; 1 is first come, first served.
+    Raises UserError for a draft where the weights have no CTC head.
     """
 
-    def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8) -> None:
+    def __init__(self, model: SpeechLM, options: Options = GREEDY, slots: int = 8, window: int = 0) -> None:
         if options.draft and model.ctc is None:
             raise UserError("--draft 1: the weights have no CTC head, whose text it verifies; train one with --ctc 1")
         if options.ctc_weight and model.ctc is None:
@@ -116,7 +117,7 @@ class Engine:
         self._read: deque[tuple[_Job, Tensor, State]] = deque()  # whose texts are to be begun
         # A heap: longest first, among so many that no short one waits for ever.
         self._waiting: list[tuple[int, int, int, Request]] = []
-        self._window = _AHEAD * slots
+        self._window = window or _AHEAD * slots
         self._count = itertools.count()
         self.num_unfinished = 0  # requests that wait or are being decoded
         encode = model.tokenizer.encode

@@ -119,13 +119,13 @@ class Transcriber:
     """Takes recordings to transcripts through an engine of so many slots, which several of them share.
 
     The `engine` takes other requests, too, whose keys are the caller's; what is found of these is in `answered`.
-    So many pieces are read `ahead` for each slot.
+    One that `is_fair` sorts nothing by length and reads little ahead: long recordings do not keep short ones waiting.
     """
 
-    def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int, ahead: int = _AHEAD) -> None:
+    def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int, is_fair: bool = False) -> None:
         self._model, self._options = model, options
-        self.engine, self._reader = Engine(model, options, slots), Reader(model)
-        self._ahead = ahead * slots
+        self.engine, self._reader = Engine(model, options, slots, int(is_fair)), Reader(model)
+        self._ahead = slots if is_fair else _AHEAD * slots
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
         self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN

@@ -19,8 +19,8 @@ from rwkv_speech.decoding.session import Session, TextParts, Turn
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.models.speech_lm import SpeechLM
 
-# A round takes little longer, so that what others send is soon heard; and no recording is far ahead of theirs.
-_ROUND_SECONDS, _AHEAD = 0.1, 2
+# A round takes little longer, so that what others send is soon heard.
+_ROUND_SECONDS = 0.1
 Found = TypeVar("Found")
 Listener = Callable[[list[Segment]], None]
 
@@ -90,7 +90,7 @@ class Worker:
     """Transcribes what other threads give it, `slots` pieces of audio at once; each recording's `key` is its own."""
 
     def __init__(self, model: SpeechLM, options: Options, slots: int) -> None:
-        self._begin = partial(Transcriber, model, options, slots, _AHEAD)
+        self._begin = partial(Transcriber, model, options, slots, is_fair=True)
         self._transcriber: Transcriber | None = self._begin()
         self._orders = SimpleQueue[Callable[[], None]]()
         self._spare: list[tuple[float, int, Callable[[], None]]] = []  # a heap, of what can wait
