@@ -39,9 +39,9 @@ OP=train proj_dir=$run/first micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_co
     sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --feature_cache "$run/frames" --feature_dtype float16
 
 # By seconds, so that short recordings are many in a batch: with 16 in each the head heard them badly.
-echo "== 2 of 5: the recordings alone, at three speeds, and the CTC head that listens with the language model"
+echo "== 2 of 5: all again at three speeds, and the CTC head that listens with the language model"
 OP=train proj_dir=$run/asr lr_adapter=3e-4 lr_state=3e-3 epoch_count="${asr_epochs-3}" ctc=1 \
-    train_data="$p/asr.train.jsonl,$p/words.train.jsonl,$s/asr.train.jsonl" \
+    train_data="$p/asr.train.jsonl,$p/words.train.jsonl,$s/asr.train.jsonl$spoken" \
     sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --init_from "$run/first/last.safetensors" \
     --speed 0.9,1,1.1 --ctc_epochs "${ctc_epochs-12}" --ctc_layers 5 --ctc_hidden 320 --lr_ctc 3e-3 --batch_seconds 68
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_speech.decoding.results import Row, read_rows, write_rows
+from rwkv_speech.decoding.results import Row, Segment, read_rows, whole_text, write_rows
 from rwkv_speech.errors import UserError
 
 ROWS = [
@@ -51,3 +51,13 @@ def test_a_text_that_is_none_is_named(tmp_path: Path, name: str):
     path.write_text(path.read_text().replace(f'"{name}": "', f'"{name}": 7, "x": "'))
     with pytest.raises(UserError, match=r"r.jsonl, line 1: found"):
         read_rows(path)
+
+
+def test_pieces_are_joined_and_vote_on_a_class():
+    said = [("Spanish", 3), ("Italian", 10), (" Spanish", 8), ("", 5)]
+    pieces = [
+        Segment(i, 20.0 * i, 20.0 * i + seconds, text, [], 0.0, 0.0, 1.0, 0.0) for i, (text, seconds) in enumerate(said)
+    ]
+    assert whole_text("lid", pieces) == "Spanish"
+    assert whole_text("asr", pieces) == whole_text("st_es", pieces) == "Spanish Italian Spanish"
+    assert whole_text("lid", []) == whole_text("asr", []) == ""

@@ -1,13 +1,16 @@
 """What decoding finds: a transcript of each utterance, and the one kind of row of all result files."""
 
 import json
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+from rwkv_speech import tasks
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_text_atomically
+from rwkv_speech.text import join_texts
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class Segment:
 
 
 TimedT = TypeVar("TimedT", Word, Segment)
+
+
+def whole_text(task: str, segments: Sequence[Segment]) -> str:
+    """What the pieces of a recording say together; of a task of classes, that which is found in most seconds of it."""
+    if tasks.task_named(task).measure != "accuracy":
+        return join_texts(segment.text for segment in segments)
+    seconds = defaultdict[str, float](float)
+    for segment in segments:
+        seconds[segment.text.strip()] += segment.end - segment.start
+    return max(seconds, key=seconds.__getitem__, default="")
 
 
 @dataclass(frozen=True)

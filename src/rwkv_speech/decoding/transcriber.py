@@ -26,7 +26,7 @@ from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.long_audio import Piece, Segmenter, SpeechBounds
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.reader import Reader
-from rwkv_speech.decoding.results import Segment, Transcript
+from rwkv_speech.decoding.results import Segment, Transcript, whole_text
 from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
@@ -395,7 +395,7 @@ class Transcriber:
         ordered = sorted(work.segments, key=lambda segment: segment.start)
         segments = [replace(segment, id=number) for number, segment in enumerate(ordered)]
         return Transcript(
-            text=join_texts(segment.text for segment in segments),
+            text=whole_text(work.recording.task, segments),
             segments=segments,
             seconds=work.samples / SAMPLE_RATE,
             task=work.recording.task,

@@ -22,7 +22,7 @@ from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import BadSample
 from rwkv_speech.config import PageConfig
 from rwkv_speech.decoding.options import Options
-from rwkv_speech.decoding.results import Segment, Transcript
+from rwkv_speech.decoding.results import Segment, Transcript, whole_text
 from rwkv_speech.decoding.session import Session, Turn
 from rwkv_speech.decoding.streaming import Committed, Event, Stream
 from rwkv_speech.decoding.transcribe import stream_through
@@ -35,7 +35,6 @@ from rwkv_speech.serving.form import Audio, check_language
 from rwkv_speech.serving.page_view import Outline
 from rwkv_speech.serving.worker import Said, Talk, Worker
 from rwkv_speech.synthetic.espeak import Speech, Synthesizer, Voice
-from rwkv_speech.text import join_texts
 
 # A part of a microphone is waited for so long; the browser would lose the next one.
 _PATIENCE_SECONDS = 0.3
@@ -158,7 +157,7 @@ class Desk:
         async with aclosing(told.parts(self._config.request_seconds)) as parts:
             async for segments in parts:
                 first = first or time.monotonic() - begun
-                yield Heard(join_texts(x.text for x in segments), "", _first(first), outline)
+                yield Heard(whole_text(task, segments), "", _first(first), outline)
         found = self._found(told)
         if isinstance(found, BadSample):
             raise UserError(found.reason)
