@@ -214,7 +214,7 @@ class Scripted:
         self.requests: list[Request] = []
         self.waiting: list[Request] = []
 
-    def __call__(self, model, options, slots) -> "Scripted":
+    def __call__(self, model, options, slots, *_: object) -> "Scripted":
         return self
 
     @property
