@@ -1,11 +1,14 @@
-"""Connections that say nothing, slowly."""
+"""Connections that say nothing, slowly; and what the log says of connections."""
 
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -54,3 +57,22 @@ def test_an_answer_may_take_longer_than_headers(server: Any, model: SpeechLM, ga
         gate.set()
         assert found.result().text == offline(model, 5).text
     assert client.audio.transcriptions.create(file=wav(5), model="asr").text == offline(model, 5).text
+
+
+def test_realtime_connections_leave_no_line_in_the_log(server: Any, caplog: pytest.LogCaptureFixture):
+    """What clients can fill it with stops the server where nobody reads it: a pipe holds 64 kB."""
+    log, address = logging.getLogger("uvicorn"), server.address.replace("http", "ws") + "/v1/realtime"
+    log.addHandler(caplog.handler)
+    try:
+        with connect(f"{address}?intent=transcription") as connection:
+            assert "session.created" in str(connection.recv())
+        with pytest.raises(InvalidStatus, match="400"), connect(address):
+            pass
+        assert caplog.messages == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server.service.app, "_app", None)
+            with pytest.raises(InvalidStatus, match="500"), connect(f"{address}?intent=transcription"):
+                pass
+        assert [record.levelname for record in caplog.records] == ["ERROR"]  # what fails is told
+    finally:
+        log.removeHandler(caplog.handler)

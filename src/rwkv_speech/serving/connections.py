@@ -1,8 +1,14 @@
-"""How long a connection may take to say what it wants; the web server by itself would wait for ever."""
+"""The web server's connections: how long one may take to say what it wants, and what the log says of it."""
 
 import asyncio
+import logging
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.WARNING)
 
 
 def impatient(seconds: float) -> type[H11Protocol]:
@@ -38,3 +44,19 @@ def impatient(seconds: float) -> type[H11Protocol]:
                 self._end = self.loop.call_later(seconds, self.transport.close)
 
     return Impatient
+
+
+class Quiet(WebSocketsSansIOProtocol):
+    """uvicorn's, but without its lines for each connection: clients could fill the log, or the pipe that it goes to.
+
+    A server that writes to a full pipe waits, and with it all its clients.
+    """
+
+    def __init__(self, *given: Any, **known: Any) -> None:
+        super().__init__(*given, **known)
+        self.logger = self.conn.logger = logger
+
+    async def send(self, message: Any) -> None:
+        """Pass it on; a connection that has been refused with a whole answer is no failure."""
+        await super().send(message)
+        self.handshake_complete |= self.close_sent

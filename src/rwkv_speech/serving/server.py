@@ -27,7 +27,7 @@ from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving import faults
 from rwkv_speech.serving.answers import Deltas, answer
 from rwkv_speech.serving.chat import Chat
-from rwkv_speech.serving.connections import impatient
+from rwkv_speech.serving.connections import Quiet, impatient
 from rwkv_speech.serving.events import Told, sent, while_there
 from rwkv_speech.serving.faults import Fault
 from rwkv_speech.serving.form import Audio, Form, Order, TranslationForm
@@ -190,6 +190,7 @@ def web_server(service: Service, config: ServeConfig) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         lifespan="on",
+        ws=Quiet,
         ws_max_size=FRAME_BYTES,
         ws_max_queue=4,
         ws_per_message_deflate=False,
