@@ -64,9 +64,11 @@ def server(model: SpeechLM, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         assert process.stderr
         line = next(line for line in process.stderr if "running on" in line)
         log = list[str]()  # a server whose log nobody reads waits for ever once the pipe is full
-        threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
+        reader = threading.Thread(target=log.extend, args=(process.stderr,))
+        reader.start()
         yield process, line.split(" on ")[1].split()[0], folder / "uploads", log
         process.terminate()
+        reader.join()
 
 
 def memory(process: Any) -> int:
