@@ -194,9 +194,8 @@ TESTED_IN = {
     ),
     **dict.fromkeys(("serving.chat_form", "serving.sessions"), "serving/test_chat.py"),
     **dict.fromkeys(("serving.page_view", "serving.page_work"), "serving/test_page.py"),
-    **dict.fromkeys(
-        ("serving.hearing", "serving.realtime_client", "serving.realtime_form"), "serving/test_realtime.py"
-    ),
+    "serving.hearing": "serving/test_realtime.py",
+    "serving.realtime_form": "serving/test_realtime_client.py",
     **dict.fromkeys(
         ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
     ),

@@ -97,6 +97,18 @@ def server(model: SpeechLM, settings: dict[str, Any]) -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def limited(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a server for realtime connections."""
+    return {**settings, "idle_seconds": 20.0, "max_streams": 6, "max_segment": 2.0}
+
+
+@pytest.fixture(scope="session")
+def realtime_server(model: SpeechLM, limited: dict[str, Any]) -> Iterator[Any]:
+    with running(model, ServeConfig(**limited)) as server:
+        yield server
+
+
 def connected(server: Any, key: str = KEY, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key=key, max_retries=0, timeout=60, **options)
 

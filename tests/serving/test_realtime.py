@@ -1,84 +1,24 @@
 """What the official client hears over a realtime connection, beside a stream of the same samples without a server."""
 
-import asyncio
-import base64
-import json
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.options import Options
-from rwkv_speech.decoding.streaming import Committed, Stream
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.vad import Vad
-from rwkv_speech.serving.realtime import FRAME_BYTES
 from rwkv_speech.serving.worker import Worker
-from serving.conftest import KEY, OPTIONS, connected, noise, running
-from serving.test_limits import wait_until
-
-INTENT = {"intent": "transcription"}
+from serving.conftest import connected, noise, running
+from serving.realtime_steps import INTENT, alone, append, said, set_to, text, until
 
 
-@pytest.fixture(scope="module")
-def limited(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "idle_seconds": 20.0, "max_streams": 6, "max_segment": 2.0}
-
-
-@pytest.fixture(scope="module")
-def server(model: SpeechLM, limited: dict[str, Any]) -> Iterator[Any]:
-    with running(model, ServeConfig(**limited)) as server:
-        yield server
-
-
-def set_to(connection: Any, rate: int = 16_000, **transcription: Any) -> Any:
-    found = {"model": "asr", **transcription}
-    audio = {"format": {"type": "audio/pcm", "rate": rate}, "transcription": found}
-    connection.session.update(session={"type": "transcription", "audio": {"input": audio}})
-    return until(connection, "session.updated")[-1]
-
-
-def until(connection: Any, kind: str) -> list[Any]:
-    events = list[Any]()
-    while not events or events[-1].type not in (kind, "error"):
-        events.append(connection.recv())
-    assert events[-1].type == kind, events[-1]
-    return events
-
-
-def append(connection: Any, samples: np.ndarray, size: int = 1_234) -> None:
-    for start in range(0, len(samples), size):
-        part = base64.b64encode(samples[start : start + size].tobytes()).decode()
-        connection.input_audio_buffer.append(audio=part)
-
-
-def said(connection: Any, samples: np.ndarray) -> list[Any]:
-    append(connection, samples)
-    connection.input_audio_buffer.commit()
-    return until(connection, "conversation.item.input_audio_transcription.completed")
-
-
-def alone(model: SpeechLM, samples: np.ndarray, **options: Any) -> list[Committed]:
-    """What a stream commits, in segments: those of the whole recording."""
-    stream = model.stream(**{**OPTIONS, "max_segment": 2.0, **options})
-    return [x for x in [*stream.push(samples), *stream.finish()] if isinstance(x, Committed)]
-
-
-def text(found: list[Committed]) -> str:
-    return "".join(x.text for x in found).strip()
-
-
-def test_a_committed_buffer_is_an_item(server: Any, model: SpeechLM):
-    with connected(server).realtime.connect(extra_query=INTENT) as connection:
+def test_a_committed_buffer_is_an_item(realtime_server: Any, model: SpeechLM):
+    with connected(realtime_server).realtime.connect(extra_query=INTENT) as connection:
         created = connection.recv()
         assert created.type == "session.created" and created.session.audio.input.turn_detection is None
         assert set_to(connection).session.audio.input.format.rate == 16_000
@@ -94,8 +34,8 @@ def test_a_committed_buffer_is_an_item(server: Any, model: SpeechLM):
             ids.append(done.item_id)
 
 
-def test_words_come_while_the_buffer_is_open(server: Any):
-    with connected(server).realtime.connect(extra_query=INTENT) as connection:
+def test_words_come_while_the_buffer_is_open(realtime_server: Any):
+    with connected(realtime_server).realtime.connect(extra_query=INTENT) as connection:
         set_to(connection, delay="minimal")
         append(connection, noise(2, 3.0))
         assert until(connection, "conversation.item.input_audio_transcription.delta")[-1].delta
@@ -113,8 +53,8 @@ def test_words_come_while_the_buffer_is_open(server: Any):
     ],
     ids=str,
 )
-def test_what_is_set_changes_the_text(sent: Any, option: Any, server: Any, model: SpeechLM):
-    with connected(server).realtime.connect(model="asr", extra_query=INTENT) as connection:
+def test_what_is_set_changes_the_text(sent: Any, option: Any, realtime_server: Any, model: SpeechLM):
+    with connected(realtime_server).realtime.connect(model="asr", extra_query=INTENT) as connection:
         set_to(connection, **sent)
         found = said(connection, noise(4))[-1].transcript
     assert found == text(alone(model, noise(4), **option)) != text(alone(model, noise(4)))
@@ -189,10 +129,10 @@ def test_turn_detection_is_tuned(
     assert padded[1][0] >= padded[0][1] and abs(padded[1][0] - 2 * offset - 1_620) < 40
 
 
-def test_telephone_samples_are_heard_as_libsndfile_reads_them(server: Any, model: SpeechLM):
+def test_telephone_samples_are_heard_as_libsndfile_reads_them(realtime_server: Any, model: SpeechLM):
     for law, subtype in (("pcmu", "ULAW"), ("pcma", "ALAW")):
         content = np.random.default_rng(3).integers(0, 256, 8_000, np.uint8)
-        with connected(server).realtime.connect(extra_query=INTENT) as connection:
+        with connected(realtime_server).realtime.connect(extra_query=INTENT) as connection:
             audio = {"format": {"type": f"audio/{law}"}, "transcription": {"model": "asr"}, "turn_detection": None}
             connection.session.update(session={"type": "transcription", "audio": {"input": audio}})
             assert until(connection, "session.updated")[-1].session.audio.input.format.type == f"audio/{law}"
@@ -214,8 +154,8 @@ def decoded(content: np.ndarray, law: str) -> np.ndarray:
     return np.where(is_negative, -size, size).astype(np.int16)
 
 
-def test_logprobs_of_a_turn(server: Any, model: SpeechLM):
-    with connected(server).realtime.connect(extra_query=INTENT) as connection:
+def test_logprobs_of_a_turn(realtime_server: Any, model: SpeechLM):
+    with connected(realtime_server).realtime.connect(extra_query=INTENT) as connection:
         set_to(connection)
         assert said(connection, noise(1, 1.5))[-1].logprobs is None
         wanted = ["item.input_audio_transcription.logprobs"]
@@ -231,15 +171,17 @@ def test_logprobs_of_a_turn(server: Any, model: SpeechLM):
     assert [bytes(x.bytes) for x in done.logprobs] == [model.tokenizer.decode_bytes([token]) for token, _ in known]
 
 
+@pytest.mark.parametrize(("before", "after", "size"), [(8_192, 16_000, 1_234), (3_200, 10_400, 16_000)])
 def test_a_sound_without_words_is_an_empty_turn_and_what_is_cleared_is_gone(
-    model: SpeechLM, limited: dict[str, Any], vad_by_loudness: None
+    before: int, after: int, size: int, model: SpeechLM, limited: dict[str, Any], vad_by_loudness: None
 ):
     with (
         running(model, ServeConfig(**{**limited, "vad": "silero"})) as server,
         connected(server).realtime.connect(extra_query=INTENT) as connection,
     ):
         set_to(connection, model="st_en")
-        append(connection, np.concatenate([np.zeros(8_192, np.int16), noise(1, 0.1), np.zeros(16_000, np.int16)]))
+        silence, more = np.zeros(before, np.int16), np.zeros(after, np.int16)
+        append(connection, np.concatenate([silence, noise(1, 0.1), more]), size)  # the second comes all at once
         assert until(connection, "conversation.item.input_audio_transcription.completed")[-1].transcript == ""
         append(connection, noise(1, 1.0))
         connection.input_audio_buffer.clear()
@@ -248,9 +190,9 @@ def test_a_sound_without_words_is_an_empty_turn_and_what_is_cleared_is_gone(
         assert connection.recv().error.code == "input_audio_buffer_commit_empty"
 
 
-def test_connections_at_once_hear_what_each_hears_alone(server: Any, model: SpeechLM):
+def test_connections_at_once_hear_what_each_hears_alone(realtime_server: Any, model: SpeechLM):
     def hear(number: int) -> str:
-        with connected(server).realtime.connect(extra_query=INTENT) as connection:
+        with connected(realtime_server).realtime.connect(extra_query=INTENT) as connection:
             set_to(connection)
             return str(said(connection, noise(number, 1.0))[-1].transcript)
 
@@ -269,186 +211,3 @@ def test_who_has_no_words_yet_is_looked_at_before_the_others(model: SpeechLM):
         future.result(20)
     assert done == ["audio", "a", "b", "c"]
     worker.close()
-
-
-def update(**given: Any) -> dict[str, Any]:
-    return {"type": "session.update", "session": {"type": "transcription", "audio": {"input": given}}}
-
-
-APPEND = {"type": "input_audio_buffer.append"}
-BAD: dict[str, tuple[Any, str, str | None]] = {
-    "no JSON": ("secret", "invalid_json", None),
-    "a list": ([], "invalid_value", "event"),
-    "type": ({"type": "response.create"}, "invalid_value", "event"),
-    "no base64": ({**APPEND, "audio": "sec ret"}, "invalid_audio", "audio"),
-    "half a sample": ({**APPEND, "audio": "AAAA"}, "invalid_audio", "audio"),
-    "no audio": (APPEND, "missing_required_parameter", "audio"),
-    "nothing to commit": ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty", None),
-    "conversation": ({"type": "session.update", "session": {"type": "realtime"}}, "invalid_value", "type"),
-    "model": (update(transcription={"model": "whisper-1"}), "model_not_found", "model"),
-    "language": (update(transcription={"language": "not one"}), "invalid_value", "language"),
-    "language of chat": (update(transcription={"model": "chat", "language": "en"}), "unsupported_value", "language"),
-    "keywords": (update(transcription={"keywords": ["?!"]}), "invalid_value", "keywords"),
-    "no transcription": (update(transcription=None), "invalid_value", "transcription"),
-    "semantic": (update(turn_detection={"type": "semantic_vad"}), "invalid_value", "type"),
-    "vad": (update(turn_detection={"type": "server_vad"}), "unsupported_value", "turn_detection"),
-    "threshold": (update(turn_detection={"type": "server_vad", "threshold": 1.5}), "invalid_value", "threshold"),
-    "silence": (
-        update(turn_detection={"type": "server_vad", "silence_duration_ms": 1}),
-        "invalid_value",
-        "silence_duration_ms",
-    ),
-    "answers": (
-        update(turn_detection={"type": "server_vad", "create_response": True}),
-        "invalid_value",
-        "create_response",
-    ),
-    "opus": (update(format={"type": "audio/opus"}), "invalid_value", "format"),
-    "law": (update(format={"type": "audio/pcmu", "rate": 16_000}), "unknown_parameter", "rate"),
-    "include": (
-        {"type": "session.update", "session": {"type": "transcription", "include": ["item.all"]}},
-        "invalid_value",
-        "include",
-    ),
-    "rate": (update(format={"type": "audio/pcm", "rate": 10**9}), "invalid_value", "rate"),
-    "noise": (update(noise_reduction={"type": "near_field"}), "invalid_value", "noise_reduction"),
-}
-
-
-def test_a_bad_event_is_told_and_the_connection_goes_on(server: Any, model: SpeechLM):
-    with connected(server).realtime.connect(extra_query=INTENT) as connection:
-        connection.recv()
-        for name, (event, code, param) in BAD.items():
-            connection.send_raw(event if isinstance(event, str) else json.dumps(event))
-            found = connection.recv()
-            assert (found.type, found.error.code, found.error.param) == ("error", code, param), name
-            assert not any(word in found.error.message for word in ("secret", "/root", "Traceback"))
-        connection.send_raw(b"bytes")
-        assert connection.recv().type == "error"
-        connection.send({"type": "input_audio_buffer.commit", "event_id": "mine"})
-        assert connection.recv().error.event_id == "mine"
-        set_to(connection)
-        append(connection, noise(1))
-        connection.send_raw(json.dumps(update(transcription={"language": "fr"})))
-        assert connection.recv().error.code == "invalid_state"
-        connection.input_audio_buffer.commit()
-        done = until(connection, "conversation.item.input_audio_transcription.completed")[-1]
-        assert done.transcript == text(alone(model, noise(1)))
-
-
-def refused(server: Any, query: str = "?intent=transcription", key: str = KEY, **headers: str) -> tuple[int, str]:
-    address = server.address.replace("http", "ws") + "/v1/realtime" + query
-    with (
-        pytest.raises(InvalidStatus) as caught,
-        connect(address, additional_headers={"Authorization": f"Bearer {key}", **headers}),
-    ):
-        pass
-    response = caught.value.response
-    return response.status_code, json.loads(response.body or b"")["error"]["code"]
-
-
-def test_what_may_not_connect_hears_why(server: Any):
-    assert refused(server, key="wrong") == (401, "invalid_api_key")
-    assert refused(server, "") == (400, "unsupported_value")
-    assert refused(server, "?intent=transcription&model=whisper-1") == (404, "model_not_found")
-    assert refused(server, Origin="http://another.example") == (403, "forbidden")
-    open_ones = [connected(server).realtime.connect(extra_query=INTENT).enter() for _ in range(6)]
-    assert refused(server) == (503, "overloaded")
-    for connection in open_ones:
-        connection.close()
-    wait_until(lambda: server.service.app.num_requests == 0)
-    with connected(server).realtime.connect(extra_query=INTENT) as connection:
-        assert connection.recv().type == "session.created"
-
-
-def closed(connection: Any) -> tuple[str | None, int]:
-    """The code of the last error, and that of closing."""
-    code = None
-    with pytest.raises(ConnectionClosed) as caught:
-        while True:
-            event = connection.recv()
-            code = event.error.code if event.type == "error" else code
-    assert caught.value.rcvd
-    return code, caught.value.rcvd.code
-
-
-def test_connections_are_bounded(model: SpeechLM, limited: dict[str, Any]):
-    with (
-        running(model, ServeConfig(**{**limited, "idle_seconds": 0.3})) as server,
-        connected(server).realtime.connect(extra_query=INTENT) as silent,
-    ):
-        assert closed(silent) == ("idle_timeout", 1008)
-    with running(model, ServeConfig(**{**limited, "stream_seconds": 2.0})) as server:
-
-        def after(act: Callable[[Any], None]) -> tuple[str | None, int]:
-            with connected(server).realtime.connect(extra_query=INTENT) as connection:
-                act(connection)
-                return closed(connection)
-
-        def chatter(connection: Any) -> None:
-            end = time.monotonic() + 2.2
-            while time.monotonic() < end:
-                connection.input_audio_buffer.clear()
-                time.sleep(0.05)
-
-        assert after(lambda connection: append(connection, noise(0, 5.0), 8_000)) == ("session_expired", 1008)
-        assert after(lambda connection: connection.send_raw(" " * (FRAME_BYTES + 1))) == (None, 1009)
-        assert after(chatter) == ("session_expired", 1008)
-        wait_until(lambda: server.service.app.num_requests == 0)
-
-
-def test_a_failure_ends_its_connection_alone(server: Any, monkeypatch: pytest.MonkeyPatch):
-    with connected(server).realtime.connect(extra_query=INTENT) as connection, monkeypatch.context() as patch:
-        patch.setattr(Stream, "push", lambda *args: 1 // 0)
-        append(connection, noise(0))
-        assert closed(connection) == ("server_error", 1011)
-    with connected(server).realtime.connect(extra_query=INTENT) as other:
-        set_to(other)
-        assert said(other, noise(1))[-1].transcript
-
-
-def test_the_server_ends_when_what_was_committed_is_told(model: SpeechLM, limited: dict[str, Any]):
-    with running(model, ServeConfig(**limited)) as server:
-        connection, other, silent = (connected(server).realtime.connect(extra_query=INTENT).enter() for _ in range(3))
-        for one in (connection, other, silent):
-            set_to(one)
-        for number in (1, 2):
-            append(connection, noise(number, 2.0))
-            connection.input_audio_buffer.commit()
-        append(other, noise(3, 1.0))  # what was not committed is not lost either
-        server.should_exit = True
-        found = [told(one) for one in (connection, other, silent)]
-    expected = [text(alone(model, noise(number, seconds))) for number, seconds in ((1, 2.0), (2, 2.0), (3, 1.0))]
-    assert found == [(expected[:2], 1001), (expected[2:], 1001), ([], 1001)]
-
-
-def told(connection: Any) -> tuple[list[str], int]:
-    """The transcripts until a connection is closed, and the code of closing."""
-    found = list[str]()
-    with pytest.raises(ConnectionClosed) as caught:
-        while True:
-            event = connection.recv()
-            found += [event.transcript] if event.type.endswith(".completed") else []
-    assert caught.value.rcvd
-    return found, caught.value.rcvd.code
-
-
-def test_a_client_that_goes_on_speaking_does_not_keep_the_server(model: SpeechLM, limited: dict[str, Any]):
-    with running(model, ServeConfig(**limited)) as server:
-        connection = connected(server).realtime.connect(extra_query=INTENT).enter()
-        set_to(connection)
-        server.should_exit, end = True, time.monotonic() + 20
-        with pytest.raises(ConnectionClosed):
-            while time.monotonic() < end:
-                append(connection, noise(0, 0.1))
-                time.sleep(0.1)
-        assert time.monotonic() < end - 10
-
-
-def test_the_asynchronous_client_is_understood_too(server: Any):
-    async def first() -> str:
-        client = openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key=KEY)
-        async with client.realtime.connect(extra_query=INTENT) as connection:
-            return str((await connection.recv()).type)
-
-    assert asyncio.run(first()) == "session.created"

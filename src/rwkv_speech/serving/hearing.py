@@ -18,6 +18,7 @@ Sent = dict[str, Any]
 _TRANSCRIPTION = "conversation.item.input_audio_transcription"
 # What is being said is looked at so often, unless the model has more to do, and for the first time after so much of it.
 _PACE_SECONDS, _FIRST_SECONDS = 0.125, 0.3
+_STEP_SECONDS = 0.05  # half of the shortest silence that may end a turn
 
 
 @dataclass
@@ -78,9 +79,14 @@ class Hearing:
         events = list[Sent]()
         if not self._finds_turns and self._item is None:
             self._item = _Item(self.seconds)
-        self.seconds += len(samples) / self._rate
-        events += self._take(self._stream.push(samples))
-        return events + list(self._turn()) if self._finds_turns else events
+        # So little at once that no turn both begins and ends within it: one without words would never be seen.
+        step = round(_STEP_SECONDS * self._rate) if self._finds_turns else len(samples)
+        for first in range(0, len(samples), step):
+            part = samples[first : first + step]
+            self.seconds += len(part) / self._rate
+            events += self._take(self._stream.push(part))
+            events += self._turn() if self._finds_turns else ()
+        return events
 
     def commit(self) -> list[Sent]:
         """The item of all audio that is there; raises Fault if there is none."""

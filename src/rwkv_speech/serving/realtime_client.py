@@ -25,7 +25,7 @@ from rwkv_speech.serving.realtime_form import (
 )
 
 # The model's thread does so much for a connection before it turns to the others; so much more waits for it at most.
-_PART_SECONDS, _WAITING_SECONDS = 0.25, 1.0
+_PART_SECONDS, _WAITING_SECONDS = 1.0, 1.0
 # Who has been told no word yet of what is being said comes so long before the others.
 _AHEAD_SECONDS = 0.5
 # When the server ends, what a client has sent is waited for so long, all in all; after such a silence it has sent all.
