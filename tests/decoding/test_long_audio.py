@@ -150,6 +150,14 @@ def test_the_cut_is_in_the_longest_pause_of_the_second_half_then_between_words_t
     assert abs(first_cut(lambda waveform: [20_000], tone) - 50_750) < 600
 
 
+def test_silence_is_cut_without_a_search_for_words():
+    def asked(waveform: Tensor) -> list[int]:
+        raise AssertionError("words were looked for")
+
+    pieces = pieces_of(torch.zeros(30 * RATE), Segmenter(4.0, "none", asked))
+    assert sum(len(piece.waveform) for piece in pieces) == 30 * RATE and len(pieces) <= 15
+
+
 def test_memory_does_not_grow_with_the_recording(speech: Tensor):
     for vad in ("silero", "none"):
         segmenter, held = Segmenter(5.0, vad), []

@@ -169,7 +169,7 @@ class Segmenter:
         else:
             loudness = audio.split(WINDOW)
             limit = _QUIET * audio.square().mean()
-            quiet = [(self._begin + i * WINDOW, bool(x.square().mean() < limit)) for i, x in enumerate(loudness)]
+            quiet = [(self._begin + i * WINDOW, bool(x.square().mean() <= limit)) for i, x in enumerate(loudness)]
         middle = self._begin + len(audio) // 2
         pauses = [(place >= middle, size, place) for size, place in _runs(quiet) if size >= _SHORT_PAUSE]
         if pauses:
