@@ -49,6 +49,10 @@ def write_wavlm(folder: Path) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak_minutes", type=float, default=10.0, help="minutes of the server's soak test")
+
+
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """Files of a base model, an encoder and a vocabulary, all random, all small."""

@@ -179,7 +179,7 @@ TESTED_IN = {
     ),
     "data.feature_fill": "data/test_feature_cache.py",
     "data.folder": "data/test_sources.py",
-    "decoding.transcriber": "decoding/test_transcribe.py",
+    **dict.fromkeys(("decoding.piece_text", "decoding.transcriber"), "decoding/test_transcribe.py"),
     **dict.fromkeys(("media.decoding", "media.ffmpeg", "media.headers", "media.opening"), "test_media.py"),
     "predict": "journeys/test_predict.py",
     "models.families": "models/test_base.py",

@@ -25,6 +25,16 @@ class Task:
     by_lang: bool = False
     prompt: str = ""
 
+    @property
+    def is_class(self) -> bool:
+        """Whether a recording is one of several kinds, whatever pieces it is heard in."""
+        return self.measure == "accuracy"
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether what is said is answered, and so is heard as one piece."""
+        return self.measure == "answer"
+
 
 KNOWN = {
     task.name: task

@@ -49,6 +49,13 @@ class Dribble(io.RawIOBase):
         return data
 
 
+def test_a_segment_without_a_text_of_its_own_has_no_line():
+    for screen in (Lines, Terminal):
+        out = io.StringIO()
+        screen(out).show([end(), Partial("anger"), end(), end("anger")])
+        assert out.getvalue().count("\n") == 1 and "anger\n" in out.getvalue()
+
+
 @pytest.mark.parametrize("sizes", [[], [1, 1, 1, 3, 7, 2], [5] * 500, [999]])
 def test_samples_come_whole_however_the_pipe_cuts_them(sizes: list[int], capsys: pytest.CaptureFixture[str]):
     samples = np.arange(-500, 500, dtype="<i2") * 60

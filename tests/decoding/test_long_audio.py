@@ -1,12 +1,13 @@
 import math
 import random
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from rwkv_speech.decoding import long_audio
-from rwkv_speech.decoding.long_audio import PAD, PAUSE, Piece, Segmenter, cut
+from rwkv_speech.decoding.long_audio import PAD, PAUSE, Piece, Segmenter, SpeechBounds, cut
 from rwkv_speech.decoding.vad import BLOCK, Vad
 from rwkv_speech.synthetic.corpus import sentence
 from rwkv_speech.synthetic.espeak import Synthesizer, Voice
@@ -156,6 +157,18 @@ def test_silence_is_cut_without_a_search_for_words():
 
     pieces = pieces_of(torch.zeros(30 * RATE), Segmenter(4.0, "none", asked))
     assert sum(len(piece.waveform) for piece in pieces) == 30 * RATE and len(pieces) <= 15
+
+
+def test_a_question_is_one_piece_without_the_silence_around_it(speech: Tensor):
+    question = torch.cat([speech, torch.zeros(40 * RATE)])
+    whole = SpeechBounds(pause=sys.maxsize)
+    [piece] = pieces_of(question, Segmenter(3600.0, bounds=whole))
+    pieces = pieces_of(question, Segmenter(3600.0))
+    assert len(pieces) > 4 and piece.start == pieces[0].start and abs(piece.end - pieces[-1].end) < RATE / 10
+    # One that nobody ends is ended by the silence behind it, at the longest that a piece may be.
+    most = (len(speech) + 20 * RATE) / RATE
+    [ended] = pieces_of(question, Segmenter(most, bounds=whole))
+    assert ended.start == piece.start and abs(ended.end - piece.end) < RATE / 10
 
 
 def test_memory_does_not_grow_with_the_recording(speech: Tensor):

@@ -13,10 +13,21 @@ from rwkv_speech.decoding.results import Segment
 from rwkv_speech.decoding.streaming import Committed, Event, Partial, Stream
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.parts import Parts
 from rwkv_speech.synthetic.espeak import Synthesizer, Voice
 
 RATE = 16_000
 SENTENCES = ("call the man on sunday", "the black dog waits under the green apple", "seven four three")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_parts: Parts) -> SpeechLM:
+    model = SpeechLM.build(tiny_parts, task_names=["asr", "emotion", "qa"])
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for x in model.trained_parameters():
+            x.copy_(0.5 * torch.randn(x.shape, generator=draw))
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,24 @@ def test_segments_are_those_of_the_whole_recording_with_any_options(
     model: SpeechLM, speech: Tensor, options: dict[str, object]
 ):
     check(model, speech, options, 2)
+
+
+def test_pieces_of_a_task_of_classes_vote_and_its_text_comes_at_the_end(model: SpeechLM, speech: Tensor):
+    options = {"max_new_tokens": 1, "temperature": 0.0, "vad": "none", "max_segment": 1.3}
+    [expected] = model.transcribe(speech, task="emotion", **options)
+    stream = model.stream(pace=0.5, task="emotion", **options)
+    before, last = stream.push(speech), stream.finish()
+    assert text_of(before) == "" and text_of(last) == expected.text != ""
+    assert segments_of([*before, *last]) == expected.segments and len(expected.segments) > 2
+    assert {x.text for x in before if isinstance(x, Partial)} >= {expected.text}
+
+
+def test_a_question_is_answered_once_however_long_its_pauses_are(model: SpeechLM, speech: Tensor):
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    [expected] = model.transcribe(speech, task="qa", **options)
+    events = events_of(model.stream(task="qa", **options), list(speech.split(RATE // 3)))
+    assert segments_of(events) == expected.segments and len(expected.segments) == 1
+    assert text_of(events) == expected.text != ""
 
 
 @pytest.mark.soak

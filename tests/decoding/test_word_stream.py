@@ -12,14 +12,14 @@ from torch import Tensor
 from rwkv_speech.decoding import forks, word_stream
 from rwkv_speech.decoding.agreement import Agreement
 from rwkv_speech.decoding.forks import Reading
-from rwkv_speech.decoding.long_audio import Piece, SpeechBounds
+from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.results import Segment, Word
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.streaming import Committed, Event, Partial
 from rwkv_speech.decoding.timestamps import split_words
 from rwkv_speech.decoding.transcribe import SpeechLM, watched_stream
 from rwkv_speech.decoding.transcriber import Transcriber
-from rwkv_speech.decoding.word_stream import WordListener
+from rwkv_speech.decoding.word_stream import WordListener, num_covered
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.ctc import CtcHead, CtcSpec
 
@@ -130,7 +130,7 @@ def test_what_a_reading_adds_to_a_committed_word_comes_with_the_next(script: tup
 
 def test_with_a_way_to_decode_the_segment_says_what_the_whole_piece_does(script: tuple[WordListener, Script]):
     listener, readings = script
-    heard = ["a b", "a c", "", "d e"]
+    heard = ["a b", "a c", "", "d e", "a c d. e", "x y z"]
 
     def decode(piece: Piece) -> list[Segment]:
         text = heard.pop(0)
@@ -138,7 +138,7 @@ def test_with_a_way_to_decode_the_segment_says_what_the_whole_piece_does(script:
 
     listener._decode = decode
     commit(listener, readings, "a b", 0.0)
-    for number, text in enumerate(("a b", "a c")):  # what was committed is not taken back: the rest is left out
+    for number, text in enumerate(("a b", "a c")):  # what was committed is not taken back
         [end] = listener.close(piece(0.0, 9.0))
         assert isinstance(end, Committed) and end.segment and end.text == ""
         assert (end.segment.text, end.segment.id) == (text, number)
@@ -146,8 +146,53 @@ def test_with_a_way_to_decode_the_segment_says_what_the_whole_piece_does(script:
     assert listener.close(piece(0.0, 9.0)) == []
     commit(listener, readings, "d", 20.0)
     assert told(listener.close(piece(20.0, 29.0))) == ["+ e"]
-    commit(listener, readings, "d", 40.0)
+    commit(listener, readings, "a b d", 40.0)
+    assert told(listener.close(piece(40.0, 49.0))) == ["+ e"]  # what the whole says behind it
+    commit(listener, readings, "a", 50.0)
+    assert told(listener.close(piece(50.0, 59.0))) == ["+ y z"]
+    commit(listener, readings, "d", 60.0)
     assert listener.hear(None) == []  # of a piece that is dropped nothing is told
+
+
+def test_a_piece_in_two_adds_what_lies_behind_the_words_that_were_committed(script: tuple[WordListener, Script]):
+    listener, readings = script
+    texts = ["a b c", "d e."]
+    listener._decode = lambda piece: [
+        Segment(9, float(i), i + 1.0, text, list(text.encode()), 0.0, 0.0, 1.0, 0.0, logprobs=(-0.5,) * len(text))
+        for i, text in enumerate(texts)
+    ]
+    listener._tokenizer = Bytes()  # type: ignore[assignment]
+    commit(listener, readings, "a b c d", 0.0)
+    ends = [event for event in listener.close(piece(0.0, 9.0)) if isinstance(event, Committed)]
+    assert [(end.text, bytes(token for token, _ in end.logprobs)) for end in ends] == [("", b""), (" e.", b" e.")]
+    commit(listener, readings, "a b c d e", 20.0)
+    assert told(listener.close(piece(20.0, 29.0))) == ["+", "+."]
+    assert told(listener.close(piece(40.0, 49.0))) == ["+ a b c", "+ d e."]
+
+
+class Bytes:
+    """A token is a byte."""
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        return bytes(tokens)
+
+
+@pytest.mark.parametrize(
+    ("known", "text", "behind"),
+    [
+        ("", "one two", "one two"),
+        ("one", "one two", " two"),
+        ("one to", "one two three", " three"),
+        ("one", "well, one two", " two"),
+        ("oh one", "one two", " two"),
+        ("One two,", "one two three", " three"),
+        ("one two three", "one", ""),
+        ("a b", "", ""),
+        ("语言", "语音很好", "很好"),
+    ],
+)
+def test_what_lies_behind_words_that_are_known(known: str, text: str, behind: str):
+    assert text[num_covered(known, text) :] == behind
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +284,7 @@ def test_segments_are_those_of_the_whole_recording_however_often_it_is_looked_at
     transcriber, rng = Transcriber(with_head, options, slots=1), random.Random(0)
     seen = set[int]()
     for chance in (0.0, 0.3, 1.0):
-        stream = watched_stream(transcriber, with_head, options, RATE, "asr", 0.1, SpeechBounds())
+        stream = watched_stream(transcriber, with_head, options, RATE, "asr", 0.1, None)
         events = list[Event]()
         for part in speech.split(RATE // 10):
             events += stream.push(part)

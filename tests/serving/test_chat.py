@@ -95,7 +95,9 @@ def test_what_is_asked_for_changes_the_answer(client: openai.OpenAI, model: Spee
     short = ask(client, user(part(4)), max_completion_tokens=3)
     assert text(short) == offline(model, 4, task="chat", max_new_tokens=3).text and short.usage.completion_tokens == 3
     hot = text(ask(client, user(part(4)), temperature=0.9))
-    assert hot == offline(model, 4, task="chat", temperature=0.9).text != text(ask(client, user(part(4))))
+    assert hot == offline(model, 4, task="chat", temperature=0.9, best_of=1).text != text(ask(client, user(part(4))))
+    *deltas, _ = ask(client, user(part(4)), temperature=0.9, stream=True)
+    assert "".join(chunk.choices[0].delta.content for chunk in deltas) == hot and len(deltas) > 2
 
 
 def test_messages_and_sessions_remember_alike(client: openai.OpenAI, model: SpeechLM):

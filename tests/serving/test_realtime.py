@@ -161,10 +161,12 @@ def test_logprobs_of_a_turn(realtime_server: Any, model: SpeechLM):
         wanted = ["item.input_audio_transcription.logprobs"]
         connection.session.update(session={"type": "transcription", "include": wanted})
         assert until(connection, "session.updated")[-1].session.include == wanted
-        done = said(connection, noise(1, 1.5))[-1]
+        *deltas, _, _, done = said(connection, noise(1, 1.5))
         connection.session.update(session={"type": "transcription", "include": []})
         until(connection, "session.updated")
         assert said(connection, noise(1, 1.5))[-1].logprobs is None
+    content = b"".join(bytes(x.bytes) for delta in deltas for x in delta.logprobs)
+    assert content.decode("utf-8", "replace").strip() == "".join(x.delta for x in deltas).strip() != ""
     segments = [x.segment for x in alone(model, noise(1, 1.5)) if x.segment]
     known = [(token, logprob) for x in segments for token, logprob in zip(x.tokens, x.logprobs or (), strict=False)]
     assert len(known) > 4 and [x.logprob for x in done.logprobs] == [logprob for _, logprob in known]

@@ -75,7 +75,14 @@ SENT: dict[str, tuple[dict[str, Any], int, str, str]] = {
         {"chunking_strategy": "auto"}, 400, "unsupported_value", "chunking_strategy",
     ),
     "chunking": (
-        {"chunking_strategy": {"type": "server_vad"}},
+        {"chunking_strategy": {"type": "server_vad", "threshold": 2}},
+        422, "invalid_value", "chunking_strategy",
+    ),
+    "chunking by another": (
+        {"chunking_strategy": {"type": "semantic_vad"}}, 422, "invalid_value", "chunking_strategy",
+    ),
+    "chunking by words": (
+        {"chunking_strategy": {"type": "server_vad", "words": 3}},
         422, "unknown_parameter", "chunking_strategy",
     ),
     "field unknown": (

@@ -1,26 +1,34 @@
 """What the official client gets from a running server, beside what the same recording gives without one."""
 
 import asyncio
+import io
+import json
 import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import srt
 import webvtt
+from fastapi import UploadFile
 from hard_files import sound
 from prometheus_client.parser import text_string_to_metric_families
 
+from rwkv_speech.config import ServeConfig
+from rwkv_speech.decoding.results import Segment, Transcript
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.transcriber import Transcriber
 from rwkv_speech.decoding.writers import render
-from rwkv_speech.serving.answers import Deltas
+from rwkv_speech.serving.answers import Deltas, answer
 from rwkv_speech.serving.events import Told
 from rwkv_speech.serving.faults import Fault
-from serving.conftest import OPTIONS, connected, noise, offline, wav
+from rwkv_speech.serving.form import Form
+from serving.conftest import OPTIONS, connected, noise, offline, running, wav
 
 
 def test_json_is_the_text_and_what_it_cost(client: openai.OpenAI, model: SpeechLM):
@@ -135,6 +143,49 @@ def test_the_first_part_comes_before_the_recording_is_decoded(
         monkeypatch.setattr(Transcriber, "settled", settled)
         gate.set()
         assert [event.type for event in events][-1] == "transcript.text.done"
+
+
+def test_chunks_are_cut_by_what_the_client_takes_for_speech(
+    model: SpeechLM, settings: dict[str, Any], vad_by_loudness: None
+):
+    silence = np.zeros(8_000, np.int16)
+    upload = ("a.wav", sound(np.concatenate([noise(1, 0.5), silence, noise(2, 0.5)]), "WAV"))
+
+    def num_segments(chunking: Any) -> int:
+        more = {"chunking_strategy": chunking, "response_format": "verbose_json"}
+        return len(client.audio.transcriptions.create(file=upload, model="asr", **more).segments)
+
+    with running(model, ServeConfig(**{**settings, "vad": "silero", "max_segment": 5.0})) as server:
+        client = connected(server)
+        for chunking, count in (
+            ("auto", 2),
+            ({"type": "server_vad"}, 2),
+            ({"type": "server_vad", "silence_duration_ms": 800, "prefix_padding_ms": 200, "threshold": 0.4}, 1),
+        ):
+            assert num_segments(chunking) == count
+
+
+def test_the_language_that_is_found_is_told(model: SpeechLM):
+    found = Transcript("a", [], 1.0, "asr", "fr")
+    for spoken, told in (("", [{"code": "fr"}]), ("fr", None)):
+        form = Form.model_validate({"file": UploadFile(io.BytesIO()), "model": "asr", "language": spoken})
+        assert json.loads(bytes(answer(form, found, model.tokenizer).body)).get("languages") == told
+        [done] = Deltas(form, model.tokenizer).done(replace(found, text=""))
+        assert done.get("languages") == told
+
+
+def test_pieces_of_a_task_of_classes_vote_in_a_stream(model: SpeechLM):
+    texts = ["anger", "joy", "anger"]
+    segments = [
+        Segment(i, float(i), i + 1.0, text, list(text.encode()), 0.0, 0.0, 1.0, 0.0, logprobs=(-float(i),) * 6)
+        for i, text in enumerate(texts)
+    ]
+    form = Form.model_validate({"file": UploadFile(io.BytesIO()), "model": "emotion", "include[]": ["logprobs"]})
+    found, deltas = Transcript("anger", segments, 3.0, "emotion"), Deltas(form, model.tokenizer)
+    assert list(deltas.of(segments)) == []
+    delta, done = deltas.done(found)
+    assert delta["delta"] == done["text"] == "anger"
+    assert [x["logprob"] for x in delta["logprobs"]] == [x["logprob"] for x in done["logprobs"]] == [0.0] * 5
 
 
 def test_what_goes_wrong_in_a_stream_is_told(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch):

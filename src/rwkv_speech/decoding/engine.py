@@ -40,7 +40,8 @@ class Request:
     At `temperature` 0 the likeliest tokens are taken, by the options' beam search if its width is above 1; above it the
     best of several samples. `before` is text that stands before the audio, in place of the options' `initial_prompt`;
     `draft` is a text to verify, in place of the CTC head's, whatever the options say. `start` is the state to begin
-    from, in place of the task's; `keywords` those to expect, in place of the options'.
+    from, in place of the task's; `keywords` those to expect, and `best_of` the number of samples, in place of the
+    options'.
     """
 
     key: Any
@@ -51,6 +52,7 @@ class Request:
     draft: str | None = None
     start: State | None = None
     keywords: Keywords | None = None
+    best_of: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,8 @@ class Engine:
     def unfinished(self) -> Iterator[tuple[Request, list[int]]]:
         """What there is so far of each text that is written token by token, once, and not searched for."""
         for job, track in zip(self._jobs, self._tracks, strict=True):
-            if job and track and job.wanted == 1 and self._options.beam == 1:
+            is_searched = self._options.beam > 1 and job and job.request.temperature == 0
+            if job and track and job.wanted == 1 and not is_searched:
                 yield job.request, track.ids
 
     def run(self, requests: Iterable[Request]) -> Iterator[Done]:
@@ -263,7 +266,7 @@ class Engine:
         """Begin the texts of a job that has been read, in the free rows."""
         request, options = job.request, self._options
         if request.temperature > 0:
-            job.wanted = options.best_of
+            job.wanted = request.best_of or options.best_of
             job.rank = rank_of(self._model, request.sample.task, job.ctc, options.ctc_weight)
             for number in range(job.wanted):
                 chance = random.Random(f"{options.sampling_seed} {request.temperature} {number}")

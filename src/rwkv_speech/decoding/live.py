@@ -105,8 +105,10 @@ class Lines:
             if isinstance(event, Committed):
                 text = printable(event.text)
                 text = text if self._line else text.lstrip()
-                self._line = f"{self._line}{text}" if event.segment is None else ""
-                self._out.write(text + ("\n" if event.segment else ""))
+                self._line += text
+                if event.segment and self._line:  # one without a text of its own has no line
+                    text, self._line = f"{text}\n", ""
+                self._out.write(text)
                 self._out.flush()
 
 
@@ -125,7 +127,7 @@ class Terminal:
             if isinstance(event, Committed):
                 self._line += text if self._line else text.lstrip()
                 self._wrap()
-                if event.segment:
+                if event.segment and self._line:
                     self._end_line(self._line)
             else:
                 partial = text if self._line else text.lstrip()

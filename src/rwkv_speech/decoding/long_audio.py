@@ -101,7 +101,8 @@ class Segmenter:
         pieces = self._add(self._waiting) if len(self._waiting) else []
         if self._begin is not None:
             silence = self._end if self._silence is None else self._silence
-            pieces += self._close(silence, self._end if self._end - silence < self._bounds.pause else silence + PAD)
+            is_short = self._end - silence < min(PAUSE, self._bounds.pause)
+            pieces += self._close(silence, self._end if is_short else silence + PAD)
         self.removed_samples += self._end - self._last_end
         return pieces
 
@@ -142,10 +143,13 @@ class Segmenter:
         if self._begin is None:
             return []
         self._windows.append((start, probability))
+        is_full = end + WINDOW - self._begin > self._max
+        # A piece that is full ends in whatever silence there is.
+        pause = min(PAUSE, bounds.pause) if is_full else bounds.pause
         is_quiet = probability < bounds.low_threshold
-        if self._silence is not None and start - self._silence >= bounds.pause and is_quiet:
+        if self._silence is not None and start - self._silence >= pause and is_quiet:
             return self._close(self._silence, self._silence + PAD)
-        return self._cut(min(end, self._end)) if end + WINDOW - self._begin > self._max else []
+        return self._cut(min(end, self._end)) if is_full else []
 
     def _close(self, silence: int, end: int) -> list[Piece]:
         """End the open piece, at whose end is silence, at `end`; it is none if it holds too little speech."""

@@ -49,14 +49,29 @@ class Segment:
 TimedT = TypeVar("TimedT", Word, Segment)
 
 
+class Vote:
+    """Of a task of classes, the text that is found in most seconds of a recording."""
+
+    def __init__(self, segments: Iterable[Segment] = ()) -> None:
+        self._seconds = defaultdict[str, float](float)
+        for segment in segments:
+            self.add(segment)
+
+    def add(self, segment: Segment) -> None:
+        """Count a piece of it."""
+        self._seconds[segment.text.strip()] += segment.end - segment.start
+
+    @property
+    def text(self) -> str:
+        """The text that leads; "" of nothing."""
+        return max(self._seconds, key=self._seconds.__getitem__, default="")
+
+
 def whole_text(task: str, segments: Sequence[Segment]) -> str:
-    """What the pieces of a recording say together; of a task of classes, that which is found in most seconds of it."""
-    if tasks.task_named(task).measure != "accuracy":
-        return join_texts(segment.text for segment in segments)
-    seconds = defaultdict[str, float](float)
-    for segment in segments:
-        seconds[segment.text.strip()] += segment.end - segment.start
-    return max(seconds, key=seconds.__getitem__, default="")
+    """What the pieces of a recording say together; of a task of classes they vote."""
+    if tasks.task_named(task).is_class:
+        return Vote(segments).text
+    return join_texts(segment.text for segment in segments)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ class Session:
         sample = said if isinstance(said, Sample) else self.sample(said)
         first = options.temperatures[0]
         before = BETWEEN_TURNS if self.num_turns else None
-        return Request(key, sample, options.max_new_tokens or _MOST_TOKENS, first, before, None, self._state)
+        limit, more = options.max_new_tokens or _MOST_TOKENS, options.best_of
+        return Request(key, sample, limit, first, before, start=self._state, best_of=more)
 
     def take(self, done: Done, answer: Sequence[int] | None = None) -> Turn:
         """Remember a turn as an engine found it, or with an `answer` that is given; raises UserError for another's."""

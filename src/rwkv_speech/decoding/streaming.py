@@ -13,7 +13,7 @@ from torch import Tensor
 from rwkv_speech.audio import SAMPLE_RATE, Resampler, as_waveform
 from rwkv_speech.decoding.forks import Forks
 from rwkv_speech.decoding.long_audio import Piece, Segmenter
-from rwkv_speech.decoding.results import Segment, Word
+from rwkv_speech.decoding.results import Segment, Vote, Word
 from rwkv_speech.decoding.vad import BLOCK
 from rwkv_speech.errors import UserError
 from rwkv_speech.text import join_texts
@@ -27,12 +27,14 @@ _LOOK = BLOCK // 2
 class Committed:
     """Text that stays: all of a stream's, one after another as they stand, are its transcript.
 
-    `words` are those of this text, where their times are known; `segment` is the segment that ends here, if one does.
+    `words` are those of this text, where their times are known; `segment` is the segment that ends here, if one does;
+    `logprobs` are the tokens of this text, where they are known, each with its log-probability.
     """
 
     text: str
     words: list[Word]
     segment: Segment | None = None
+    logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Listener(Protocol):
 
     def close(self, piece: Piece) -> list[Event]:
         """A piece that is complete."""
+
+    def finish(self) -> list[Event]:
+        """The end of the recording."""
 
 
 class Stream:
@@ -104,7 +109,7 @@ class Stream:
         events = [*self._resample(self._given.rest), *self._listen(self._resampler.finish())]
         pieces = [*self._segmenter.push(self._blocks.rest), *self._segmenter.finish()]
         events += [event for piece in pieces for event in self._listener.close(piece)]
-        return events + self._listener.hear(None)
+        return events + self._listener.finish()
 
     def _resample(self, samples: Tensor) -> list[Event]:
         return self._listen(self._resampler.push(samples))
@@ -154,10 +159,48 @@ class SegmentListener:
         self._forks.restart()
         events = list[Event]()
         for segment in self._decode(piece):
-            text = self._last.commit(segment.text)
-            events.append(Committed(text, segment.words or [], replace(segment, id=self._num_segments)))
+            text, found = self._last.commit(segment.text), replace(segment, id=self._num_segments)
+            events.append(Committed(text, segment.words or [], found, scored(segment)))
             self._num_segments += 1
         return events
+
+    def finish(self) -> list[Event]:
+        """Nothing is left."""
+        return []
+
+
+class ClassListener:
+    """Of a task of classes: the pieces vote, and the text is committed at the end, with the last segment."""
+
+    def __init__(self, decode: Callable[[Piece], list[Segment]], forks: Forks) -> None:
+        self._decode, self._forks = decode, forks
+        self._vote, self._last, self._num_segments = Vote(), list[Segment](), 0
+
+    def hear(self, piece: Piece | None) -> list[Event]:
+        """What leads; in the first piece, what that seems to be."""
+        if self._num_segments:
+            return [Partial(self._vote.text)]
+        return [] if piece is None else [Partial(self._forks.read(piece).text)]
+
+    def close(self, piece: Piece) -> list[Event]:
+        """Its vote, and the segment before it."""
+        self._forks.restart()
+        events = list[Event]()
+        for segment in self._decode(piece):
+            events += [Committed("", [], before) for before in self._last]
+            self._last = [replace(segment, id=self._num_segments)]
+            self._vote.add(segment)
+            self._num_segments += 1
+        return events
+
+    def finish(self) -> list[Event]:
+        """The text that most seconds of the recording have."""
+        return [Committed(self._vote.text, [], last) for last in self._last]
+
+
+def scored(segment: Segment) -> tuple[tuple[int, float], ...]:
+    """The tokens of a segment with their log-probabilities; that of the end of text is none of the text."""
+    return tuple(zip(segment.tokens, segment.logprobs or (), strict=False))
 
 
 class LastCharacter:

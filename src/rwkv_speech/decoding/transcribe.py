@@ -21,12 +21,12 @@ from rwkv_speech.decoding.long_audio import SpeechBounds
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.results import Row, Transcript
 from rwkv_speech.decoding.session import Session, converse
-from rwkv_speech.decoding.streaming import Listener, SegmentListener, Stream
+from rwkv_speech.decoding.streaming import ClassListener, Listener, SegmentListener, Stream
 from rwkv_speech.decoding.transcriber import Recording, Transcriber
 from rwkv_speech.decoding.word_stream import HOLD_SECONDS, PACE_SECONDS, WordListener, can_commit_words
 from rwkv_speech.errors import UserError, printable
 from rwkv_speech.models import speech_lm
-from rwkv_speech.tasks import Naming
+from rwkv_speech.tasks import Naming, task_named
 
 Audio = str | Path | bytes | Tensor | np.ndarray
 
@@ -137,15 +137,13 @@ def stream_through(
 
     How tokens are chosen, and how audio is cut, is the transcriber's.
     """
-    listener: Listener
-    if commit == "word":
-        listener, pace = WordListener(model, options, task, hold), PACE_SECONDS if pace is None else pace
-    elif commit == "segment":
-        forks = Forks(model, task, options)
-        listener = SegmentListener(transcriber.live(task, options, forks.keywords), forks)
-    else:
+    if commit not in ("segment", "word"):
         raise UserError(f"commit: found {commit!r}, expected segment or word")
-    return Stream(transcriber.segmenter(), listener, pace, sample_rate)
+    if commit == "segment":
+        listener = _whole_listener(transcriber, model, options, task)
+    else:
+        listener, pace = WordListener(model, options, task, hold), PACE_SECONDS if pace is None else pace
+    return Stream(transcriber.segmenter(task), listener, pace, sample_rate)
 
 
 def watched_stream(
@@ -155,20 +153,30 @@ def watched_stream(
     sample_rate: int,
     task: str,
     hold: float,
-    bounds: SpeechBounds,
+    bounds: SpeechBounds | None,
 ) -> Stream:
     """A stream through a transcriber whose segments are those of `transcribe`, however often it is looked at.
 
-    A look commits words, where these weights and options can; the segment then says what the whole piece does.
+    A look commits words, where these weights and options can; the segment then says what the whole piece does. With
+    `bounds` each segment is a turn that stands alone, else the stream is one recording.
     """
     listener: Listener
     if can_commit_words(model, task, options):
         keywords = Keywords.of(options, model.tokenizer, model.lm.sizes.vocab, model.lm.emb.weight.device)
         listener = WordListener(model, options, task, hold, transcriber.live(task, options, keywords))
     else:
-        forks = Forks(model, task, options)
-        listener = SegmentListener(transcriber.live(task, options, forks.keywords), forks)
-    return Stream(transcriber.segmenter(bounds), listener, None, sample_rate)
+        listener = _whole_listener(transcriber, model, options, task, bool(bounds))
+    return Stream(transcriber.segmenter(task, bounds), listener, None, sample_rate)
+
+
+def _whole_listener(
+    transcriber: Transcriber, model: speech_lm.SpeechLM, options: Options, task: str, has_turns: bool = False
+) -> Listener:
+    """What takes whole pieces to text; pieces of a recording vote where it is one of several kinds."""
+    forks = Forks(model, task, options)
+    decode = transcriber.live(task, options, forks.keywords)
+    votes = task_named(task).is_class and not has_turns
+    return ClassListener(decode, forks) if votes else SegmentListener(decode, forks)
 
 
 def transcribe_batches(

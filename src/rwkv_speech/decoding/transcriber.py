@@ -7,6 +7,7 @@ recording -> pieces (long_audio) -> engine -> again at a higher temperature? (gu
 
 import itertools
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,15 +20,12 @@ from torch import Tensor
 from rwkv_speech import tasks
 from rwkv_speech.audio import SAMPLE_RATE, AudioError
 from rwkv_speech.batch import BadSample, Sample
-from rwkv_speech.decoding import coverage, guards
-from rwkv_speech.decoding.confidence import judge
 from rwkv_speech.decoding.engine import Done, Engine, Request
 from rwkv_speech.decoding.keywords import Keywords
 from rwkv_speech.decoding.long_audio import Piece, Segmenter, SpeechBounds
 from rwkv_speech.decoding.options import Options
-from rwkv_speech.decoding.reader import Reader
+from rwkv_speech.decoding.piece_text import PieceText
 from rwkv_speech.decoding.results import Segment, Transcript, whole_text
-from rwkv_speech.decoding.timestamps import WordTimes
 from rwkv_speech.errors import UserError
 from rwkv_speech.models import speech_lm
 from rwkv_speech.text import join_texts
@@ -35,6 +33,8 @@ from rwkv_speech.text import join_texts
 # Seconds of the pieces for weights that do not say what they were trained on.
 _LONGEST_IF_UNKNOWN = 30.0
 _LENGTHS_BEYOND = 1.2  # times the longest of training are decoded as well as these
+# Seconds of a question, which is one piece.
+_LONGEST_ANSWERED = 60.0
 # So many pieces are read ahead for each slot, so that audio of like length is decoded together.
 _AHEAD = 4
 # A text is no context for the next piece above this temperature, and its last tokens are enough, as in whisper.
@@ -46,7 +46,7 @@ class Recording:
     """What is to be transcribed: `blocks()` gives its samples at 16 kHz, or AudioError; `key` is the caller's.
 
     `prompt_ids` are read before the audio. `options` stand in place of the transcriber's, but for how audio is cut and
-    how tokens are chosen, which all have in common; `keywords` are those to expect.
+    how tokens are chosen, which all have in common; `keywords` are those to expect, `bounds` what is taken for speech.
     """
 
     key: Any
@@ -58,6 +58,7 @@ class Recording:
     prompt_ids: tuple[int, ...] = ()
     options: Options | None = None
     keywords: Keywords | None = None
+    bounds: SpeechBounds | None = None
 
 
 @dataclass(eq=False)
@@ -124,12 +125,11 @@ class Transcriber:
 
     def __init__(self, model: speech_lm.SpeechLM, options: Options, slots: int, is_fair: bool = False) -> None:
         self._model, self._options = model, options
-        self.engine, self._reader = Engine(model, options, slots, int(is_fair)), Reader(model)
+        self.engine, self._pieces = Engine(model, options, slots, int(is_fair)), PieceText(model)
         self._ahead = slots if is_fair else _AHEAD * slots
         known = model.trained_on
         longest = _LENGTHS_BEYOND * known.longest_seconds if known else 0.0  # 0 of weights that have read only
         self._max_seconds = options.max_segment or longest or _LONGEST_IF_UNKNOWN
-        self._times = None if model.ctc is None else WordTimes(model.ctc, model.encoder)
         self.answered = deque[Done]()
         self._open = list[_Work]()
         self._reading = deque[_Reading]()
@@ -162,7 +162,8 @@ class Transcriber:
         """Have a recording transcribed by the next calls of `poll`."""
         work = self._begun(recording)
         self._open.append(work)
-        self._reading.append(_Reading(work, _blocks(recording), self.segmenter()))
+        segmenter = self.segmenter(recording.task, recording.bounds)
+        self._reading.append(_Reading(work, _blocks(recording), segmenter))
 
     @torch.no_grad()
     def poll(self, seconds: float = math.inf) -> list[tuple[Recording, Transcript | BadSample]]:
@@ -200,9 +201,17 @@ class Transcriber:
         works = {id(work) for work in dropped}
         self.engine.cancel(lambda request: request.key is key or id(getattr(request.key, "work", None)) in works)
 
-    def segmenter(self, bounds: SpeechBounds = SpeechBounds()) -> Segmenter:  # noqa: B008 (it is frozen)
-        """What cuts a recording into pieces."""
-        return Segmenter(self._max_seconds, self._options.vad, self._word_gaps, bounds)
+    def segmenter(self, task: str = "", bounds: SpeechBounds | None = None) -> Segmenter:
+        """What cuts a recording into pieces, in pauses; with these `bounds`, or by what the task needs.
+
+        What is answered is one piece, however long its pauses are, as it was in training, up to a turn's most seconds.
+        """
+        is_answered = bool(task) and bounds is None and tasks.task_named(task).is_answer
+        longest = self._max_seconds
+        if is_answered and not self._options.max_segment:
+            longest = max(longest, _LONGEST_ANSWERED)
+        bounds = bounds or (SpeechBounds(pause=sys.maxsize) if is_answered else SpeechBounds())
+        return Segmenter(longest, self._options.vad, self._pieces.word_gaps, bounds)
 
     def _begun(self, recording: Recording) -> _Work:
         """A recording whose language is known, or is to be found in its first piece."""
@@ -289,105 +298,47 @@ class Transcriber:
         if place.finds_language:
             place.work.language = self._model.tokenizer.decode(done.hypotheses[0].ids).strip()
             return self._add(place.work, ())
-        silence, o = self._silence(done), place.work.options
-        again = place.attempt + 1 < len(o.temperatures) and not guards.is_silence(silence, o)
-        if again and guards.needs_fallback(done.hypotheses[0], self._text(done), silence, o):
+        o, can_try = place.work.options, place.attempt + 1 < len(place.work.options.temperatures)
+        if can_try and self._pieces.needs_fallback(done, o):
             return self._submit(place.work, place.piece, place.attempt + 1, place.halved)
-        if halves := self._halves(done):
+        if halves := self._pieces.halves(done, place.piece, o):
             halved = _Halved(done, place.halved)
             for half in halves:
                 self._submit(place.work, half, 0, halved)
         else:
-            for kept in self._chosen([done], place.halved):
+            for kept in self._chosen([done], place):
                 self._keep(kept)
         self._add(place.work, ())
 
     def _keep(self, done: Done) -> None:
         """The text of a piece becomes a segment, unless the piece holds no speech."""
         work, piece = done.request.key.work, done.request.key.piece
-        text, silence = self._text(done), self._silence(done)
         if done.ctc is not None and self._model.ctc is not None:
             work.heard[piece.start] = self._model.ctc.spec.text(done.ctc)
+        text = self._pieces.text(done, work.options)
         if text.strip():
-            work.segments.append(self._segment(done, text, silence))
+            work.segments.append(self._pieces.segment(done, text, piece, work.options))
         if work.options.condition_on_previous_text:
             hot = done.request.temperature > _CONTEXT_TEMPERATURE
             work.context = "" if hot else self._recent(join_texts([work.context, text]))
 
-    def _says_what_is_heard(self, done: Done) -> bool:
-        """Whether a piece's text is to be what the CTC head hears, not a translation, an answer or a sound's name."""
-        return done.ctc is not None and tasks.base_of(done.request.sample.task) == tasks.DEFAULT
-
-    def _silence(self, done: Done) -> float:
-        is_known = self._says_what_is_heard(done)
-        return guards.no_speech_prob(done.ctc, self._model.encoder.framing.frame_rate) if is_known else 0.0
-
-    def _text(self, done: Done) -> str:
-        """The text of a piece, none of silence, and none that is made up."""
-        text, head = self._model.tokenizer.decode(done.hypotheses[0].ids), self._model.ctc
-        o = done.request.key.work.options
-        if head is None or done.ctc is None or not self._says_what_is_heard(done):
-            return text
-        is_silence = guards.is_silence(self._silence(done), o)
-        return "" if is_silence or guards.is_unheard(text, done.ctc, head.spec, o) else text
-
-    def _halves(self, done: Done) -> tuple[Piece, Piece] | None:
-        """A piece in two if its text is far from what the CTC head hears; but what is to be taken as it is, is."""
-        head = self._model.ctc
-        if head is None or done.ctc is None or not self._says_what_is_heard(done) or self._options.vad == "none":
-            return None
-        step = self._model.encoder.framing.samples_per_frame
-        return coverage.halves(done.request.key.piece, done.ctc, head.spec.labels, self._text(done), step)
-
-    def _chosen(self, found: list[Done], halved: _Halved | None) -> list[Done]:
+    def _chosen(self, found: list[Done], place: _Place) -> list[Done]:
         """What is kept once both parts are known: they or the whole, whichever texts are nearer to what is heard."""
-        head = self._model.ctc
-        while halved is not None and head is not None:
+        halved, options = place.halved, place.work.options
+        while halved is not None:
             halved.parts.append(found)
             if len(halved.parts) < 2:
                 return []
             parts = sorted(itertools.chain(*halved.parts), key=lambda part: part.request.key.piece.start)
-            whole, errors = [halved.whole], list[int]()
-            for texts in (parts, whole):
-                heard = [(x.ctc, head.spec.labels, self._text(x)) for x in texts if x.ctc is not None]
-                errors.append(sum(itertools.starmap(coverage.num_errors, heard)))
-            found, halved = parts if errors[0] < errors[1] else whole, halved.part_of
+            whole = [halved.whole]
+            is_better = self._pieces.num_errors(parts, options) < self._pieces.num_errors(whole, options)
+            found, halved = parts if is_better else whole, halved.part_of
         return found
-
-    def _word_gaps(self, waveform: Tensor) -> list[int]:
-        """Samples between two words of (S,), as far as the CTC head hears them."""
-        head, sample = self._model.ctc, Sample("", waveform, "", [], len(waveform) / SAMPLE_RATE, 0, "")
-        if head is None:
-            return []
-        [encoded] = self._reader.encode([sample])
-        step = self._model.encoder.framing.samples_per_frame
-        return [] if encoded.ctc is None else coverage.word_gaps(encoded.ctc, head.spec.labels, step)
 
     def _recent(self, text: str) -> str:
         """The end of a text that is long, so that the context of a piece costs no more in the hundredth hour."""
         tokenizer = self._model.tokenizer
         return tokenizer.decode(tokenizer.encode(text)[-_CONTEXT_TOKENS:]).lstrip("\ufffd")
-
-    def _segment(self, done: Done, text: str, silence: float) -> Segment:
-        best, piece, o = done.hypotheses[0], done.request.key.piece, done.request.key.work.options
-        start, end = piece.start / SAMPLE_RATE, piece.end / SAMPLE_RATE
-        words = None
-        if o.word_timestamps and self._times and done.ctc is not None:
-            words = self._times.words(text, done.ctc, start, end, judge(self._model, best, done.ctc))
-        return Segment(
-            id=0,
-            start=start,
-            end=end,
-            text=text,
-            tokens=list(best.ids),
-            temperature=done.request.temperature,
-            avg_logprob=best.avg_logprob,
-            compression_ratio=guards.compression_ratio(text),
-            no_speech_prob=silence,
-            cut=best.cut,
-            words=words,
-            logprobs=best.logprobs,
-        )
 
     def _result(self, work: _Work) -> Transcript | BadSample:
         if work.error:

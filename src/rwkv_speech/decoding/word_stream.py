@@ -12,13 +12,15 @@ from rwkv_speech.decoding.forks import Forks, Reading
 from rwkv_speech.decoding.long_audio import Piece
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Segment, Word
-from rwkv_speech.decoding.streaming import Committed, Event, LastCharacter, Partial
-from rwkv_speech.decoding.timestamps import WordTimes
+from rwkv_speech.decoding.streaming import Committed, Event, LastCharacter, Partial, scored
+from rwkv_speech.decoding.timestamps import WordTimes, split_words
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.text import join_texts
 
 # Words end so long before they are committed; the piece is read so often.
 HOLD_SECONDS, PACE_SECONDS = 0.5, 0.25
+Scored = tuple[tuple[int, float], ...]  # tokens with their log-probabilities
 
 
 def can_commit_words(model: SpeechLM, task: str, options: Options) -> bool:
@@ -32,7 +34,8 @@ class WordListener:
     """Commits words while a piece is being spoken, and takes none of them back.
 
     With `decode`, which makes a complete piece's segments, these are what it makes, whatever was committed before: then
-    the transcript does not depend on how often the open piece was heard. What they add to the words is committed.
+    the transcript does not depend on how often the open piece was heard. What they add to the words is committed: where
+    the whole says some of the words otherwise, what it says behind them.
     """
 
     def __init__(
@@ -67,11 +70,13 @@ class WordListener:
         events = self._close_dropped(piece)
         if piece is None:
             return events
-        text, words, _ = self._read(piece, self._forks.read)
-        is_first = not self._words.committed
+        text, words, reading = self._read(piece, self._forks.read)
+        known = _text(self._words.committed)
         new = self._words.add(words, piece.end / SAMPLE_RATE)
         if new:
-            events.append(Committed(self._last.commit(_text(new), is_first), new))
+            scored = zip(reading.hypothesis.ids, reading.hypothesis.logprobs, strict=False)
+            logprobs = self._of_part(tuple(scored), text, len(known), len(known) + len(_text(new)))
+            events.append(Committed(self._last.commit(_text(new), not known), new, logprobs=logprobs))
         rest = text[len(_text(self._words.committed)) :]
         return [*events, Partial(rest if self._words.committed else self._last.joined(rest))]
 
@@ -89,14 +94,30 @@ class WordListener:
         segment = self._segment(text, [*ended, *new], piece.start, piece.end, reading)
         return [Committed(self._last.commit(text[len(_text(ended)) :], not ended), new, segment)]
 
+    def finish(self) -> list[Event]:
+        """What was committed and is no segment yet."""
+        return self.hear(None)
+
     def _decoded(self, decode: Callable[[Piece], list[Segment]], piece: Piece) -> Iterator[Event]:
         self._forks.restart()
         known = _text(self._words.end_piece(piece.end / SAMPLE_RATE))
-        for segment in decode(piece):
-            # Where the whole piece says something else, nothing can be put behind what was committed.
-            rest = segment.text[len(known) :] if segment.text.startswith(known) else ""
-            yield Committed(self._last.commit(rest, not known), [], replace(segment, id=self._num_segments))
-            self._num_segments, known = self._num_segments + 1, ""
+        segments, whole = decode(piece), ""
+        text = join_texts(segment.text for segment in segments)
+        covered, is_other = num_covered(known, text), not text.startswith(known)
+        for segment in segments:
+            before, whole = whole, join_texts([whole, segment.text])
+            start = max(covered, len(before))
+            rest, first = whole[start:], len(segment.text) - len(whole) + start  # where the rest begins in its text
+            logprobs = self._of_part(scored(segment), segment.text, max(0, first), len(segment.text))
+            found = replace(segment, id=self._num_segments)
+            yield Committed(self._last.commit(rest, is_other or start == len(before)), [], found, logprobs)
+            self._num_segments += 1
+
+    def _of_part(self, known: Scored, text: str, first: int, end: int) -> Scored:
+        """The tokens that begin between two characters of the text that all of them are."""
+        low, high = (len(text[:place].encode("utf-8", "replace")) for place in (first, end))
+        starts = [0, *accumulate(len(self._tokenizer.decode_bytes([token])) for token, _ in known)]
+        return tuple(x for x, start in zip(known, starts, strict=False) if low <= start < high)
 
     def _close_dropped(self, piece: Piece | None) -> list[Event]:
         """The segment of words that were committed in a piece which turned out to be too short for one."""
@@ -137,6 +158,33 @@ class WordListener:
             cut=reading is not None and reading.hypothesis.cut,
             words=words,
         )
+
+
+def num_covered(known: str, text: str) -> int:
+    """How many of a text's characters stand for words that are known already, some of which it may say otherwise.
+
+    They are the first words of it that are the nearest, by edits of whole words, to those that are known; of several,
+    those that end in the same word.
+    """
+    if text.startswith(known):
+        return len(known)
+    words, mine = split_words(text), [_plain(word) for word in split_words(known)]
+    theirs = [_plain(word) for word in words]
+    edits = list(range(len(words) + 1))  # from the known words to so many of the text's
+    for row, word in enumerate(mine, start=1):
+        diagonal, edits[0] = edits[0], row
+        for column, other in enumerate(theirs, start=1):
+            best = min(edits[column] + 1, edits[column - 1] + 1, diagonal + (word != other))
+            diagonal, edits[column] = edits[column], best
+
+    def rank(count: int) -> tuple[int, bool, int]:
+        return edits[count], theirs[max(0, count - 1) : count] != mine[-1:], abs(count - len(mine))
+
+    return len("".join(words[: min(range(len(edits)), key=rank)]))
+
+
+def _plain(word: str) -> str:
+    return "".join(character for character in word.casefold() if character.isalnum()) or word.strip()
 
 
 def _text(words: Iterable[Word]) -> str:

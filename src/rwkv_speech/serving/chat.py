@@ -86,8 +86,8 @@ class Chat:
         changes: dict[str, Any] = {}
         if limit := form.max_completion_tokens or form.max_tokens:
             changes["max_new_tokens"] = limit
-        if form.temperature is not None:
-            changes["temperature"] = f"{form.temperature:g}"
+        if form.temperature is not None:  # one sample, as in the API, which can be told while it is written
+            changes |= {"temperature": f"{form.temperature:g}", "best_of": 1}
         return said, Talk(session, said, replace(self._options, **changes), self._model)
 
     def _answer(self, said: list[Said], talk: Talk, told: Told[str, Turn]) -> _Answer:

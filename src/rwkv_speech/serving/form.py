@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 from torch import Tensor
 
 from rwkv_speech import tasks
 from rwkv_speech.audio import SAMPLE_RATE, AudioError, read_blocks
 from rwkv_speech.batch import BadSample
 from rwkv_speech.decoding.keywords import Keywords
+from rwkv_speech.decoding.long_audio import PAD, PAUSE, THRESHOLD, SpeechBounds
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.results import Transcript
 from rwkv_speech.decoding.transcriber import Recording
@@ -25,9 +26,30 @@ from rwkv_speech.serving.faults import Fault
 _BLOCK_SECONDS = 5.0
 _INTO_ENGLISH = ("st_en", "st")
 _MOST_KEYWORDS, _MOST_LETTERS = 100, 4000
+_MS = SAMPLE_RATE // 1000  # samples
 
 Text = Annotated[str, StringConstraints(max_length=_MOST_LETTERS)]
 Language = Annotated[str, StringConstraints(pattern=r"^([A-Za-z]{2,3}([-_][A-Za-z0-9]+)*)?$", max_length=16)]
+
+
+class SpeechDetection(BaseModel):
+    """What the VAD takes for speech, and the silence that ends a piece or a turn of it."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["server_vad"]
+    threshold: float = Field(THRESHOLD, gt=0, lt=1, allow_inf_nan=False)
+    prefix_padding_ms: int = Field(PAD // _MS, ge=0, le=5_000)
+    silence_duration_ms: int = Field(PAUSE // _MS, ge=100, le=10_000)
+
+    def bounds(self) -> SpeechBounds:
+        """The same in samples."""
+        return SpeechBounds(self.threshold, self.silence_duration_ms * _MS, self.prefix_padding_ms * _MS)
+
+
+Chunking = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[SpeechDetection, Tag("server_vad")],
+    Discriminator(lambda given: "auto" if isinstance(given, str) else "server_vad"),
+]
 
 
 class TranslationForm(BaseModel):
@@ -55,8 +77,19 @@ class Form(TranslationForm):
     include: list[Literal["logprobs"]] = Field([], alias="include[]")
     keywords: list[Text] = Field([], alias="keywords[]", max_length=_MOST_KEYWORDS)
     languages: list[Language] = Field([], alias="languages[]", max_length=1)
-    chunking_strategy: Literal["auto"] | None = None
+    chunking_strategy: Chunking | None = None
     stream: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, fields: Any) -> Any:
+        """The client sends an object's fields one by one, as `chunking_strategy[threshold]`."""
+        start = "chunking_strategy["
+        found = {name: fields[name] for name in fields if str(name).startswith(start)}
+        if not found:
+            return fields
+        rest = {name: fields[name] for name in fields if name not in found}
+        return rest | {"chunking_strategy": {name[len(start) : -1]: value for name, value in found.items()}}
 
     def check(self, model: SpeechLM, default: Options) -> None:
         """Raises Fault for what these weights cannot do, and for fields that contradict each other."""
@@ -143,8 +176,10 @@ class Order:
             keywords = expected(tuple(form.keywords), default.keyword_weight, model) if form.keywords else None
         except UserError as error:
             raise Fault(400, str(error), "invalid_value", "keywords") from error
-        options = form.options(default, model)
-        return cls(Recording(object(), "file", audio.blocks, form.model, options=options, keywords=keywords), audio)
+        options, wanted = form.options(default, model), form.chunking_strategy
+        bounds = wanted.bounds() if isinstance(wanted, SpeechDetection) else None
+        known = {"options": options, "keywords": keywords, "bounds": bounds}
+        return cls(Recording(object(), "file", audio.blocks, form.model, **known), audio)
 
     def result(self, future: asyncio.Future[Transcript | BadSample], limit: float) -> Transcript:
         """What was found; raises Fault for a broken recording, and where nothing is there after `limit` seconds."""

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_speech.decoding.results import Segment
-from rwkv_speech.decoding.streaming import Committed, Event, Stream
+from rwkv_speech.decoding.results import Segment, whole_text
+from rwkv_speech.decoding.streaming import Committed, Event, Stream, scored
 from rwkv_speech.serving.answers import logprobs
 from rwkv_speech.serving.faults import Fault
-from rwkv_speech.text import join_texts
 from rwkv_speech.tokenizer import WorldTokenizer
 
 Sent = dict[str, Any]
@@ -34,19 +33,21 @@ class _Item:
 class Hearing:
     """Makes items of audio: each turn that the VAD finds is one, or with no `finds_turns` what is committed.
 
-    A transcript is that of its audio, however often it was looked at on the way; with a tokenizer its tokens'
-    log-probabilities are told, too.
+    A transcript is that of its audio, as the `task` says it, however often it was looked at on the way; with a
+    tokenizer the tokens' log-probabilities are told, too.
     """
 
     def __init__(
         self,
         begin: Callable[[], Stream],
+        task: str,
         sample_rate: int,
         finds_turns: bool,
         seconds: float = 0.0,
         tokenizer: WorldTokenizer | None = None,
     ) -> None:
-        self._begin, self._rate, self._finds_turns, self._tokenizer = begin, sample_rate, finds_turns, tokenizer
+        self._begin, self._task, self._rate = begin, task, sample_rate
+        self._finds_turns, self._tokenizer = finds_turns, tokenizer
         self.seconds = self._seen = seconds  # of audio since the connection began; at the last look
         self._item: _Item | None = None
         self._last_id: str | None = None
@@ -117,7 +118,8 @@ class Hearing:
             assert self._item is not None
             if text := event.text if self._item.text else event.text.lstrip():
                 self._item.text += text
-                yield {"type": f"{_TRANSCRIPTION}.delta", "item_id": self._item.id, "content_index": 0, "delta": text}
+                delta = {"item_id": self._item.id, "content_index": 0, "delta": text}
+                yield {"type": f"{_TRANSCRIPTION}.delta"} | delta | self._scored(event.logprobs)
             self._item.segments += [segment] if segment else []
             if segment and self._finds_turns:
                 yield from self._end(self._offset + segment.end)
@@ -147,8 +149,10 @@ class Hearing:
         message = {"id": item.id, "type": "message", "role": "user", "status": "completed", "content": content}
         yield {"type": "conversation.item.added", "item": message} | before
         usage = {"type": "duration", "seconds": second - item.start}
-        text = join_texts(segment.text for segment in item.segments).strip()
-        done = {"item_id": item.id, "content_index": 0, "transcript": text, "usage": usage}
-        known = {"logprobs": logprobs(item.segments, self._tokenizer)} if self._tokenizer else {}
-        yield {"type": f"{_TRANSCRIPTION}.completed"} | done | known
+        done = {"item_id": item.id, "content_index": 0, "transcript": whole_text(self._task, item.segments).strip()}
+        known = self._scored(x for segment in item.segments for x in scored(segment))
+        yield {"type": f"{_TRANSCRIPTION}.completed", "usage": usage} | done | known
         self._last_id = item.id
+
+    def _scored(self, known: Iterable[tuple[int, float]]) -> Sent:
+        return {"logprobs": logprobs(known, self._tokenizer)} if self._tokenizer else {}

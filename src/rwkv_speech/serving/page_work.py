@@ -96,7 +96,7 @@ class Live:
                 self.segments += [event.segment] if event.segment else []
             else:
                 self.partial = event.text
-        if self.stream and self.stream.speech_start is None:
+        if self.stream and self.stream.speech_start is None and not events:
             self.partial = ""
 
 

@@ -104,7 +104,8 @@ class Realtime:
         """What hears a connection from that second on; for the worker's thread."""
         begin = partial(self._stream, wanted, wanted.options(self._options))
         tokenizer = self._model.tokenizer if tells_logprobs else None
-        return Hearing(begin, wanted.format.rate, wanted.turn_detection is not None, seconds, tokenizer)
+        task, finds_turns = wanted.state(self._model), wanted.turn_detection is not None
+        return Hearing(begin, task, wanted.format.rate, finds_turns, seconds, tokenizer)
 
     def _stream(self, wanted: AudioInput, options: Options) -> Stream:
         self._transcriber = self._transcriber or Transcriber(self._model, self._options, slots=1)

@@ -12,17 +12,23 @@ import soundfile
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rwkv_speech import tasks
-from rwkv_speech.audio import SAMPLE_RATE
-from rwkv_speech.decoding.long_audio import PAD, PAUSE, THRESHOLD, SpeechBounds
+from rwkv_speech.decoding.long_audio import SpeechBounds
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.serving.faults import Fault
-from rwkv_speech.serving.form import Language, Text, check_language, check_model, expected, unsupported
+from rwkv_speech.serving.form import (
+    Language,
+    SpeechDetection,
+    Text,
+    check_language,
+    check_model,
+    expected,
+    unsupported,
+)
 
 # Seconds that a word ended before it is sent.
 _HOLDS = {"minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 1.0, "xhigh": 1.5}
-_MS = SAMPLE_RATE // 1000  # samples
 
 
 class _Fields(BaseModel):
@@ -66,20 +72,12 @@ class Telephone(_Fields):
         return np.asarray(samples)
 
 
-class TurnDetection(_Fields):
+class TurnDetection(SpeechDetection):
     """The server finds where speech begins and ends; only sessions that answer have the fields that must be null."""
 
-    type: Literal["server_vad"]
-    threshold: float = Field(THRESHOLD, gt=0, lt=1, allow_inf_nan=False)
-    prefix_padding_ms: int = Field(PAD // _MS, ge=0, le=5_000)
-    silence_duration_ms: int = Field(PAUSE // _MS, ge=100, le=10_000)
     create_response: Literal[False] | None = None
     interrupt_response: Literal[False] | None = None
     idle_timeout_ms: None = None
-
-    def bounds(self) -> SpeechBounds:
-        """The same for the VAD."""
-        return SpeechBounds(self.threshold, self.silence_duration_ms * _MS, self.prefix_padding_ms * _MS)
 
 
 class AudioInput(_Fields):
@@ -120,9 +118,9 @@ class AudioInput(_Fields):
         return replace(default, **changes)
 
     @property
-    def bounds(self) -> SpeechBounds:
-        """What the VAD takes for speech."""
-        return self.turn_detection.bounds() if self.turn_detection else SpeechBounds()
+    def bounds(self) -> SpeechBounds | None:
+        """What the VAD takes for a turn; None where the client says where one ends."""
+        return self.turn_detection.bounds() if self.turn_detection else None
 
     @property
     def hold(self) -> float:
