@@ -262,6 +262,7 @@ def test_health_needs_no_key(server: Any):
     http = connected(server, "none")._client
     assert http.get(f"{server.address}/health/live").json() == {"status": "ok"}
     assert http.get(f"{server.address}/health/ready").json() == {"status": "ok"}
+    assert [http.head(f"{server.address}/health/{name}").status_code for name in ("live", "ready")] == [200, 200]
 
 
 @pytest.mark.parametrize("steps", range(6))

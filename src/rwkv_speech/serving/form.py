@@ -178,8 +178,8 @@ class Order:
             raise Fault(400, str(error), "invalid_value", "keywords") from error
         options, wanted = form.options(default, model), form.chunking_strategy
         bounds = wanted.bounds() if isinstance(wanted, SpeechDetection) else None
-        known = {"options": options, "keywords": keywords, "bounds": bounds}
-        return cls(Recording(object(), "file", audio.blocks, form.model, **known), audio)
+        given = object(), "file", audio.blocks, form.model
+        return cls(Recording(*given, options=options, keywords=keywords, bounds=bounds), audio)
 
     def result(self, future: asyncio.Future[Transcript | BadSample], limit: float) -> Transcript:
         """What was found; raises Fault for a broken recording, and where nothing is there after `limit` seconds."""

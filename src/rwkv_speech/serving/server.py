@@ -49,8 +49,8 @@ class Service:
         self._created = int(time.time())
         api = FastAPI(title="rwkv_speech", lifespan=self._lifespan, openapi_url=None)
         faults.register(api)
-        api.get("/health/live")(self.live)
-        api.get("/health/ready")(self.ready)
+        for path, answer_health in (("/health/live", self.live), ("/health/ready", self.ready)):
+            api.add_api_route(path, answer_health, methods=["GET", "HEAD"])
         api.get("/metrics")(self.metrics)
         api.get("/v1/models")(self.models)
         api.get("/v1/models/{name}")(self.model)
