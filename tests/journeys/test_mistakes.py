@@ -142,6 +142,7 @@ stray => 'stray': found a word that belongs to no flag
 --valid_data {here}/good.jsonl@2 => --valid_data: no such file or folder
 --epoch_steps 99 => --epoch_steps: given 99
 --encoder_padding 31 => --encoder_padding: found 31
+--encoder_layers 3,2 => --encoder_layers: found '3,2'
 --state_by speaker => --state_by: found 'speaker'
 --states Asr => --states: found 'Asr'
 --input speech => --input: found 'speech'

@@ -11,6 +11,8 @@ from torch import nn
 from rwkv_speech import tiny
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder import SpeechEncoder, normalise
+from rwkv_speech.models.parts import FrameOptions, Parts
+from rwkv_speech.models.speech_lm import SpeechLM
 
 # (family, normalisation of the convolutions, convolutions)
 KINDS = [
@@ -72,6 +74,33 @@ def test_forward_of_a_batch_equals_each_alone(pair: tuple[SpeechEncoder, Any]):
 
 
 @torch.no_grad()
+def test_frames_of_several_layers_are_theirs_each_normalised(pair: tuple[SpeechEncoder, Any]):
+    _, model = pair
+    number = model.config.num_hidden_layers
+    encoder = SpeechEncoder(copy.deepcopy(model), "e", options=FrameOptions(layers=(1, number)))
+    assert encoder.width == 2 * model.config.hidden_size
+    waveforms, num_samples = batch_of([4_000, 40, 2_777])
+    frames, lengths = encoder(waveforms, num_samples)
+    for row, samples in enumerate(num_samples.tolist()):
+        if lengths[row]:
+            found = model(feature_extractor(waveforms[row, :samples]), output_hidden_states=True)
+            outputs = found.hidden_states[1], found.last_hidden_state
+            want = torch.cat([nn.functional.layer_norm(x, x.shape[-1:]) for x in outputs], -1)
+            torch.testing.assert_close(frames[row, : lengths[row]], want[0], rtol=0, atol=1e-4)
+    assert encoder.fingerprint() != SpeechEncoder(copy.deepcopy(model), "e").fingerprint()
+
+
+def test_layers_belong_to_the_encoder_and_to_the_checkpoint(tiny_parts: Parts, tmp_path: Path):
+    with pytest.raises(UserError, match=r"--encoder_layers: found 99, but encoder .* has \d+, expected"):
+        SpeechLM.build(Parts(**{**vars(tiny_parts), "encoder_layers": "1,99"}))
+    model = SpeechLM.build(Parts(**{**vars(tiny_parts), "encoder_layers": "1"}))
+    model.save(tmp_path / "run.safetensors")
+    loaded = SpeechLM.from_pretrained(tmp_path / "run.safetensors")
+    assert loaded.encoder.layers == (1,)
+    with pytest.raises(UserError, match=r"--encoder_layers: found 2, but .*run.safetensors was trained with 1,"):
+        SpeechLM.from_pretrained(tmp_path / "run.safetensors", Parts(encoder_layers="2"))
+
+
 def test_padding_without_care_would_show(pair: tuple[SpeechEncoder, Any]):
     """The control of the test above: these models do feel padding."""
     _, model = pair

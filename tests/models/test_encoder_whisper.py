@@ -15,7 +15,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.encoder_whisper import log_mel
-from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.parts import FrameOptions, Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 
 WINDOW = 30 * 16_000
@@ -84,7 +84,7 @@ def test_short_audio_is_encoded_at_its_length_and_half_a_second(whisper: Any, sa
 
 
 def test_padded_to_30_s_it_is_transformers_own_model(whisper: Any):
-    encoder = SpeechEncoder(copy.deepcopy(whisper), "w", padding=30)
+    encoder = SpeechEncoder(copy.deepcopy(whisper), "w", options=FrameOptions(30))
     for samples in (WINDOW, 20_000):
         frames, lengths = encoder(sound(samples)[None], torch.tensor([samples]))
         want = whisper.encoder(theirs(sound(samples))).last_hidden_state
@@ -95,7 +95,7 @@ def test_padded_to_30_s_it_is_transformers_own_model(whisper: Any):
 @pytest.mark.parametrize("padding", [0.0, 2.0])
 @pytest.mark.parametrize("crop", [True, False])
 def test_a_batch_equals_each_alone(padding: float, crop: bool):
-    encoder = SpeechEncoder(make_whisper(positions=50), "w", padding=padding)  # windows of 1 s
+    encoder = SpeechEncoder(make_whisper(positions=50), "w", options=FrameOptions(padding))  # windows of 1 s
     waveforms, num_samples = batch_of([15_000, 0, 319, 320, 16_000, 40_000, 7_777], padding=0.3)
     frames, lengths = encoder(waveforms, num_samples, crop=crop)
     assert lengths.tolist() == [46, 0, 0, 1, 50, 125, 24] and frames.shape == (7, 125, 32)
@@ -152,8 +152,20 @@ def test_from_pretrained_reads_the_encoder_alone(tmp_path: Path, whole: type, ca
 
 
 def test_fingerprint_tells_paddings_apart(whisper: Any):
-    keys = [SpeechEncoder(copy.deepcopy(whisper), "w", padding=padding).fingerprint() for padding in (None, 0, 30)]
+    keys = [
+        SpeechEncoder(copy.deepcopy(whisper), "w", options=FrameOptions(padding)).fingerprint()
+        for padding in (None, 0, 30)
+    ]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_several_layers_are_those_of_transformers_side_by_side(whisper: Any):
+    encoder = SpeechEncoder(copy.deepcopy(whisper), "w", options=FrameOptions(30, (1, 2)))
+    frames, [length] = encoder(sound(20_000)[None], torch.tensor([20_000]))
+    found = whisper.encoder(theirs(sound(20_000)), output_hidden_states=True)
+    before_the_last, last = found.hidden_states[1], found.last_hidden_state
+    want = torch.cat([nn.functional.layer_norm(x, (32,)) for x in (before_the_last, last)], -1)
+    torch.testing.assert_close(frames, want[:, :length], rtol=0, atol=1e-5)
 
 
 def test_padding_belongs_to_whisper_and_to_the_checkpoint(tiny_parts: Parts, tmp_path: Path):

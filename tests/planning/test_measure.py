@@ -14,6 +14,7 @@ from transformers import WavLMConfig, WavLMModel
 
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
+from rwkv_speech.models.parts import FrameOptions
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.ops import chunks, native, wkv7_chunked
 from rwkv_speech.planning import measure
@@ -198,15 +199,22 @@ def test_a_layer_computed_in_bfloat16_keeps_its_norms_in_float32():
 @pytest.mark.parametrize(("padding", "positions"), [(None, 525), (30.0, 1500)])
 def test_whisper_hears_ten_seconds_at_their_length_unless_padded(padding: float | None, positions: int):
     config, utterances = ENCODERS["openai/whisper-large-v3"], 4
-    found = encoding(config, MicroBatch(utterances, 10.0, 1), torch.bfloat16, padding)
+    found = encoding(config, MicroBatch(utterances, 10.0, 1), torch.bfloat16, FrameOptions(padding))
     width, layers = 1280, 32
     matrices = 2 * positions * layers * 12 * width**2
     attention = layers * 4 * positions**2 * width
     convolutions = 2 * positions * 3 * (2 * 128 + width) * width
     assert found.operations == pytest.approx(utterances * (matrices + attention + convolutions), rel=0.01)
-    sizes = Sizes(BASE_MODELS["3B"], config, encoder_padding=padding)
+    sizes = Sizes(BASE_MODELS["3B"], config, frames=FrameOptions(padding))
     # 500 frames of the true length, a hundred audio tokens of five; and a separator.
     assert sizes.positions(MicroBatch(utterances, 10.0, 30)) == utterances * (100 + 1 + 30)
+
+
+def test_frames_of_several_layers_are_as_wide_as_all_of_them():
+    config = make_model("wavlm", "layer", "seven").config.to_json_string()
+    last, three = (Sizes(BASE_MODELS["1.6B"], config, frames=FrameOptions(None, layers)) for layers in ((), (1, 2)))
+    width, stack, hidden = 32, last.stack, last.adapter_hidden
+    assert three.parameters["adapter"] - last.parameters["adapter"] == width * stack * hidden
 
 
 def test_wkv7_s_bytes_on_a_gpu_are_those_of_its_pytorch_form(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from rwkv_speech.config.forms import (
     SCHEDULES,
     TASK_FORM,
     TEXT,
+    encoder_layers,
     numbers,
     output_formats,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "PredictConfig",
     "ServeConfig",
     "TrainConfig",
+    "encoder_layers",
     "numbers",
     "output_formats",
 ]

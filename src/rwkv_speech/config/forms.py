@@ -51,6 +51,14 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if text.strip() else ()
 
 
+def encoder_layers(text: str) -> tuple[int, ...]:
+    """The comma-separated numbers of layers; raises ValueError unless they are whole, rise and begin at 1 or above."""
+    found = tuple(int(part) for part in text.split(",")) if text else ()
+    if list(found) != sorted({number for number in found if number > 0}):
+        raise ValueError(text)
+    return found
+
+
 def are_factors(text: str) -> bool:
     # Whole percents keep the filter that changes the speed small.
     return all(0.5 <= x <= 2.0 and abs(100 * x - round(100 * x)) < 1e-6 for x in numbers(text))
@@ -85,6 +93,7 @@ def _are_tasks(text: str) -> bool:
 
 
 STATES = (_are_tasks, "names of lower-case letters, digits and _, separated by commas")
+LAYERS = (encoder_layers, "rising numbers from 1, separated by commas, as in 2,3,4")
 FORMATS = (output_formats, f"one or several of {', '.join(OUTPUT_FORMATS)} and all, separated by commas")
 TEMPERATURES = (_are_temperatures, "rising numbers from 0 to 2, as in 0 or 0,0.5,1")
 PROMPT_FORM = (

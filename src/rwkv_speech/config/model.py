@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, PRECISIONS
+from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, LAYERS, PRECISIONS
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import Flags, flag
 
@@ -22,6 +22,12 @@ class _ModelFlags:
         "and half a second",
         at_least=0,
         at_most=30,
+    )
+    encoder_layers: str = flag(
+        "",
+        "layers of the encoder whose frames are put side by side, as in 2,3,4; empty: the last. An encoder of one "
+        "language hears others better in earlier layers",
+        form=LAYERS,
     )
     vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
     n_layer: int | None = flag(

@@ -16,6 +16,7 @@ from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.models.encoder_wav2vec2 import UNUSED, Wav2Vec2Family, check_config
 from rwkv_speech.models.encoder_whisper import WhisperFamily
+from rwkv_speech.models.parts import FrameOptions
 
 _VARIANCE_FLOOR = 1e-7
 _WHISPER, _FAMILIES = "whisper", ("wavlm", "hubert", "wav2vec2", "whisper")
@@ -46,10 +47,9 @@ class SpeechEncoder(nn.Module):
     and the sums between layers stay in float32, for rounding in these adds up: the frames of a random WavLM-Large
     differ by 0.6 % (relative RMS) from those of float32, instead of by 1.4 % with everything in bfloat16.
 
-    `padding` is the least number of seconds that a Whisper model hears, silence behind the audio included; 0 is half a
-    second more than the audio. Its waveforms are never normalised.
+    `options` say what a frame is made of. The waveforms of a Whisper model are never normalised.
 
-    Raises UserError for another dtype, and for a padding of another family.
+    Raises UserError for another dtype, for a padding of another family, and for layers that the model does not have.
     """
 
     def __init__(
@@ -58,27 +58,33 @@ class SpeechEncoder(nn.Module):
         name: str,
         do_normalize: bool = True,
         dtype: torch.dtype = torch.float32,
-        padding: float | None = None,
+        options: FrameOptions = FrameOptions(),  # noqa: B008 (it is frozen)
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
             raise UserError(f"encoder {name!r}: dtype {dtype}, expected one of {_DTYPES}")
         config: Any = model.config
         is_whisper = config.model_type == _WHISPER
-        if padding and not is_whisper:
+        if options.padding and not is_whisper:
             raise UserError(
-                f"--encoder_padding: found {padding:g} with encoder {name!r} of type {config.model_type!r}, which "
-                "takes audio at its own length; leave it out, or give a Whisper model"
+                f"--encoder_padding: found {options.padding:g} with encoder {name!r} of type {config.model_type!r}, "
+                "which takes audio at its own length; leave it out, or give a Whisper model"
+            )
+        if beyond := [number for number in options.layers if number > config.num_hidden_layers]:
+            raise UserError(
+                f"--encoder_layers: found {beyond[0]}, but encoder {name!r} has {config.num_hidden_layers}, expected "
+                "numbers from 1 to that"
             )
         whole: Any = model
         self.model = (whole.encoder if is_whisper and hasattr(whole, "encoder") else model).requires_grad_(False).eval()
         family: WhisperFamily | Wav2Vec2Family
-        family = WhisperFamily(self.model, padding or 0.0) if is_whisper else Wav2Vec2Family(self.model)
+        family = WhisperFamily(self.model, options.padding or 0.0) if is_whisper else Wav2Vec2Family(self.model)
         self.family, self.framing = family, family.framing
         self.name = name
         self.do_normalize = do_normalize and not is_whisper
         self.dtype = dtype
-        self.width: int = config.hidden_size
+        self.layers = options.layers
+        self.width: int = config.hidden_size * max(1, len(self.layers))
         self.numbers_per_second: float = self.width * self.framing.frame_rate
         if dtype == torch.bfloat16:
             self.family.transformer.bfloat16()
@@ -89,7 +95,10 @@ class SpeechEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32, padding: float | None = None
+        cls,
+        name_or_path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        options: FrameOptions = FrameOptions(),  # noqa: B008 (it is frozen)
     ) -> "SpeechEncoder":
         """Load by hub id or from a folder; raises UserError naming the id or folder and the remedy.
 
@@ -114,11 +123,14 @@ class SpeechEncoder(nn.Module):
             raise UserError(f"encoder {name!r}: found model type {config.model_type!r}, expected one of {_FAMILIES}")
         check_config(name, config)
         normalised = config.model_type != _WHISPER and _wants_normalised(name)
-        return cls(_load_model(name, config.model_type), name, normalised, dtype, padding)
+        return cls(_load_model(name, config.model_type), name, normalised, dtype, options)
 
     @classmethod
     def from_config(
-        cls, config: dict[str, Any], dtype: torch.dtype = torch.float32, padding: float | None = None
+        cls,
+        config: dict[str, Any],
+        dtype: torch.dtype = torch.float32,
+        options: FrameOptions = FrameOptions(),  # noqa: B008 (it is frozen)
     ) -> "SpeechEncoder":
         """An encoder of a transformers configuration, its weights drawn at random."""
         from transformers import AutoConfig, AutoModel
@@ -126,7 +138,7 @@ class SpeechEncoder(nn.Module):
 
         known: Any = AutoConfig.for_model(**config)
         model = WhisperEncoder(known) if known.model_type == _WHISPER else AutoModel.from_config(known)
-        return cls(model.float(), "", dtype=dtype, padding=padding)
+        return cls(model.float(), "", dtype=dtype, options=options)
 
     def train(self, mode: bool = True) -> "SpeechEncoder":
         """Stays in evaluation mode whatever a trainer asks for: no dropout, no layer drop, no masking."""
@@ -156,7 +168,9 @@ class SpeechEncoder(nn.Module):
         # One frame at least is attended, so that no row of the attention is empty.
         mask = length_mask(heard.clamp_min(1), hidden.shape[1], hidden.device)
         with autocast(x.device.type, enabled=self.dtype == torch.bfloat16):
-            frames = self.family.transform(hidden, mask)
+            outputs = self.family.transform(hidden, mask, self.layers)
+        scaled = [nn.functional.layer_norm(x.float(), x.shape[-1:]) for x in outputs] if self.layers else outputs
+        frames = torch.cat(scaled, -1)
         return frames.float().view(len(x), -1, self.width)[:, :longest], lengths
 
     def fingerprint(self) -> str:
@@ -165,6 +179,7 @@ class SpeechEncoder(nn.Module):
         The key of frames kept on disk: it does not depend on name, place, or device. Reads every weight once.
         """
         settings = self.family.settings() | {"do_normalize": self.do_normalize, "dtype": str(self.dtype)}
+        settings |= {"layers": self.layers} if self.layers else {}  # frames kept without them stay known
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, x in sorted(self.model.state_dict().items()):
             if name != UNUSED:
@@ -195,7 +210,7 @@ class NoEncoder(SpeechEncoder):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.name, self.width, self.numbers_per_second = "", 0, 0.0
+        self.name, self.width, self.numbers_per_second, self.layers = "", 0, 0.0, ()
         self.do_normalize, self.framing = False, Framing((), (), 0.0)
 
     def forward(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:

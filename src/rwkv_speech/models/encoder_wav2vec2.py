@@ -2,6 +2,7 @@
 
 # B batch · S samples · F frames · D width
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Wav2Vec2Family:
         config: Any = model.config
         self.framing = Framing.of_convolutions(config.conv_kernel, config.conv_stride)
         transformer: Any = self._model.encoder
-        self.transformer = transformer
+        self.transformer: Any = transformer
         # "group" norms run over all that they are given.
         self._is_alone = config.feat_extract_norm == "group"
         if config.model_type == "wavlm":
@@ -49,10 +50,21 @@ class Wav2Vec2Family:
         hidden = self._model.feature_projection(self.convolve(x, sizes, self.rows_at_once(x.shape[1], x.device)))
         return hidden[0] if isinstance(hidden, tuple) else hidden, self.framing.count(num_samples)
 
-    def transform(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The transformer, each frame of which sees those of the mask (B, F)."""
-        frames: Tensor = self._model.encoder(hidden, attention_mask=mask).last_hidden_state
-        return frames
+    def transform(self, hidden: Tensor, mask: Tensor, layers: Sequence[int] = ()) -> list[Tensor]:
+        """What these layers give, else the last, (B, F, D) each; each frame sees those of the mask (B, F)."""
+        outputs = list[Tensor]()
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(keep) for layer in self.transformer.layers if layers]
+        try:
+            last: Tensor = self.transformer(hidden, attention_mask=mask).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        outputs[-1:] = [last]  # behind the norm that some models end in
+        return [outputs[number - 1] for number in layers] or outputs
 
     def rows_at_once(self, samples: int, device: torch.device) -> int:
         """How many utterances pass the convolutions together; their padding is computed too."""

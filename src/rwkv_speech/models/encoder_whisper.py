@@ -3,6 +3,7 @@
 # B batch · W windows · S samples · M mel frames (100 Hz) · P positions (50 Hz) · D width
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,14 +59,16 @@ class WhisperFamily:
         positions = (sizes // _HOP + 1) // 2
         return self._convolve(log_mel(x, sizes, self._num_mels), sizes // _HOP), positions
 
-    def transform(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The layers, each position of which sees those of the mask (W, P)."""
+    def transform(self, hidden: Tensor, mask: Tensor, layers: Sequence[int] = ()) -> list[Tensor]:
+        """What these layers give, else the last, (W, P, D) each; each position sees those of the mask (W, P)."""
         # A row of the mask for every position: what the fused attention takes on every device.
         seen = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        outputs = list[Tensor]()
         for layer in self._model.layers:
             hidden = layer(hidden, seen)
-        frames: Tensor = self._model.layer_norm(hidden)
-        return frames
+            outputs.append(hidden)
+        outputs[-1] = self._model.layer_norm(hidden)
+        return [outputs[number - 1] for number in layers or (len(outputs),)]
 
     def _padded(self, num_samples: Tensor) -> Tensor:
         """The samples of a window with its silence."""

@@ -7,13 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech import tiny
-from rwkv_speech.config import ModelConfig
+from rwkv_speech.config import ModelConfig, encoder_layers
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 
 # The published setting's.
 WAVLM_LARGE = "microsoft/wavlm-large"
 STACK, ADAPTER_HIDDEN, SEPARATOR = 5, 2048, "#"
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """Which frames an encoder gives.
+
+    `padding` is the least number of seconds that a Whisper model hears, silence behind the audio included; None is half
+    a second more than the audio. `layers`, counted from 1 and rising, are those whose outputs stand side by side in a
+    frame, each with zero mean and unit variance; () is the last one's as it is.
+    """
+
+    padding: float | None = None
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Parts:
     n_embd: int | None = None
     base_sha256: str = ""
     encoder_padding: float | None = None
+    encoder_layers: str = ""
     encoder_sha256: str = ""
 
     @classmethod
@@ -66,8 +80,13 @@ class Parts:
 
         A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256; the
         encoder need not be there unless the model `hears`. Raises UserError naming the flag that says where it is, and
-        for another `encoder_padding`.
+        for another `encoder_padding` and other `encoder_layers`.
         """
+        if given.encoder_layers not in ("", self.encoder_layers):
+            raise UserError(
+                f"--encoder_layers: found {given.encoder_layers}, but {path} was trained with "
+                f"{self.encoder_layers or 'the last one'}, expected the same: leave it out"
+            )
         if given.encoder_padding not in (None, self.encoder_padding or 0):
             raise UserError(
                 f"--encoder_padding: found {given.encoder_padding:g}, but {path} was trained with "
@@ -103,6 +122,11 @@ class Parts:
     def encoder_name(self) -> str | Path:
         """The encoder's folder or hub id."""
         return tiny.ENCODER if self.encoder == tiny.NAME else self.encoder
+
+    @property
+    def frame_options(self) -> FrameOptions:
+        """Which of the encoder's frames are wanted."""
+        return FrameOptions(self.encoder_padding, encoder_layers(self.encoder_layers))
 
     def vocabulary(self) -> str | Path | None:
         """The vocabulary's file, None for the World vocabulary."""

@@ -79,7 +79,7 @@ class SpeechLM(nn.Module):
         check_sizes(parts, lm.sizes)
         encoder: SpeechEncoder = NoEncoder()
         if hears:
-            encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype, parts.encoder_padding)
+            encoder = SpeechEncoder.from_pretrained(parts.encoder_name(), compute.encoder_dtype, parts.frame_options)
         known = replace(parts, n_layer=lm.sizes.n_layer, n_embd=lm.sizes.C, base_sha256=sha256_file(parts.base_file()))
         return cls(encoder.to(compute.device), lm, tokenizer, known, task_names).to(compute.device)
 

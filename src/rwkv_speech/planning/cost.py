@@ -51,7 +51,7 @@ class Step:
         learn = learning(sizes, batch, compute.lm_dtype, bool(config.grad_cp))
         encode = Cost()
         if not config.feature_cache:
-            encode = encoding(sizes.encoder, batch, compute.encoder_dtype, sizes.encoder_padding)
+            encode = encoding(sizes.encoder, batch, compute.encoder_dtype, sizes.frames)
         kept = (
             f"{sizes.positions(batch)} positions, {sizes.lm.n_layer} layers" + ", their inputs alone" * config.grad_cp
         )

@@ -25,7 +25,7 @@ from rwkv_speech.models import parts
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.families import lm_of
-from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, Parts
+from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, FrameOptions, Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -43,6 +43,7 @@ ENCODERS = {parts.WAVLM_LARGE: WAVLM_LARGE} | dict.fromkeys(
 )
 # Tokens between two states that the GPU's backward kernel keeps.
 _KERNEL_TILE = 16
+_LAST = FrameOptions()
 
 
 def world_sizes(n_layer: int, n_embd: int) -> RWKV6Sizes:
@@ -58,10 +59,10 @@ BASE_MODELS = {"1.6B": world_sizes(24, 2048), "3B": world_sizes(32, 2560), "7B":
 
 
 @functools.cache
-def build_encoder(config: str, dtype: torch.dtype = torch.float32, padding: float | None = None) -> SpeechEncoder:
+def build_encoder(config: str, dtype: torch.dtype = torch.float32, frames: FrameOptions = _LAST) -> SpeechEncoder:
     """The real encoder of a transformers configuration in JSON, on the "meta" device."""
     with torch.device("meta"):
-        return SpeechEncoder.from_config(json.loads(config), dtype, padding)
+        return SpeechEncoder.from_config(json.loads(config), dtype, frames)
 
 
 class MicroBatch(NamedTuple):
@@ -89,7 +90,7 @@ class Sizes:
     encoder: str = WAVLM_LARGE
     stack: int = STACK
     adapter_hidden: int = ADAPTER_HIDDEN
-    encoder_padding: float | None = None
+    frames: FrameOptions = _LAST
     num_states: int = 1
 
     def build(self, dtype: torch.dtype = torch.float32) -> SpeechLM:
@@ -98,7 +99,9 @@ class Sizes:
         names = ["asr", *(f"task{number}" for number in range(1, self.num_states))]
         with torch.device("meta"):
             lm = lm_of(self.lm).to(dtype).requires_grad_(False)
-            return SpeechLM(build_encoder(self.encoder), lm, WorldTokenizer(tiny.VOCAB_FILE), shape, names)
+            return SpeechLM(
+                build_encoder(self.encoder, frames=self.frames), lm, WorldTokenizer(tiny.VOCAB_FILE), shape, names
+            )
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
@@ -126,9 +129,9 @@ class Cost(NamedTuple):
 
 
 @functools.cache
-def encoding(config: str, batch: MicroBatch, dtype: torch.dtype, padding: float | None = None) -> Cost:
+def encoding(config: str, batch: MicroBatch, dtype: torch.dtype, frames: FrameOptions = _LAST) -> Cost:
     """The frozen encoder, from waveforms to frames."""
-    encoder = build_encoder(config, dtype, padding)
+    encoder = build_encoder(config, dtype, frames)
     data = batch.on_meta(encoder)
     with _Meter(encoder.parameters()) as meter, _EncoderOnGpu():
         encoder(data.waveforms.clone(), data.num_samples)

@@ -86,7 +86,7 @@ def _shared_parts(trained: Trained, sharing: Sharing) -> Parts:
     if not trained.adapter:
         return trained.parts.shared(trained.parts.encoder, "")
     here = trained.parts.recorded_in(trained.path, Parts())
-    weights = SpeechEncoder.from_pretrained(here.encoder_name(), padding=here.encoder_padding).weights_sha256()
+    weights = SpeechEncoder.from_pretrained(here.encoder_name(), options=here.frame_options).weights_sha256()
     is_folder = here.encoder != tiny.NAME and Path(here.encoder).exists()
     name = sharing.encoder or (Path(here.encoder).name if is_folder else here.encoder)
     return trained.parts.shared(name, weights)
