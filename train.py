@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.training.ctc import fit_ctc
-    from rwkv_speech.training.data import make_datasets, open_train_and_valid, state_names
+    from rwkv_speech.training.data import make_datasets, open_train_and_valid, state_names, transcribing
     from rwkv_speech.training.progress import say
     from rwkv_speech.training.run import fit, results, sole_run
 
@@ -68,6 +68,7 @@ def train(config: TrainConfig) -> None:
         if start:
             model.load_trained(start)
         model.add_soft_prompts(learned, config.soft_prompt)
+        model.transcribe_first(transcribing(config, learned, start))
         if config.adapter_stays:
             model.freeze_all_but(learned)
         data, valid, cache = make_datasets(config, model, *sources)

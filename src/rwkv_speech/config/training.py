@@ -49,6 +49,12 @@ class _TrainDataFlags(ColumnFlags):
     states: str = flag(
         "", "further states, separated by commas: for a stream, whose tasks are not known beforehand", form=STATES
     )
+    transcribe_first: str = flag(
+        "",
+        "tasks, separated by commas, that write what they hear, the separator, and then their text, as in qa,st; lines "
+        "of them need a source_text, and decoding gives the text alone",
+        form=STATES,
+    )
     ctx_len: int = flag(1024, "most positions of audio and text; longer utterances are left out and listed", at_least=1)
     batch_seconds: float | None = flag(
         None,
@@ -234,7 +240,8 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
                 "--ctc: found 1 with --strategy deepspeed_stage_3, which shares out the frozen encoder; train without "
                 "it, then start the finished run again with --ctc 1 --strategy ddp"
             )
-        for name in ("plan", "ctc", "feature_cache", "speed", "volume_db", "noise_dir", "time_masks", "freq_masks"):
+        hearing = "plan", "ctc", "feature_cache", "speed", "volume_db", "noise_dir", "time_masks", "freq_masks"
+        for name in (*hearing, "transcribe_first"):
             if self.input == TEXT and getattr(self, name):
                 raise UserError(
                     f"--{name}: found {getattr(self, name)!r} with --input text, which hears nothing; leave out one of "

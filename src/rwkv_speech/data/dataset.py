@@ -3,7 +3,7 @@
 # S samples
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +57,9 @@ class SpeechDataset(Dataset[Sample | BadSample]):
     that does not `fit`. An utterance without audio is read: its source text takes the place of audio; so are all with
     `reads_text`, those of recognition their text. With a feature `cache`, which feature_fill.fill has filled, samples
     hold frames. With a `teacher_form`, as in text.as_prompt, answers to what has a transcript get `teacher_ids`, and
-    the blank with which a text model begins them. Raises UserError for an unknown `label_mode`, and for a cache beside
-    changes of the audio.
+    the blank with which a text model begins them. Texts of the states in `transcribes` come behind what is spoken and
+    the `separator`, which what is spoken cannot hold; an utterance without a source text becomes a BadSample. Raises
+    UserError for an unknown `label_mode`, and for a cache beside changes of the audio.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         cache: FeatureCache | None = None,
         teacher_form: str = "",
         reads_text: bool = False,
+        transcribes: Collection[str] = (),
+        separator: str = "",
     ) -> None:
         normalise_label("", label_mode)  # an unknown mode fails here, not in a data worker
         if cache and augment and augment.settings.flags_on:
@@ -85,6 +88,7 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         self._label_mode, self._fit, self._naming = label_mode, fit, naming
         self._normalise, self._augment, self._cache, self._teacher_form = normalise, augment, cache, teacher_form
         self._reads_text = reads_text
+        self._transcribes, self._separator = frozenset(transcribes), tokenizer.encode(separator)
 
     def plain(self) -> "SpeechDataset":
         """The same utterances as their waveforms, unchanged: what a feature cache is filled from."""
@@ -159,6 +163,8 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             found = replace(first, then=tuple(others))
             if any(turn.input_text is None for turn in found.turns):
                 return BadSample(index, found.id, "has no source_text, which is to be read in place of audio")
+        if any(self._spoken(turn) is None for turn in found.turns if self._state(turn) in self._transcribes):
+            return BadSample(index, found.id, "has no source_text, which its task writes first (--transcribe_first)")
         turns = [self._labelled(index, number, turn, found) for number, turn in enumerate(found.turns, start=1)]
         seconds = [turn.duration if turn.input_text is None else 0.0 for turn in found.turns]
         # Known durations save the decoding of what is left out anyway.
@@ -186,6 +192,21 @@ class SpeechDataset(Dataset[Sample | BadSample]):
         spoken = turn.text if is_transcript and turn.source_text is None else turn.source_text
         return replace(turn, input_text=spoken if turn.input_text is None else turn.input_text)
 
+    def _state(self, turn: Utterance) -> str:
+        return self._naming.state(turn.task, turn.lang)
+
+    def _spoken(self, turn: Utterance) -> str | None:
+        """What is spoken, or read, if it is known and not the text."""
+        return turn.input_text if turn.source_text is None else turn.source_text
+
+    def _before(self, turn: Utterance) -> list[int]:
+        """What is learned before a turn's text: of a state that transcribes first what is spoken and the separator."""
+        if self._state(turn) not in self._transcribes:
+            return []
+        spoken = self._tokenizer.encode(normalise_label(self._spoken(turn) or "", self._label_mode))
+        # The first separator ends it.
+        return [*(token for token in spoken if token not in self._separator), *self._separator]
+
     def _labelled(self, index: int, number: int, found: Utterance, first: Utterance) -> Sample:
         """All of a turn but its audio."""
         text, encode = normalise_label(found.text, self._label_mode), self._tokenizer.encode
@@ -194,10 +215,10 @@ class SpeechDataset(Dataset[Sample | BadSample]):
             id=f"{first.id}#{number}" if first.then else found.id,
             waveform=torch.empty(0),
             text=text,
-            ids=encode(as_continuation(form, text) if form else text),
+            ids=[*self._before(found), *encode(as_continuation(form, text) if form else text)],
             duration=0.0,
             index=index,
-            task=self._naming.state(found.task, found.lang),
+            task=self._state(found),
             lang=found.lang,
             input_ids=None if found.input_text is None else tuple(encode(found.input_text)),
             turn=number if first.then else 0,

@@ -165,7 +165,7 @@ class Engine:
         for job, track in zip(self._jobs, self._tracks, strict=True):
             is_searched = self._options.beam > 1 and job and job.request.temperature == 0
             if job and track and job.wanted == 1 and not is_searched:
-                yield job.request, track.ids
+                yield job.request, track.answer
 
     def run(self, requests: Iterable[Request]) -> Iterator[Done]:
         """Decode requests, which are taken as they are wanted; results come as they end, in any order."""
@@ -289,7 +289,8 @@ class Engine:
             self._place(free.pop(0), job, self._track(request), logits, state)
 
     def _track(self, request: Request, chance: random.Random | None = None) -> Track:
-        return Track(request.limit, request.temperature, chance, keywords=request.keywords or self._keywords)
+        keywords, separator = request.keywords or self._keywords, self._model.separator_of(request.sample.task)
+        return Track(request.limit, request.temperature, chance, keywords=keywords, separator=separator)
 
     def _scorer(self, job: _Job) -> PrefixScorer | None:
         if self._spelling is None or job.ctc is None or not is_spoken(job.request.sample.task):

@@ -120,7 +120,8 @@ class OpenPiece:
 
     def _decode(self, audio: Tensor, committed: str, draft: str, limit: int) -> Hypothesis:
         """The text that follows the state and more audio tokens (A, C)."""
-        model, track = self._model, Track(limit, keywords=self._keywords)
+        model, separator = self._model, self._model.separator_of(self._task)
+        track = Track(limit, keywords=self._keywords, separator=separator)
         given = model.tokenizer.encode(committed)
         x = torch.cat([audio, self._embed([*self._after, *given])])
         hidden, state = model.lm.hidden(x[None], self._state)

@@ -61,7 +61,10 @@ class PieceText:
         silence = self._silence(done)
         if guards.is_silence(silence, options):
             return False
-        return guards.needs_fallback(done.hypotheses[0], self.text(done, options), silence, options)
+        best = done.hypotheses[0]
+        if best.heard is not None and not best.ids:  # it has not come to its answer
+            return True
+        return guards.needs_fallback(best, self.text(done, options), silence, options)
 
     def halves(self, done: Done, piece: Piece, options: Options) -> tuple[Piece, Piece] | None:
         """A piece in two if its text is far from what the CTC head hears; but what is to be taken as it is, is."""

@@ -78,7 +78,8 @@ def whole_text(task: str, segments: Sequence[Segment]) -> str:
 class Transcript:
     """What is said in a recording of so many `seconds`, of which `removed_seconds` held no speech.
 
-    `ctc` is what the CTC head alone hears, None where the model has none.
+    `ctc` is what the CTC head alone hears, None where the model has none; `heard` what the model wrote down as heard
+    before the text, None of a task that does not transcribe first.
     """
 
     text: str
@@ -88,6 +89,7 @@ class Transcript:
     language: str | None = None
     removed_seconds: float = 0.0
     ctc: str | None = None
+    heard: str | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -125,8 +127,8 @@ class Row:
     `ref` is the first of the `answers`, if there are any, which are all right; `source_text` is what is spoken, in
     `source_lang`, where that is not `ref`; `prompt` was read before the audio, and `turn` is its number in its
     conversation, from 1. What is not known is None: who speaks, the file with the audio, in which it starts at `offset`
-    seconds, what the CTC head alone makes of it, the words of the hypothesis, each with its probability, and
-    `found_lang`, the language that was heard.
+    seconds, what the CTC head alone makes of it, the words of the hypothesis, each with its probability, `found_lang`,
+    the language that was heard, and what a task that transcribes first `heard`.
     """
 
     id: str
@@ -148,6 +150,7 @@ class Row:
     source_text: str | None = None
     answers: tuple[str, ...] = ()
     prompt: str = ""
+    heard: str | None = None
 
     @property
     def place(self) -> tuple[int, int]:

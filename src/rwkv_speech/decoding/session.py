@@ -38,11 +38,15 @@ _MOST_TOKENS = 256
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer: its text and tokens; `cut` says whether it was cut off at its limit."""
+    """An answer: its text and tokens; `cut` says whether it was cut off at its limit.
+
+    `heard` is what was heard, by a task that transcribes first; None by others.
+    """
 
     text: str
     tokens: tuple[int, ...]
     cut: bool
+    heard: str | None = None
 
 
 class TextParts:
@@ -66,7 +70,8 @@ class Session:
     """One conversation of a model: `say` takes audio or text and gives an answer, and the state remembers both.
 
     A turn reads, from the state that the one before left, BETWEEN_TURNS (but for the first), what is said, the task's
-    prompt, the separator, and its answer without the end of text: as turns are trained.
+    prompt, the separator, and its answer without the end of text: as turns are trained. The answer of a task that
+    transcribes first has what was heard and the separator before it, which nobody is shown.
     """
 
     def __init__(self, model: SpeechLM, task: str) -> None:
@@ -143,9 +148,11 @@ class Session:
             raise UserError("session: found the answer to another turn or another session; take each answer once")
         best = done.hypotheses[0]
         if done.state is not None:  # None of audio too short to be heard
-            self._state = self._read(best.ids if answer is None else answer, done.state)
+            before = () if best.heard is None else (*best.heard, self._model.separator_id)
+            self._state = self._read([*before, *(best.ids if answer is None else answer)], done.state)
             self.num_turns += 1
-        return Turn(self._model.tokenizer.decode(best.ids), best.ids, best.cut)
+        decode = self._model.tokenizer.decode
+        return Turn(decode(best.ids), best.ids, best.cut, None if best.heard is None else decode(best.heard))
 
     def fork(self) -> "Session":
         """Another session that remembers the same, and goes its own way."""

@@ -5,7 +5,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ class Hypothesis:
     """A text as tokens `ids`, without the end; log-probabilities and entropies (nats) are of the model itself.
 
     These are of each token and then of the end, which a text that was `cut` lacks. Hypotheses are ordered by `score`.
+    `heard` is what a task that transcribes first has written before the separator, None of other tasks; the text is
+    what follows, nothing where there was no separator.
     """
 
     ids: tuple[int, ...]
@@ -31,6 +33,7 @@ class Hypothesis:
     entropies: tuple[float, ...]
     cut: bool
     score: float = 0.0
+    heard: tuple[int, ...] | None = None
 
     @property
     def avg_logprob(self) -> float:
@@ -55,6 +58,9 @@ class Choice(NamedTuple):
 class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
+    With a `separator` it is what was heard, the first separator and then the answer, which begins at `start` and has
+    the same limit.
+
     `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`,
     and where there is a `prefix`, the CTC head's part. `node` is the place in the keywords' trie.
     """
@@ -69,13 +75,12 @@ class Track:
     node: int = Keywords.start
     keywords: Keywords | None = None
     prefix: Prefix | None = None
+    separator: int | None = None
+    start: int = 0
 
     def fork(self) -> "Track":
         """A copy that goes its own way."""
-        texts = [*self.ids], [*self.logprobs], [*self.entropies]
-        return Track(
-            self.limit, self.temperature, self.chance, self.total, *texts, self.node, self.keywords, self.prefix
-        )
+        return replace(self, ids=[*self.ids], logprobs=[*self.logprobs], entropies=[*self.entropies])
 
     def append(self, choice: Choice) -> None:
         """Take the next token, the end of text among them."""
@@ -84,11 +89,18 @@ class Track:
         self.logprobs.append(choice.logprob)
         self.entropies.append(choice.entropy)
         self.prefix = choice.prefix
+        if choice.token == self.separator and not self.start:
+            self.start = len(self.ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """The text so far, without what was heard."""
+        return self.ids[self.start :] if self.start or self.separator is None else []
 
     @property
     def is_full(self) -> bool:
         """Whether no more tokens may come: the limit is reached, or the text repeats itself endlessly."""
-        return len(self.ids) >= self.limit or is_loop(self.ids)
+        return len(self.ids) - self.start >= self.limit or is_loop(self.ids)
 
     def hypothesis(self, cut: bool, length_penalty: float | None) -> Hypothesis:
         """The text so far; the last token is the end unless it is cut.
@@ -98,8 +110,13 @@ class Track:
         """
         length = max(1, len(self.ids))
         divisor = length if length_penalty is None else ((5 + length) / 6) ** length_penalty
-        ids = self.ids if cut else self.ids[:-1]
-        return Hypothesis(tuple(ids), tuple(self.logprobs), tuple(self.entropies), cut, self.total / divisor)
+        ids = tuple(self.ids if cut else self.ids[:-1])
+        start, heard = self.start, None
+        if self.separator is not None:
+            start = self.start or len(ids)
+            heard = ids[: self.start - 1] if self.start else ids
+        known = tuple(self.logprobs[start:]), tuple(self.entropies[start:])
+        return Hypothesis(ids[start:], *known, cut, self.total / divisor, heard)
 
 
 def is_loop(ids: Sequence[int]) -> bool:
@@ -148,7 +165,7 @@ class Strategy:
         logprobs, entropies = measured(logits)
         scores = logprobs
         if self._penalises:
-            texts = [track.ids if track else [] for track in tracks]
+            texts = [track.ids[track.start :] if track else [] for track in tracks]
             scores = torch.log_softmax(penalised(logits.float(), texts, self.options), -1)
         listed = dict[Keywords, list[int]]()
         for row, track in enumerate(tracks):

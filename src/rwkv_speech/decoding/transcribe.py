@@ -203,7 +203,7 @@ def transcribe_batches(
             yield from _heard(model, transcriber, itertools.chain.from_iterable(found), options)
         else:
             for sample, turn in converse(model, found, options, slots, given_history):
-                yield replace(_row(model, sample), hyp=turn.text, cut=turn.cut)
+                yield replace(_row(model, sample), hyp=turn.text, cut=turn.cut, heard=turn.heard)
 
 
 def transcribe_batch(model: speech_lm.SpeechLM, batch: Batch, options: Options = GREEDY) -> list[Row]:
@@ -252,7 +252,7 @@ def _heard(
         words = [(word.word, word.probability) for word in found.words or []] if options.word_timestamps else None
         language = found.language if options.finds_language else None
         row = replace(rows.pop(recording.key), hyp=found.text, cut=found.cut, ctc=found.ctc, words=words)
-        yield replace(row, found_lang=language)
+        yield replace(row, found_lang=language, heard=found.heard)
 
 
 def recording_of(audio: Any, number: int, task: str) -> Recording:

@@ -71,6 +71,7 @@ class _Work:
     in_flight: list[int] = field(default_factory=list)  # where each piece that is being decoded starts
     segments: list[Segment] = field(default_factory=list)
     heard: dict[int, str] = field(default_factory=dict)  # what the CTC head alone hears, by where a piece starts
+    written: dict[int, str] = field(default_factory=dict)  # the same of what a task that transcribes first wrote down
     samples: int = 0
     removed: int = 0
     is_read: bool = False
@@ -231,7 +232,7 @@ class Transcriber:
             while work.waiting or work.in_flight:
                 for done in self.engine.poll():
                     self._take(done)
-            segments, work.segments, work.heard = work.segments, [], {}
+            segments, work.segments, work.heard, work.written = work.segments, [], {}, {}
             return sorted(segments, key=lambda segment: segment.start)
 
         return segments_of
@@ -316,6 +317,8 @@ class Transcriber:
         if done.ctc is not None and self._model.ctc is not None:
             work.heard[piece.start] = self._model.ctc.spec.text(done.ctc)
         text = self._pieces.text(done, work.options)
+        if (written := done.hypotheses[0].heard) is not None:
+            work.written[piece.start] = self._model.tokenizer.decode(written)
         if text.strip():
             work.segments.append(self._pieces.segment(done, text, piece, work.options))
         if work.options.condition_on_previous_text:
@@ -353,4 +356,5 @@ class Transcriber:
             language=work.language or None,
             removed_seconds=work.removed / SAMPLE_RATE,
             ctc=join_texts(work.heard[start] for start in sorted(work.heard)) if self._model.ctc else None,
+            heard=join_texts(work.written[start] for start in sorted(work.written)) if work.written else None,
         )

@@ -57,6 +57,11 @@ class WordListener:
                 "expected none of them: words that are never taken back are decoded greedily, each piece by itself; "
                 "leave them out, or take commit=segment"
             )
+        if model.separator_of(task) is not None:
+            raise UserError(
+                f"commit: found word, but task {task} writes what it hears before its text, expected one that does not "
+                "(--transcribe_first); take commit=segment"
+            )
         if not hold >= 0:
             raise UserError(f"hold: found {hold}, expected seconds from 0 on")
         self._tokenizer, self._times = model.tokenizer, WordTimes(model.ctc, model.encoder)

@@ -250,12 +250,18 @@ def find_checkpoint(path: str | Path, endpoint: str = "") -> Path:
 def export_published(trained: Trained, path: Path, task: str = "") -> None:
     """Write the published layout: a `.pth` dictionary of the adapter and one task's state.
 
-    Raises UserError for another kind of file, and unless there is but one state, or `task` names one.
+    Raises UserError for another kind of file, unless there is but one state, or `task` names one, and for a state that
+    transcribes first.
     """
     if path.suffix != ".pth":
         raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
     trained.require_adapter()
     task = one_task(trained.path, trained.initial_states, task)
+    if trained.parts and task in trained.parts.transcribes:
+        raise UserError(
+            f"{path}: state {task} first says what it heard (--transcribe_first), expected one that does not: a "
+            "published file cannot say so; share the run with push"
+        )
     tensors = {_PUBLISHED_ADAPTER + name: x for name, x in trained.adapter.items()}
     layers = enumerate(trained.initial_states[task])
     tensors |= {f"language_model.blocks.{i}.att.time_state": layer for i, layer in layers}

@@ -35,7 +35,8 @@ class Parts:
 
     "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
     World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read; `encoder_sha256`
-    is that of the encoder's weights in what was shared, else empty.
+    is that of the encoder's weights in what was shared, else empty. The tasks that it `transcribes` first say what they
+    heard and the separator before their text.
     """
 
     load_model: str = ""
@@ -50,6 +51,7 @@ class Parts:
     encoder_padding: float | None = None
     encoder_layers: str = ""
     encoder_sha256: str = ""
+    transcribes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
@@ -60,7 +62,8 @@ class Parts:
     def from_dict(cls, values: Mapping[str, Any]) -> "Parts":
         """From a checkpoint's metadata; names of other versions are left out."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        known = {name: value for name, value in values.items() if name in names}
+        return cls(**known | {"transcribes": tuple(known.get("transcribes", ()))})
 
     def filled(self) -> "Parts":
         """Every part that was left empty takes what belongs to the base model; paths become absolute."""

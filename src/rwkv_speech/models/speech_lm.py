@@ -4,7 +4,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -143,6 +143,8 @@ class SpeechLM(nn.Module):
         with torch.no_grad():
             for name, x in found.items():
                 parameters[name].copy_(x)
+        transcribes = trained.parts.transcribes if trained.parts else ()
+        self._set_transcribes(name for name in transcribes if name in self.initial_states)
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
@@ -155,7 +157,7 @@ class SpeechLM(nn.Module):
         if not path:
             return ""
         known = self.parts.base_sha256, self.adapter_sha256
-        own = States(Path("the weights"), dict(self.initial_states.items()), *known, dict(self.soft_prompts.items()))
+        own = States(Path("the weights"), dict(self.initial_states.items()), *known)
         new = read_states(path)
         new.check_fit(own)
         device = next(iter(self.initial_states.values())).device
@@ -165,6 +167,7 @@ class SpeechLM(nn.Module):
                 self.soft_prompts[name] = nn.Parameter(new.soft_prompts[name].float().to(device))
             elif name in self.soft_prompts:
                 del self.soft_prompts[name]
+        self._set_transcribes({*self.parts.transcribes} - {*new.states} | new.transcribes)
         return next(iter(new.states)) if len(new.states) == 1 else ""
 
     @property
@@ -193,6 +196,17 @@ class SpeechLM(nn.Module):
         for name in [name for name in task_names if length and name not in self.soft_prompts]:
             new = torch.empty(length, self.lm.sizes.C, device=self.initial_states[name].device)
             self.soft_prompts[name] = nn.init.normal_(new, 0, _SOFT_PROMPT_STD)
+
+    def transcribe_first(self, task_names: Iterable[str]) -> None:
+        """Take texts of these tasks to begin with what was heard and the separator."""
+        self._set_transcribes({*self.parts.transcribes, *task_names})
+
+    def separator_of(self, task: str) -> int | None:
+        """The token behind what was heard in the texts of a task that transcribes first, None of others."""
+        return self.separator_id if task in self.parts.transcribes else None
+
+    def _set_transcribes(self, task_names: Iterable[str]) -> None:
+        self.parts = replace(self.parts, transcribes=tuple(sorted(task_names)))
 
     def freeze_all_but(self, task_names: Sequence[str]) -> None:
         """Let nothing but the states and soft prompts of these tasks be trained."""

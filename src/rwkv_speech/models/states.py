@@ -1,14 +1,16 @@
 """Files of task states: small, and bound to the base model and the adapter that they were learned with.
 
 Own files are safetensors of `initial_states.TASK` (L, H, N, N), and `soft_prompts.TASK` where a task has one, with the
-two SHA-256 as metadata; published ones are `.pth` dictionaries of one state, `blocks.{i}.att.time_state` (H, N, N),
-axes [value, key] as here. BlinkDL's inference code has them the other way round: his loader transposes.
+two SHA-256 and the tasks that transcribe first as metadata; published ones are `.pth` dictionaries of one state,
+`blocks.{i}.att.time_state` (H, N, N), axes [value, key] as here. BlinkDL's inference code has them the other way round:
+his loader transposes.
 """
 
 # L layers · H heads · N head size
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +48,7 @@ class States:
     base_sha256: str
     adapter_sha256: str
     soft_prompts: dict[str, Tensor] = field(default_factory=dict)  # by task, of those that have one
+    transcribes: frozenset[str] = frozenset()  # the tasks that say what they heard before their text
 
     def only(self, names: Sequence[str]) -> "States":
         """Those of these names, all by default; raises UserError for one that is not there."""
@@ -54,7 +57,8 @@ class States:
                 f"{self.path}: found no state named {missing[0]!r}, expected one of {', '.join(sorted(self.states))}"
             )
         states = {name: self.states[name] for name in names or self.states}
-        return replace(self, states=states, soft_prompts={x: y for x, y in self.soft_prompts.items() if x in states})
+        prompts = {name: x for name, x in self.soft_prompts.items() if name in states}
+        return replace(self, states=states, soft_prompts=prompts, transcribes=self.transcribes & set(states))
 
     def joined_with(self, other: "States") -> "States":
         """All of both, bound to what either is; raises UserError unless they fit together and share no name."""
@@ -68,6 +72,7 @@ class States:
             self,
             states=self.states | other.states,
             soft_prompts=self.soft_prompts | other.soft_prompts,
+            transcribes=self.transcribes | other.transcribes,
             base_sha256=self.base_sha256 or other.base_sha256,
             adapter_sha256=self.adapter_sha256 or other.adapter_sha256,
         )
@@ -82,7 +87,8 @@ class States:
             )
         [old] = self.states
         prompts = {name: self.soft_prompts[old]} if old in self.soft_prompts else {}
-        return replace(self, states={name: self.states[old]}, soft_prompts=prompts)
+        transcribes = frozenset({name} if self.transcribes else ())
+        return replace(self, states={name: self.states[old]}, soft_prompts=prompts, transcribes=transcribes)
 
     def check_fit(self, other: "States") -> None:
         """Raises UserError unless these states can be used where the `other` ones are."""
@@ -106,10 +112,11 @@ class States:
     def write(self, path: Path) -> None:
         """Write an own file, or the published layout of one state where the name ends in .pth, atomically."""
         if path.suffix == ".pth":
-            if len(self.states) != 1 or self.soft_prompts:
+            if len(self.states) != 1 or self.soft_prompts or self.transcribes:
                 raise UserError(
                     f"{path}: found {len(self.states)} states ({', '.join(self.states)}), expected one, without a soft "
-                    "prompt: a published file has no names and no prompts; choose it with --tasks"
+                    "prompt or --transcribe_first: a published file has no names and cannot say that; choose it with "
+                    "--tasks, or write a .safetensors file"
                 )
             [state] = self.states.values()
             layers = {f"blocks.{i}.att.time_state": x.detach().float().cpu().clone() for i, x in enumerate(state)}
@@ -120,6 +127,7 @@ class States:
                 f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .safetensors or .pth file"
             )
         about = {"base_sha256": self.base_sha256, "adapter_sha256": self.adapter_sha256}
+        about |= {"transcribes": json.dumps(sorted(self.transcribes))} if self.transcribes else {}
         tensors = {name: x.float() for name, x in named_tensors({}, self.states, self.soft_prompts).items()}
         content = ordered(save(tensors, {"format": FORMAT, **about}))
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
@@ -150,12 +158,15 @@ def read_states(path: str | Path, task: str = tasks.DEFAULT) -> States:
                 {name.removeprefix(prefix): x for name, x in read_tensors(path).items() if name.startswith(prefix)}
                 for prefix in (STATES, SOFT_PROMPTS)
             )
-            return States(path, states, about.get("base_sha256", ""), about.get("adapter_sha256", ""), prompts)
+            transcribes = frozenset(json.loads(about.get("transcribes", "[]")))
+            known = about.get("base_sha256", ""), about.get("adapter_sha256", "")
+            return States(path, states, *known, prompts, transcribes)
     elif (layers := _published(path)) is not None:
         return States(path, {task: layers}, "", "")
     trained = load_trained(path, task)
     base = trained.parts.base_sha256 if trained.parts else ""
-    return States(path, dict(trained.initial_states), base, adapter_sha256(trained.adapter), trained.soft_prompts)
+    learned = dict(trained.initial_states), base, adapter_sha256(trained.adapter), trained.soft_prompts
+    return States(path, *learned, frozenset(trained.parts.transcribes if trained.parts else ()))
 
 
 def _published(path: Path) -> Tensor | None:
@@ -208,7 +219,8 @@ def _write_back(there: States) -> Path:
             f"{there.path}: has no adapter, for it was trained with --input text, and could not say which one its new "
             "states were learned with; expected states that were trained so, too"
         )
-    about = trained.parts, trained.trained_on, trained.metrics, trained.ctc_head(), trained.confidence
+    parts = replace(trained.parts, transcribes=tuple(sorted(there.transcribes)))
+    about = parts, trained.trained_on, trained.metrics, trained.ctc_head(), trained.confidence
     write_checkpoint(there.path, trained.named_tensors(), *about)
     return there.path
 
@@ -235,13 +247,21 @@ def _mixed(states: States, weights: Sequence[float], name: str) -> States:
             f"{states.path}: of {', '.join(states.states)} some have other soft prompts than others, expected them to "
             "be alike; mix states that were learned with the same --soft_prompt"
         )
+    if states.transcribes not in (set(), set(states.states)):
+        raise UserError(
+            f"{states.path}: {', '.join(sorted(states.transcribes))} first says what it heard, others of "
+            f"{', '.join(states.states)} do not, expected them to be alike; mix states that were learned with the same "
+            "--transcribe_first"
+        )
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         return sum((w * x.double() for w, x in zip(weights, tensors, strict=True)), torch.zeros(())).float()
 
     learned = [x for x in prompts if x is not None]
     mixed = {name: total(list(states.states.values()))}
-    return replace(states, states=mixed, soft_prompts={name: total(learned)} if learned else {})
+    soft_prompts = {name: total(learned)} if learned else {}
+    transcribes = frozenset({name} if states.transcribes else ())
+    return replace(states, states=mixed, soft_prompts=soft_prompts, transcribes=transcribes)
 
 
 def described(states: States) -> str:
@@ -250,6 +270,7 @@ def described(states: States) -> str:
         f"{name:<16} {tasks.task_named(name).measure:<9} {' x '.join(map(str, x.shape))}, root mean square "
         f"{float(x.float().square().mean().sqrt()):.4f}"
         + (f", soft prompt of {len(states.soft_prompts[name])}" if name in states.soft_prompts else "")
+        + (", transcribes first" if name in states.transcribes else "")
         for name, x in sorted(states.states.items())
     ]
     known = [("base model", states.base_sha256), ("adapter", states.adapter_sha256)]

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from rwkv_speech.config import TEXT, TrainConfig, numbers
@@ -14,7 +14,7 @@ from rwkv_speech.data.sources import open_sources
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import Trained
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.tasks import BY_LANG, DEFAULT, Naming
+from rwkv_speech.tasks import BY_LANG, DEFAULT, Naming, base_of
 from rwkv_speech.training.progress import say
 
 if TYPE_CHECKING:
@@ -80,6 +80,33 @@ def state_names(
     return names, sorted({*names, *kept})
 
 
+def transcribing(config: TrainConfig, learned: Sequence[str], start: Trained | None = None) -> list[str]:
+    """The states to learn that say first what they hear: those of --transcribe_first, and that did so in `start`.
+
+    Raises UserError for tasks that cannot do so or are not learned, and with --loss kl.
+    """
+    asked = config.transcribe_first.split(",") if config.transcribe_first else []
+    for name in asked:
+        if base_of(name) in (DEFAULT, "chat"):
+            why = "its text is what is heard" if base_of(name) == DEFAULT else "its turns may be text"
+            raise UserError(f"--transcribe_first: found {name}, expected tasks such as qa, st: {why}; leave it out")
+        if not any(name in (state, base_of(state)) for state in learned):
+            raise UserError(
+                f"--transcribe_first: found {name}, expected tasks of the training data, {', '.join(learned)}; leave "
+                "it out, or add such utterances"
+            )
+    before = start.parts.transcribes if start and start.parts else ()
+    names = [x for x in learned if x in before or x in asked or base_of(x) in asked]
+    if names and config.loss == "kl":
+        raise UserError(
+            f"--loss: found kl with {', '.join(names)} of --transcribe_first, or of --init_from, expected ce: the "
+            "teacher reads the transcript, and cannot say how to write it"
+        )
+    if names:
+        say(f"transcribe first: {', '.join(names)}")
+    return names
+
+
 def _counted(config: TrainConfig, source: Source) -> Counter[str]:
     """The utterances of each state."""
     counts = Counter[str]()
@@ -121,6 +148,8 @@ def make_datasets(
         "normalise": normalise,
         "teacher_form": config.kl_form if config.loss == "kl" else "",
         "reads_text": reads_text,
+        "transcribes": model.parts.transcribes,
+        "separator": model.parts.separator,
     }
     augment = make_augmenter(config)
     if config.train_data.startswith(PREFIX):
