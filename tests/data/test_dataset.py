@@ -267,3 +267,31 @@ def test_texts_take_the_place_of_audio(source: FileSource, tokenizer: WorldToken
     dataset = SpeechDataset(FileSource(rows), tokenizer, "lower")
     found = [dataset[i] for i in range(5)]
     assert [isinstance(x, Sample) and x.input_ids for x in found] == [None] * 4 + [ids[0]]
+
+
+def test_what_is_spoken_and_the_separator_come_before_the_texts_of_tasks_that_transcribe_first(
+    source: FileSource, tokenizer: WorldTokenizer
+):
+    plain = source.utterance(0)
+    rows = [
+        replace(plain, text="Four", answers=("Four", "4"), task="qa", source_text="2 # two # IS"),
+        replace(plain, text="vier", task="st", lang="de", source_text="FOUR"),
+        replace(plain, text="four", task="asr", source_text="four"),
+        replace(plain, text="four", task="qa"),
+        Utterance("no audio", None, "vier", task="st", lang="de", input_text="FOUR"),
+    ]
+    first = {"transcribes": ("qa", "st_de"), "separator": "#"}
+    dataset = SpeechDataset(FileSource(rows), tokenizer, "lower", **first)
+    asked, translated, heard, bad, read = (dataset[i] for i in range(5))
+    [separator] = tokenizer.encode("#")
+    spoken = [token for token in tokenizer.encode("2 # two # is") if token != separator]
+    assert isinstance(asked, Sample) and asked.ids == [*spoken, separator, *tokenizer.encode("four")]
+    assert asked.ids.count(separator) == 1 and asked.text == "four" and asked.answers == ("Four", "4")
+    expected = [*tokenizer.encode("four"), separator, *tokenizer.encode("vier")]
+    assert [x.ids for x in (translated, read) if isinstance(x, Sample)] == [expected, expected]
+    assert isinstance(heard, Sample) and heard.ids == tokenizer.encode("four")
+    assert isinstance(bad, BadSample) and "has no source_text" in bad.reason and not bad.too_long
+    # 0.05 s: 2 frames, 1 position for rounding.
+    for ctx_len, fits in ((3 + len(expected), True), (2 + len(expected), False)):
+        found = SpeechDataset(FileSource(rows), tokenizer, "lower", Fit(ctx_len, 1, HOPS), **first)[1]
+        assert isinstance(found, Sample) == fits

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from rwkv_speech.decoding import strategy as strategies
 from rwkv_speech.decoding.options import GREEDY, Options
 from rwkv_speech.decoding.strategy import (
     Choice,
@@ -147,3 +148,28 @@ def test_the_ends_of_the_unit_interval_give_tokens_that_may_come():
     scores = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
     draws = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert sample(scores, torch.ones(2), draws).tolist() == [1, 2]
+
+
+def test_a_text_that_transcribes_first_is_split_at_its_first_separator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(strategies, "_HEARD_TOKENS", 3)  # though the answer may have but two
+    strategy, track, seen = Strategy(GREEDY, EOS), Track(limit=2, separator=5), list[list[int]]()
+    for token in (7, 8, 5, 9, 5):
+        assert strategy.take(track.fork(), Choice(EOS, 0.0, 0.0, 0.0)) is not None  # which leaves the track as it is
+        assert strategy.take(track, Choice(token, -float(token), -float(token), 1.0)) is None
+        seen.append(track.answer)
+    assert seen == [[], [], [], [9], [9, 5]]
+    cut = strategy.take(track, Choice(6, -1.0, -1.0, 0.0))
+    assert cut == Hypothesis((9, 5), (-9.0, -5.0), (1.0, 1.0), True, -34 / 5, (7, 8))
+    ended = strategy.take(track, Choice(EOS, -2.0, -2.0, 0.5))
+    assert ended == Hypothesis((9, 5), (-9.0, -5.0, -2.0), (1.0, 1.0, 0.5), False, -36 / 6, (7, 8))
+    unanswered = Track(limit=2, separator=5)
+    for token in (7, 8, 9):
+        assert strategy.take(unanswered, Choice(token, -1.0, -1.0, 1.0)) is None
+    assert strategy.take(unanswered, Choice(6, -1.0, -1.0, 1.0)) == Hypothesis((), (), (), True, -1.0, (7, 8, 9))
+
+
+def test_penalties_are_of_what_was_heard_and_of_the_answer_each_alone():
+    options = Options.given(0.0, presence_penalty=1.0)
+    strategy, logits = Strategy(options, EOS), torch.zeros(1, 12)
+    whole, answer = Track(9, ids=[7, 8, 5, 9], separator=5, start=3), Track(9, ids=[9])
+    assert torch.equal(strategy.scores(logits, [whole]).scores, strategy.scores(logits, [answer]).scores)

@@ -192,3 +192,36 @@ def test_published_states_are_what_blinkdls_loader_makes_of_them(
     assert (found - without).abs().max() > 0.1  # else the state would not matter
     assert states("add", tmp_path / "es.pth", run, "--name", "back") == 0
     assert torch.equal(load_trained(run / "best.safetensors").initial_states["back"], model.initial_states["st_es"])
+
+
+def test_that_a_task_transcribes_first_goes_with_its_state(
+    tiny_parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = SpeechLM.build(tiny_parts, task_names=["asr", "qa", "st"])
+    model.transcribe_first(["qa", "st"])
+    model.save(tmp_path / "run/best.safetensors")
+    run, file = tmp_path / "run", tmp_path / "qa.safetensors"
+    assert states("copy", run, file, "--tasks", "qa", "--name", "mine") == 0
+    assert read_states(file).transcribes == {"mine"}
+    assert states("add", file, run) == 0
+    loaded = SpeechLM.from_pretrained(run)
+    assert loaded.parts.transcribes == ("mine", "qa", "st")
+    assert (loaded.separator_of("mine"), loaded.separator_of("asr")) == (loaded.separator_id, None)
+    assert states("list", run) == 0 and capsys.readouterr().out.count("transcribes first") == 3
+    assert states("remove", run, "--tasks", "st") == 0
+    assert SpeechLM.from_pretrained(run).parts.transcribes == ("mine", "qa")
+    assert states("copy", f"{file},{run}", tmp_path / "x.safetensors", "--tasks", "mine") == 2  # in both
+    # States that are taken over say how they are for themselves.
+    other = SpeechLM.build(tiny_parts, task_names=["mine", "asr"])
+    other.load_state_dict(other.state_dict() | {f"adapter.{x}": y for x, y in loaded.adapter.state_dict().items()})
+    other.add_states(file)
+    assert other.parts.transcribes == ("mine",)
+    mix = ["interpolate", run, tmp_path / "mix.safetensors", "--name", "mix", "--weight", "0.5", "--tasks"]
+    assert "qa first says what it heard, others of asr, qa do not" in error(capsys, *mix, "asr,qa")
+    assert states(*mix, "mine,qa") == 0 and read_states(tmp_path / "mix.safetensors").transcribes == {"mix"}
+    assert states("average", run, tmp_path / "mean.safetensors", "--name", "m", "--tasks", "mine,qa") == 0
+    assert read_states(tmp_path / "mean.safetensors").transcribes == {"m"}
+    assert "--transcribe_first" in error(capsys, "copy", file, tmp_path / "qa.pth")
+    assert main(["export", str(run), str(tmp_path / "run.pth"), "--task", "qa"]) == 2
+    assert "state qa first says what it heard" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "run.pth"), "--task", "asr"]) == 0

@@ -185,3 +185,24 @@ def test_validation_scores_every_utterance_of_sets_with_the_same_ids(corpus: Pat
     rows = read_rows(tmp_path / "validation.jsonl")
     assert [row.index for row in rows] == list(range(8))
     assert [row.hyp for row in rows[:4]] == [row.hyp for row in rows[4:]]
+
+
+def test_a_run_whose_questions_are_transcribed_first(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    for line in lines[::2]:
+        line |= {"task": "qa", "source_text": line.pop("text"), "answer": "yes"}
+    (corpus / "first.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = {"train_data": corpus / "first.jsonl", "micro_bsz": 4}
+    first = plain | {"transcribe_first": "qa"}
+    assert train_script.main(tiny_run(corpus, tmp_path / "run", **first)) == 0
+    assert load_trained(tmp_path / "run/best.safetensors").parts.transcribes == ("qa",)
+    capsys.readouterr()
+    assert train_script.main(tiny_run(corpus, tmp_path / "run", **plain)) == 2
+    assert "--transcribe_first: was 'qa', now ''" in capsys.readouterr().err
+    # A new state on its adapter: the old one still transcribes first.
+    topic = lines[1] | {"task": "topic", "text": "cat"}
+    (corpus / "topic.jsonl").write_text("".join(json.dumps(topic) + "\n" for _ in range(4)))
+    new = {"train_data": corpus / "topic.jsonl", "micro_bsz": 4, "init_from": tmp_path / "run", "freeze": "adapter"}
+    assert train_script.main(tiny_run(corpus, tmp_path / "new", **new)) == 0
+    trained = load_trained(tmp_path / "new/best.safetensors")
+    assert set(trained.initial_states) == {"asr", "qa", "topic"} and trained.parts.transcribes == ("qa",)

@@ -17,6 +17,8 @@ from rwkv_speech.decoding.options import Options
 
 # A text that says the same over and over: at least so many times, and so many tokens in all.
 _LOOP_TIMES, _LOOP_TOKENS = 4, 32
+# What was heard may have so many tokens, however few the answer may have.
+_HEARD_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Choice(NamedTuple):
 class Track:
     """A text in the making: of most `limit` tokens, chosen by chance above `temperature` 0.
 
-    With a `separator` it is what was heard, the first separator and then the answer, which begins at `start` and has
-    the same limit.
+    With a `separator` it is what was heard, the first separator and then the answer, which begins at `start`; the limit
+    is that of the answer.
 
     `total` is the sum of what the tokens were chosen by: log-probabilities after penalties, bonuses of its `keywords`,
     and where there is a `prefix`, the CTC head's part. `node` is the place in the keywords' trie.
@@ -100,7 +102,9 @@ class Track:
     @property
     def is_full(self) -> bool:
         """Whether no more tokens may come: the limit is reached, or the text repeats itself endlessly."""
-        return len(self.ids) - self.start >= self.limit or is_loop(self.ids)
+        is_answer = self.start or self.separator is None
+        limit = self.limit if is_answer else max(self.limit, _HEARD_TOKENS)
+        return len(self.ids) - self.start >= limit or is_loop(self.ids)
 
     def hypothesis(self, cut: bool, length_penalty: float | None) -> Hypothesis:
         """The text so far; the last token is the end unless it is cut.
