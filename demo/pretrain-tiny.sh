@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the embedded default again: about three hours on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the
+# Makes the embedded default again: about four hours on two cores. demo/pretrain-tiny.sh [FOLDER] leaves the
 # shipped one alone and writes rwkv6.safetensors, vocab.txt and wavlm/ into FOLDER.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/output/tiny}
 
-steps=${steps-8000}
+steps=${steps-13000}
 hours=${hours-8}
 epoch_count=${epoch_count-4}
 

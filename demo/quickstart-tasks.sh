@@ -17,7 +17,7 @@ for part in train valid test; do grep '"task": "qa"' "$data/$part.jsonl" >"$data
 
 echo "== 2 of 4: training one adapter and a state for each task"
 OP=train train_data=$data/train.jsonl valid_data=$data/valid.jsonl sh "$root/demo/demo-state-tuning.sh" \
-    --feature_cache "$proj_dir/frames"
+    --feature_cache "$proj_dir/frames" --transcribe_first qa
 
 echo "== 3 of 4: training a state that reads the questions as text: what the language model could answer at best"
 OP=train train_data=$data/train-qa.jsonl valid_data=$data/valid-qa.jsonl proj_dir=$proj_dir/text epoch_count=10 \

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_speech.models import splice
-from rwkv_speech.synthetic.lessons import Lesson, Lessons
+from rwkv_speech.synthetic.lessons import SEPARATOR, Lesson, Lessons
 from rwkv_speech.synthetic.phone_prompts import Speaker
 from rwkv_speech.synthetic.phones import PHONES
 from rwkv_speech.tokenizer import EOS_ID, WorldTokenizer
 
-SEPARATOR = "#"
 # What may stand between two turns: nothing, the end of text that was predicted, an empty line.
 _BETWEEN = ("", None, "\n\n")
 _LONGEST_READ = 60  # words that a lesson gives as text

@@ -9,6 +9,7 @@ from typing import Protocol
 from rwkv_speech.synthetic.phones import LANGUAGES
 from rwkv_speech.synthetic.texts import Lines
 
+SEPARATOR = "#"  # between what is said and the text
 NAMES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
 
 

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 from rwkv_speech.synthetic import corpus, world
 from rwkv_speech.synthetic.grammar import CHAT_LANGUAGES
-from rwkv_speech.synthetic.lessons import NAMES, Lesson, Turn
+from rwkv_speech.synthetic.lessons import NAMES, SEPARATOR, Lesson, Turn
 from rwkv_speech.synthetic.phones import LANGUAGES
 
 # How often each kind of lesson comes.
 _SHARES = {
-    "corpus": 12, "salad": 5, "asr": 14, "st": 13, "qa": 18, "follow_ups": 26, "topic": 2, "chat": 7, "lang": 1,
-    "text": 2,
+    "corpus": 11, "salad": 4, "asr": 11, "st": 12, "qa": 26, "follow_ups": 18, "written_first": 6, "topic": 2,
+    "chat": 7, "lang": 1, "text": 2,
 }  # fmt: skip
 # Of the lessons of a kind, so many give what is said as text. To find what was asked for is learned from text, of which
 # a lesson is short, and then serves speech too.
-_READ, _OFTEN_READ = 0.15, {"qa": 0.4, "follow_ups": 0.8}
+_READ, _OFTEN_READ = 0.15, {"qa": 0.75, "follow_ups": 0.75, "written_first": 0.0}
 
 
 class WorldLessons:
@@ -50,6 +50,10 @@ class WorldLessons:
             lang = rng.choice(CHAT_LANGUAGES)
         elif rng.random() < 0.7:
             lang = "en"
+        if kind == "written_first":  # the question, and then the answer to what was written
+            line = world.draw(rng, "qa", lang, None, part)
+            written = f"{line.said}{SEPARATOR}{line.text}"
+            return Lesson("first: ", (Turn(line.said, lang, written, heard),))
         if kind == "follow_ups":
             turns = world.follow_ups(rng, lang, part)
             return Lesson("answer: ", tuple(Turn(said, lang, text, heard) for said, text in turns))
