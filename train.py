@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.data.dataset import SpeechDataset
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
+    from rwkv_speech.models.lora import load_updates
     from rwkv_speech.models.parts import Parts
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.training.ctc import fit_ctc
@@ -64,9 +65,13 @@ def train(config: TrainConfig) -> None:
         parts, hears = Parts.of(config), config.input != TEXT
         if start and start.parts and not hears:
             parts = start.parts.read_by(start.path, parts)
+        elif start and start.parts:
+            parts = parts.starting_from(start.parts, is_frozen=config.adapter_stays)
         model = SpeechLM.build(parts, compute, states, hears)
         if start:
             model.load_trained(start)
+        if config.lora_from and parts.lora:
+            load_updates(model.lm, config.lora_from, parts.lora, parts.train_parts)
         model.add_soft_prompts(learned, config.soft_prompt)
         model.transcribe_first(transcribing(config, learned, start))
         if config.adapter_stays:

@@ -73,8 +73,8 @@ def weight_bytes(model: RWKV) -> int:
 class Ours:
     """Our model, called as pip's is."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self.model = RWKV6.from_pretrained(path, dtype)
+    def __init__(self, path: Path, quant: str) -> None:
+        self.model = RWKV6.from_pretrained(path, torch.bfloat16, quant=quant)
         self.states = {batch: self.model.zero_state(batch) for batch in (1, BATCH)}
 
     @torch.no_grad()
@@ -109,9 +109,12 @@ class Theirs:
         return logits[None]
 
 
-def compare_cpu(path: Path, dtype: torch.dtype, theirs: Theirs, rounds: int, rate: float) -> list[Row]:
-    """Our model in one type against pip's, measured turn about; raises ValueError where they do not agree."""
-    ours, name = Ours(path, dtype), "int8" if dtype == torch.int8 else "bf16"
+def compare_cpu(path: Path, quant: str, theirs: Theirs, rounds: int, rate: float) -> list[Row]:
+    """Our model, its matrices in bfloat16 or as `quant` says, against pip's, measured turn about.
+
+    Raises ValueError where they do not agree.
+    """
+    ours, name = Ours(path, quant), quant or "bf16"
     ids = torch.randint(1, ours.model.sizes.vocab, (PREFILL,), generator=torch.Generator().manual_seed(1)).tolist()
     errors = [relative_rms(ours.prefill(ids), theirs.prefill(ids)), relative_rms(ours.decode(), theirs.decode())]
     if max(errors) > MOST_ERROR[name]:
@@ -142,9 +145,7 @@ def measure_cpu(rounds: int, sizes: RWKV6Sizes) -> Row:
     load, rates = [os.getloadavg()[0]], [read_rate(rounds)]
     with random_file(sizes) as path:
         theirs = Theirs(path)
-        rows = [
-            row for dtype in (torch.bfloat16, torch.int8) for row in compare_cpu(path, dtype, theirs, rounds, rates[0])
-        ]
+        rows = [row for quant in ("", "int8") for row in compare_cpu(path, quant, theirs, rounds, rates[0])]
     load.append(os.getloadavg()[0])
     rates.append(read_rate(rounds))
     for row in rows:

@@ -101,7 +101,9 @@ def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:
     """How far each trained tensor of a run with this seed is from what it began with."""
     trained = load_trained(run / "last.safetensors")
     torch.manual_seed(seed)
-    model = SpeechLM.build(Parts("tiny"), task_names=list(trained.initial_states))
+    assert trained.parts is not None
+    parts = Parts("tiny", lora=trained.parts.lora, train_parts=trained.parts.train_parts)
+    model = SpeechLM.build(parts, task_names=list(trained.initial_states))
     model.add_soft_prompts(sorted(trained.soft_prompts), max(map(len, trained.soft_prompts.values()), default=0))
     before = {name: x.detach() for name, x in model.named_parameters()}
     return {name: x - before[name] for name, x in trained.named_tensors().items()}

@@ -49,13 +49,20 @@ def test_what_runs_on_a_gpu_is_refused_on_a_cpu_only(monkeypatch: pytest.MonkeyP
     check_devices(ModelConfig(device="cpu", wkv6="torch"))
 
 
-def test_8_bits_are_for_decoding_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+def test_packed_weights_are_for_all_but_shared_out_layers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    check_devices(ModelConfig(device="cpu", precision="int8"))
-    with pytest.raises(UserError, match="--precision: found 'int8' on a GPU, expected .*--device cpu"):
-        check_devices(ModelConfig(precision="int8"))
-    with pytest.raises(UserError, match="--precision: found 'int8', which is for decoding alone, expected"):
-        TrainConfig(device="cpu", precision="int8").check()
+    for device in ("cpu", "1"):
+        for precision in ("int8", "nf4"):
+            check_devices(ModelConfig(device=device, precision=precision))
+            TrainConfig(device=device, precision=precision, strategy="deepspeed_stage_2").check()
+    with pytest.raises(UserError, match="--precision: found 'nf4' with --strategy deepspeed_stage_3"):
+        TrainConfig(precision="nf4", strategy="deepspeed_stage_3").check()
+
+
+def test_updates_to_start_with_are_looked_for(tmp_path: Path):
+    given = TrainConfig(device="cpu", train_data=str(tmp_path), peft="lora", lora_from=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="--lora_from: no such file or folder .*gone"):
+        before_training(given)
 
 
 def test_the_one_name_in_file_path_may_hold_a_comma(tmp_path: Path):

@@ -15,7 +15,9 @@ def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 def test_accelerator_and_types_follow_what_is_there(gpus: int):
     assert accelerator(ModelConfig()) == (("gpu", 1) if gpus else ("cpu", 1))
-    assert uses_bf16(ModelConfig()) == bool(gpus) and not uses_bf16(ModelConfig(device="cpu"))
+    for precision in ("auto", "int8", "nf4"):
+        assert uses_bf16(ModelConfig(precision=precision)) == bool(gpus)
+        assert not uses_bf16(ModelConfig(device="cpu", precision=precision))
     assert torch_device(ModelConfig()).type == ("cuda" if gpus else "cpu")
     assert accelerator(ModelConfig(device="cpu:3")) == ("cpu", 3)
 
@@ -32,7 +34,9 @@ def test_compute_of_takes_every_flag():
     assert compute_of(config) == Compute(cpu, torch.bfloat16, torch.float32, "torch", True)
     assert compute_of(ModelConfig(device="cpu")) == Compute(cpu)
     assert compute_of(config, "meta").device == "meta"
-    assert compute_of(ModelConfig(device="cpu", precision="int8")) == Compute(cpu, torch.int8)
+    for precision in ("int8", "nf4"):  # what is not packed
+        assert compute_of(ModelConfig(device="cpu", precision=precision)) == Compute(cpu, torch.bfloat16)
+        assert compute_of(TrainConfig(device="cpu", precision=precision)) == Compute(cpu)
 
 
 def test_encoder_precision_follows_precision_unless_given():

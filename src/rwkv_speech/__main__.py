@@ -55,6 +55,12 @@ def _of_extra(name: str) -> Iterator[None]:
         raise UserError(f"found no package {error.name}; install rwkv-speech[{name}]") from error
 
 
+def _merge(given: Namespace) -> Path:
+    from rwkv_speech.models.merge import merge
+
+    return merge(given.run, given.folder, given.load_model)
+
+
 def _page(given: Namespace) -> None:
     config = parse(PageConfig, given.flags, "A page to speak with the model: a microphone, files, turns with memory.")
     with _of_extra("page"):
@@ -166,6 +172,16 @@ def _parser() -> Parser:
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
 
+    merge = verbs.add_parser(
+        "merge", help="make a run's changes of the language model a base model", allow_abbrev=False
+    )
+    merge.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint, trained with --peft lora")
+    merge.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="new folder of the base model and a checkpoint for it"
+    )
+    merge.add_argument("--load_model", default="", help="the run's base model, where it is no longer where it was")
+    merge.set_defaults(verb=_merge)
+
     page = verbs.add_parser("page", help="speak with it in a browser", add_help=False, prefix_chars="\0")
     page.add_argument("flags", nargs="*")
     page.set_defaults(verb=_page)
@@ -229,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         if given.verb is None:
             raise UserError(
-                "VERB: found none, expected average, calibrate, export, make_answers, page, predict, push, "
+                "VERB: found none, expected average, calibrate, export, make_answers, merge, page, predict, push, "
                 "report, serve or states; --help says what each does"
             )
         done = given.verb(given)

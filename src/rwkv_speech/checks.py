@@ -48,6 +48,8 @@ def before_training(config: TrainConfig) -> None:
     _check_model_files(config)
     if config.init_from:
         find_checkpoint(config.init_from)
+    if config.lora_from and not Path(config.lora_from).exists():
+        raise UserError(f"--lora_from: no such file or folder {config.lora_from!r}; give updates in RWKV-PEFT's layout")
     if not config.train_data and not config.plan:
         raise UserError("--train_data: found nothing, expected a manifest, a folder or a dataset to train on")
     _check_data("train_data", config.train_data)
@@ -117,8 +119,6 @@ def check_outputs(config: PredictConfig, inputs: Sequence[Input], formats: Seque
 def check_devices(config: ModelConfig) -> None:
     """Raises UserError if the devices are not here, or the flags ask for what they cannot do."""
     if accelerator(config)[0] == "gpu":
-        if config.precision == "int8":
-            raise UserError("--precision: found 'int8' on a GPU, expected auto, bf16 or fp32; or give --device cpu")
         return
     for flag, found in (("strategy", getattr(config, "strategy", "auto")), ("wkv6", config.wkv6)):
         if found.startswith("deepspeed") or found in ("steps", "tiles"):

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from rwkv_speech.config import ModelConfig
+from rwkv_speech.config import ModelConfig, TrainConfig
 from rwkv_speech.errors import UserError
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes: where, the types of its frozen parts' weights (the language model's may be torch.int8), the
-    kernel's form (config.KERNEL_FORMS), and whether the language model's elementwise parts are fused.
+    """How a model computes: where, the types of its frozen parts' weights, the kernel's form (config.KERNEL_FORMS), and
+    whether the language model's elementwise parts are fused.
     """
 
     device: str | torch.device = "cpu"
@@ -29,10 +29,12 @@ class Compute:
 def compute_of(config: ModelConfig, device: str | torch.device | None = None) -> Compute:
     """What the flags ask for, on `device` if it is given; raises UserError as `accelerator` does."""
     bf16 = uses_bf16(config)
+    # Beside packed matrices, decoding on a CPU keeps the rest in bfloat16, too.
+    lm_bf16 = bf16 or (bool(config.quant) and not isinstance(config, TrainConfig))
     encoder_bf16 = bf16 if config.encoder_precision == "auto" else config.encoder_precision == "bf16"
     return Compute(
         torch_device(config) if device is None else device,
-        torch.int8 if config.precision == "int8" else torch.bfloat16 if bf16 else torch.float32,
+        torch.bfloat16 if lm_bf16 else torch.float32,
         torch.bfloat16 if encoder_bf16 else torch.float32,
         config.wkv6,
         bool(getattr(config, "compile", False)),
@@ -60,7 +62,7 @@ def torch_device(config: ModelConfig) -> torch.device:
 
 def uses_bf16(config: ModelConfig) -> bool:
     """Whether the language model computes in bfloat16."""
-    return config.precision == "bf16" or (config.precision == "auto" and accelerator(config)[0] == "gpu")
+    return config.precision == "bf16" or (config.precision != "fp32" and accelerator(config)[0] == "gpu")
 
 
 class _MetaAutocast(TorchFunctionMode):

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def load(folder: Path, dtype: torch.dtype = torch.float32, form: str = "auto", **sizes: Any) -> RWKV6:
     path = folder / f"{len(list(folder.iterdir()))}.pth"  # models map their files: never written again
     torch.save(random_rwkv6_tensors(**sizes), path)
-    return RWKV6.from_pretrained(path, dtype, form=form)
+    floats, quant = (torch.bfloat16, "int8") if dtype == torch.int8 else (dtype, "")
+    return RWKV6.from_pretrained(path, floats, form=form, quant=quant)
 
 
 @pytest.fixture

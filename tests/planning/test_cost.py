@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_speech.config import TrainConfig
+from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.planning import cost
 from rwkv_speech.planning.cost import GIB, Step, idle_share, largest_micro_bsz, memory_advice
 from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning
@@ -40,6 +41,16 @@ def test_published_settings_need_what_the_readme_says(
 ):
     found = Step(Sizes(BASE_MODELS[name]), batch, replace(ONE_GPU, device=ranks, grad_cp=grad_cp))
     assert found.needed / GIB == pytest.approx(gib, rel=0.01)
+
+
+def test_7b_is_trained_on_a_gpu_of_24_gb_in_4_bits():
+    seven, lora = BASE_MODELS["7B"], LoraSpec(16, 32.0, "receptance,key,value,output")
+    plain, packed = (
+        Step(Sizes(seven, quant=quant, lora=lora), BATCH, replace(ONE_GPU, grad_cp=1)) for quant in ("", "nf4")
+    )
+    assert packed.needed < 23.5 * GIB
+    saved = part(plain, "language model, frozen") - part(packed, "language model, frozen")
+    assert saved > 9 * GIB and 0.9 * saved < plain.needed - packed.needed < saved  # a matrix at a time is made floats
 
 
 def test_memory_is_what_was_measured_and_the_larger_of_two_phases():

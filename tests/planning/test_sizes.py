@@ -7,6 +7,7 @@ from transformers import WavLMConfig, WavLMModel
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, build_encoder, world_sizes
@@ -42,6 +43,26 @@ def test_parameters_are_those_of_the_model_from_its_files():
     for name in ("lm", "encoder", "adapter"):
         assert sizes.parameters[name] == sum(p.numel() for p in getattr(model, name).parameters())
     assert sizes.trained == sum(p.numel() for p in model.trained_parameters())
+
+
+def test_packed_and_tuned_models_are_counted_as_they_are_built():
+    lora = LoraSpec(4, 8.0, "key,gate")
+    for quant in ("", "int8", "nf4"):
+        model = SpeechLM.build(Parts("tiny", quant=quant, lora=lora, train_parts="ln"))
+        sizes = Sizes(model.lm.sizes, stack=3, adapter_hidden=512, quant=quant, lora=lora, train_parts="ln")
+        tuned = {id(x) for x in model.tuned.values()}
+        assert sizes.lm_bytes(torch.float32) == sum(x.nbytes for x in model.lm.parameters() if id(x) not in tuned)
+        assert sizes.parameters["tuned"] == sum(x.numel() for x in model.tuned.values())
+        assert sizes.parameters["lm"] + sizes.parameters["tuned"] == Sizes(model.lm.sizes).parameters["lm"] + sum(
+            x.numel() for name, x in model.tuned.items() if "lora_" in name
+        )
+
+
+@pytest.mark.parametrize(("quant", "most"), [("int8", 0.55), ("nf4", 0.30)])
+@pytest.mark.parametrize("name", ["3B", "7B"])
+def test_packed_models_take_the_share_of_memory_that_they_should(name: str, quant: str, most: float):
+    plain, packed = (Sizes(BASE_MODELS[name], quant=kind).lm_bytes(torch.bfloat16) for kind in ("", quant))
+    assert packed <= most * plain
 
 
 def test_wavlm_large_is_transformers_own():

@@ -22,13 +22,17 @@ pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[2]
 STAGES = (1, 2, 3)
+# Some of the language model is trained, too; with stage 2 the rest is kept in 8 bits.
+TUNED = {"peft": "lora", "lora_rank": 4, "lora_targets": "key,value", "train_parts": "ln", "lr_lm": 1e-3}
+PRECISIONS = {1: "fp32", 2: "int8", 3: "fp32"}
 
 
 def run_of(folder: Path, name: str, die_at: int | None = None, **more: object) -> dict[str, Any]:
     """8 micro batches of 2: 2 steps of 2 ranks x 2, or 4 of 2 ranks x 1; clipped, or the norm would not matter."""
     values = {
         "device": "cpu:2", "proj_dir": folder / name, "train_data": folder / "train.jsonl", "micro_bsz": 2,
-        "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, "grad_clip": 0.1, **LINEAR_STEPS, **more,
+        "workers": 0, "log_every": 1, "warmup_steps": 1, "save_steps": 1, "grad_clip": 0.1, **TUNED,
+        **LINEAR_STEPS, **more,
     }  # fmt: skip
     return {"argv": command_line(**values), "die_at": die_at}
 
@@ -69,15 +73,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, in few processes, since each spends most of its time on imports."""
     folder = tmp_path_factory.mktemp("deepspeed")
     make_corpus(Flags(str(folder), seed=3, train=16, valid=1, test=1))
-    plain = [run_of(folder, f"plain-{n}", device="cpu", accumulate=n) for n in (2, 4)]
-    # Three micro batches: in the second step a rank has none.
-    plain.append(run_of(folder, "plain-odd", device="cpu", accumulate=2, micro_bsz=6))
+    plain = []
+    for precision in sorted(set(PRECISIONS.values())):
+        values = {"device": "cpu", "precision": precision}
+        plain += [run_of(folder, f"plain-{precision}-{n}", accumulate=n, **values) for n in (2, 4)]
+        # Three micro batches: in the second step a rank has none.
+        plain.append(run_of(folder, f"plain-{precision}-odd", accumulate=2, micro_bsz=6, **values))
     assert launch(plain, processes=1) == [0]
-    whole = [
-        run_of(folder, f"zero{z}-{n}", strategy=f"deepspeed_stage_{z}", accumulate=n) for z in STAGES for n in (1, 2)
-    ]
-    whole += [run_of(folder, f"zero{z}-odd", strategy=f"deepspeed_stage_{z}", micro_bsz=6) for z in STAGES]
-    killed = [run_of(folder, f"killed{z}", 2, strategy=f"deepspeed_stage_{z}") for z in STAGES]
+    engines = {z: {"strategy": f"deepspeed_stage_{z}", "precision": PRECISIONS[z]} for z in STAGES}
+    whole = [run_of(folder, f"zero{z}-{n}", accumulate=n, **engines[z]) for z in STAGES for n in (1, 2)]
+    whole += [run_of(folder, f"zero{z}-odd", micro_bsz=6, **engines[z]) for z in STAGES]
+    killed = [run_of(folder, f"killed{z}", 2, **engines[z]) for z in STAGES]
     again = [{**run, "die_at": None} for run in killed]
     # Stage 3 leaves its own matrix product behind in a process: the others come before it.
     third = [run for run in whole if "deepspeed_stage_3" in run["argv"]]
@@ -103,7 +109,7 @@ def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int, accumulate: int):
-    run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{2 * accumulate}"
+    run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{PRECISIONS[stage]}-{2 * accumulate}"
     assert len(column(run, "loss")) == 4 // accumulate
     for name in ("lr_adapter", "lr_state"):
         assert column(run, name) == pytest.approx(column(plain, name), rel=1e-6), name
@@ -114,7 +120,7 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_without_utterances_takes_part(folder: Path, stage: int):
-    run, plain = folder / f"zero{stage}-odd", folder / "plain-odd"
+    run, plain = folder / f"zero{stage}-odd", folder / f"plain-{PRECISIONS[stage]}-odd"
     assert len(column(run, "loss")) == 2
     assert_steps_alike(run, plain, *NORM_BOUNDS[stage])
     assert_learned_alike(run, plain, stage)

@@ -86,6 +86,7 @@ def test_ranks_count_broken_recordings_together_and_say_each_line_once(corpus: P
 
 def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
     flags = {"valid_data": corpus / "valid.jsonl", "ctc": 1, "ctc_epochs": 1}
+    flags |= {"precision": "int8", "peft": "lora", "lora_rank": 4, "lora_dropout": 0.1, "train_parts": "ln,time"}
     train(corpus, tmp_path / "whole", **flags)
     run = tmp_path / "killed"
     process = train(corpus, run, wait=False, **flags)

@@ -1,11 +1,13 @@
 """What flags may be: their choices, and the forms of those that are text."""
 
 import re
+from collections.abc import Callable, Sequence
 
 STRATEGIES = ("auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 YES_NO = ("yes", "no")
 OFF_ON = (0, 1)
-PRECISIONS = ("auto", "bf16", "fp32", "int8")
+QUANTS = ("int8", "nf4")
+PRECISIONS = ("auto", "bf16", "fp32", *QUANTS)
 ENCODER_PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_FORMS = ("auto", "torch", "steps", "tiles")
 AUDIO, TEXT = INPUTS = ("audio", "text")
@@ -16,6 +18,10 @@ SCHEDULES = ("cosine", "constant")
 FREEZE_ADAPTER = "adapter"
 FROZEN = ("none", FREEZE_ADAPTER)
 LOSSES = ("ce", "kl")
+PEFTS = ("none", "lora")
+# Without a dot they are the time mix's.
+LORA_TARGETS = ("receptance", "key", "value", "output", "gate", "ffn.key", "ffn.value", "ffn.receptance")
+TRAIN_PARTS = ("ln", "time")
 STATE_BY = ("task", "lang")
 COMMITS = ("segment", "word")
 VADS = ("silero", "none")
@@ -92,6 +98,11 @@ def _are_tasks(text: str) -> bool:
     return all(TASK_FORM[0](name) for name in text.split(","))
 
 
+def _are_some_of(names: Sequence[str]) -> tuple[Callable[[str], bool], str]:
+    return lambda text: set(text.split(",")) <= set(names), f"some of {', '.join(names)}, separated by commas"
+
+
+TARGETS_FORM, PARTS_FORM = _are_some_of(LORA_TARGETS), _are_some_of(TRAIN_PARTS)
 STATES = (_are_tasks, "names of lower-case letters, digits and _, separated by commas")
 LAYERS = (encoder_layers, "rising numbers from 1, separated by commas, as in 2,3,4")
 FORMATS = (output_formats, f"one or several of {', '.join(OUTPUT_FORMATS)} and all, separated by commas")

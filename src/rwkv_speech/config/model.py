@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, LAYERS, PRECISIONS
+from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, LAYERS, PRECISIONS, QUANTS
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import Flags, flag
 
@@ -57,12 +57,14 @@ class DeviceFlags:
     )
     precision: str = flag(
         "auto",
-        "the language model's; auto: bf16 on a GPU, fp32 on a CPU; int8, its matrices in 8 bits, is for decoding on a "
-        "CPU alone",
+        "the language model's; auto: the checkpoint's int8 or nf4, else bf16 on a GPU, fp32 on a CPU; int8, nf4: its "
+        "matrices are kept in 8 or 4 bits",
         PRECISIONS,
     )
     encoder_precision: str = flag(
-        "auto", "the speech encoder's; auto: as --precision, fp32 beside int8", ENCODER_PRECISIONS
+        "auto",
+        "the speech encoder's; auto: as --precision, beside int8 and nf4 bf16 on a GPU, fp32 on a CPU",
+        ENCODER_PRECISIONS,
     )
     wkv6: str = flag(
         "auto",
@@ -71,6 +73,11 @@ class DeviceFlags:
         KERNEL_FORMS,
         resume=True,
     )
+
+    @property
+    def quant(self) -> str | None:
+        """How the language model's matrices are packed, "" if not, None if --precision does not say."""
+        return self.precision if self.precision in QUANTS else None if self.precision == "auto" else ""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from rwkv_speech.config.forms import (
     LIMITS,
     LOSSES,
     OFF_ON,
+    PARTS_FORM,
+    PEFTS,
     PROMPT_FORM,
     SCHEDULES,
     STATE_BY,
     STATES,
     STRATEGIES,
+    TARGETS_FORM,
     TASK_FORM,
     TEXT,
     YES_NO,
@@ -153,6 +156,31 @@ class _OptimizerFlags:
 
 
 @dataclass(frozen=True)
+class _TuningFlags:
+    group: ClassVar[str] = "training"
+    peft: str = flag(
+        "none",
+        "lora: learn low-rank updates of the language model's matrices, too, which all states share",
+        PEFTS,
+    )
+    lora_rank: int = flag(16, "rank of the updates", at_least=1)
+    lora_alpha: float = flag(32.0, "the updates are multiplied by this, divided by their rank", above=0)
+    lora_dropout: float = flag(0.0, "share of what the updates read that is left out", at_least=0, below=1)
+    lora_targets: str = flag(
+        "receptance,key,value,output",
+        "which matrices of each layer: those, gate (RWKV-6's), ffn.key, ffn.value, ffn.receptance (RWKV-6's)",
+        form=TARGETS_FORM,
+    )
+    lora_from: str = flag("", "start with the updates of this file or folder, of RWKV-PEFT's or peft's layout")
+    train_parts: str = flag(
+        "",
+        "what else of the language model is trained: ln, its norms; time, the mixes' own tensors",
+        form=PARTS_FORM,
+    )
+    lr_lm: float = flag(1e-4, "learning rate of what is trained of the language model", at_least=0)
+
+
+@dataclass(frozen=True)
 class _TrainDeviceFlags(DeviceFlags):
     group: ClassVar[str] = "device and precision"
     strategy: str = flag("auto", "how several GPUs work together", STRATEGIES, resume=True)
@@ -168,7 +196,7 @@ class _TrainDeviceFlags(DeviceFlags):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFlags, ModelConfig):
+class TrainConfig(_TuningFlags, _OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFlags, ModelConfig):
     """train.py"""
 
     group: ClassVar[str] = "run"
@@ -214,11 +242,14 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
         return self.freeze == FREEZE_ADAPTER or self.input == TEXT
 
     def check(self) -> None:
-        """Raises UserError for 8 bits, and for what ranks would do each in its own time with the layers shared out."""
-        if self.precision == "int8":
+        """Raises UserError for flags that contradict each other, and for what ranks would do each in its own time with
+        the layers shared out.
+        """
+        self._check_tuning()
+        if self.quant and self.strategy == "deepspeed_stage_3":
             raise UserError(
-                "--precision: found 'int8', which is for decoding alone, expected auto, bf16 or fp32; train in one of "
-                "these, and give int8 to eval.py or predict.py"
+                f"--precision: found {self.precision!r} with --strategy deepspeed_stage_3, which shares out the frozen "
+                "layers as floats; use deepspeed_stage_2"
             )
         for name in ("valid_data", "feature_cache"):
             if self.strategy == "deepspeed_stage_3" and getattr(self, name):
@@ -251,4 +282,27 @@ class TrainConfig(_OptimizerFlags, _AudioFlags, _TrainDataFlags, _TrainDeviceFla
             raise UserError(
                 f"--ctc: {self.train_data} arrives row by row, expected data whose characters can be listed: a "
                 "manifest, a folder, tar shards or a set on the disk"
+            )
+
+    def _check_tuning(self) -> None:
+        """Raises UserError for flags of --peft without it, and for what cannot be trained beside a tuned model."""
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_from"):
+            if self.peft == "none" and getattr(self, name) != getattr(TrainConfig, name):
+                raise UserError(
+                    f"--{name}: found without --peft lora, where it has no effect; add it, or leave this out"
+                )
+        tunes = f"--peft {self.peft}" if self.peft != "none" else f"--train_parts {self.train_parts}"
+        if self.peft == "none" and not self.train_parts:
+            if self.lr_lm != TrainConfig.lr_lm:
+                raise UserError("--lr_lm: found without --peft or --train_parts, where it has no effect; leave it out")
+            return
+        if self.adapter_stays:
+            what = "--input text" if self.input == TEXT else "--freeze adapter"
+            raise UserError(
+                f"{tunes}: found with {what}, which learns states alone, beside others that the change would spoil; "
+                "leave out one of them"
+            )
+        if self.loss == "kl":
+            raise UserError(
+                f"{tunes}: found with --loss kl, whose teacher is the frozen language model; leave out one of them"
             )

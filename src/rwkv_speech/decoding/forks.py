@@ -102,7 +102,7 @@ class OpenPiece:
         window = piece.waveform[first * self._stack * self._framing.samples_per_frame :]
         [encoded] = self._reader.encode([Sample("", window, "", [], len(window) / SAMPLE_RATE, 0, self._task)])
         known = self._num_settled - first
-        audio = encoded.audio[known:].to(self._model.lm.emb.weight.dtype)
+        audio = encoded.audio[known:].to(self._model.lm.dtype)
         ctc = None if encoded.ctc is None else encoded.ctc[known * self._stack :]
         whole = None if ctc is None else torch.cat([*self._ctc, ctc])
         num_new = max(0, len(audio) - self._tokens(SETTLE_SECONDS))

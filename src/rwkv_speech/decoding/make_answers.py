@@ -125,8 +125,10 @@ def _there(output: Path, made_by: str) -> set[tuple[Any, ...]]:
 
 def _answered(config: AnswerConfig, lines: list[Line]) -> Iterator[tuple[Line, str, bool]]:
     """Each line with the model's answer, in order, and whether it was cut; a bar counts them."""
-    parts = Parts(config.load_model, vocab_file=config.vocab_file).filled()
-    compute = compute_of(ModelConfig(device=config.device, precision=config.precision))
+    model = ModelConfig(
+        load_model=config.load_model, vocab_file=config.vocab_file, device=config.device, precision=config.precision
+    )
+    parts, compute = Parts.of(model).filled(), compute_of(model)
     lm, tokenizer = build_text_model(parts, compute)
     options = Options.given(config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
     prompts = (as_prompt(config.form, _transcript(line), _before(line)) for line in lines)

@@ -26,7 +26,6 @@ from rwkv_speech.files import write_atomically
 from rwkv_speech.models.checkpoint import ordered
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.models.state import State
-from rwkv_speech.models.states import adapter_sha256
 from rwkv_speech.tasks import Naming
 from rwkv_speech.tokenizer import WorldTokenizer
 
@@ -220,7 +219,7 @@ class Session:
             learned["soft_prompt"] = model.soft_prompts[self.task]
         return {
             "base model": model.parts.base_sha256,
-            "adapter": adapter_sha256(model.adapter.state_dict()),
+            "adapter": model.adapter_sha256,
             "initial state": _digest(learned),
         }
 

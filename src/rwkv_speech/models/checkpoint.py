@@ -1,7 +1,8 @@
 """Checkpoints of the trained tensors: own files (safetensors with metadata) and published ones (`.pth`).
 
 Own files hold `adapter.{0,2}.{weight,bias}` (not of a run that heard nothing), `initial_states.TASK` (L, H, N, N),
-`soft_prompts.TASK` (P, C) where a task has one, and with a CTC head `ctc.*`; published ones, and own ones of format 1,
+`soft_prompts.TASK` (P, C) where a task has one, `lm.*` of what was trained of the language model, and with a CTC head
+`ctc.*`; published ones, and own ones of format 1,
 `speech_encoder.adapter.*` and one task's `language_model.blocks.{i}.att.time_state` (H, N, N).
 """
 
@@ -31,7 +32,7 @@ FORMAT = "rwkv_speech-2"
 FORMAT_1 = "rwkv_speech-1"
 BEST, LAST = "best.safetensors", "last.safetensors"
 STATES, SOFT_PROMPTS = "initial_states.", "soft_prompts."
-_ADAPTER, _CTC = "adapter.", "ctc."
+_ADAPTER, _CTC, _LM = "adapter.", "ctc.", "lm."
 _ADAPTER_TENSORS = {"0.weight", "0.bias", "2.weight", "2.bias"}
 _PUBLISHED_ADAPTER = "speech_encoder.adapter."
 _PUBLISHED_STATE = re.compile(r"language_model\.blocks\.(\d+)\.att\.time_state")
@@ -55,6 +56,7 @@ class Trained:
     ctc: tuple[CtcSpec, dict[str, Tensor]] | None = None
     confidence: dict[str, float] | None = None
     soft_prompts: dict[str, Tensor] = field(default_factory=dict)  # by task, (P, C), of tasks that have one
+    lm: dict[str, Tensor] = field(default_factory=dict)  # of the language model, by its names
 
     def require_adapter(self) -> None:
         """Raises UserError for weights that cannot hear."""
@@ -66,7 +68,7 @@ class Trained:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors of adapter and states under their names in own files, on the CPU."""
-        return named_tensors(self.adapter, self.initial_states, self.soft_prompts)
+        return named_tensors(self.adapter, self.initial_states, self.soft_prompts, self.lm)
 
     def ctc_head(self) -> CtcHead | None:
         """The CTC head, frozen, if there is one; raises UserError for one whose tensors are not those of its record."""
@@ -88,11 +90,13 @@ def named_tensors(
     adapter: Mapping[str, Tensor],
     initial_states: Mapping[str, Tensor],
     soft_prompts: Mapping[str, Tensor] | None = None,
+    lm: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The trained tensors under their names in own files, on the CPU."""
     tensors = {_ADAPTER + name: x for name, x in adapter.items()}
     tensors |= {STATES + task: x for task, x in initial_states.items()}
     tensors |= {SOFT_PROMPTS + task: x for task, x in (soft_prompts or {}).items()}
+    tensors |= {_LM + name: x for name, x in (lm or {}).items()}
     return {name: x.detach().cpu().clone() for name, x in tensors.items()}
 
 
@@ -147,10 +151,10 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         ) from error
     if metadata.get("format") != FORMAT:
         tensors = _renamed(path, tensors, task)
-    known = (_ADAPTER, STATES, SOFT_PROMPTS, _CTC) if ctc else (_ADAPTER, STATES, SOFT_PROMPTS)
-    adapter, states, prompts, head = (
+    known = (_ADAPTER, STATES, SOFT_PROMPTS, _LM, *([_CTC] if ctc else []))
+    adapter, states, prompts, lm, head = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        for prefix in (_ADAPTER, STATES, SOFT_PROMPTS, _CTC)
+        for prefix in (_ADAPTER, STATES, SOFT_PROMPTS, _LM, _CTC)
     )
     heard_nothing = not adapter and metadata.get("format") == FORMAT
     if not (set(adapter) == _ADAPTER_TENSORS or heard_nothing) or not states:
@@ -160,7 +164,7 @@ def load_trained(path: str | Path, task: str = tasks.DEFAULT) -> Trained:
         )
     ignored = tuple(name for name in tensors if not name.startswith(known))
     about = parts, trained_on, ignored, metrics, (ctc, head) if ctc else None, confidence
-    return Trained(path, adapter, states, *about, prompts)
+    return Trained(path, adapter, states, *about, prompts, lm)
 
 
 def add_confidence(path: Path, confidence: Mapping[str, float]) -> None:
@@ -256,6 +260,11 @@ def export_published(trained: Trained, path: Path, task: str = "") -> None:
     if path.suffix != ".pth":
         raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
     trained.require_adapter()
+    if trained.lm:
+        raise UserError(
+            f"{trained.path}: has {len(trained.lm)} trained tensors of the language model, which a published file has "
+            "no place for; make them a part of it first: python -m rwkv_speech merge"
+        )
     task = one_task(trained.path, trained.initial_states, task)
     if trained.parts and task in trained.parts.transcribes:
         raise UserError(

@@ -19,10 +19,11 @@ def read_lm(
     device: str | torch.device = "cpu",
     form: str = "auto",
     fuse: bool = False,
+    quant: str = "",
 ) -> RWKV:
     """The language model of a file, of the family that it is of; raises UserError as RWKV.from_tensors."""
     family, tensors = open_base(path)
-    return _class_of(family, path).from_tensors(tensors, path, dtype, device, form, fuse)
+    return _class_of(family, path).from_tensors(tensors, path, dtype, device, form, fuse, quant)
 
 
 def read_sizes(path: str | Path) -> LMSizes:

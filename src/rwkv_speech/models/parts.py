@@ -10,6 +10,7 @@ from rwkv_speech import tiny
 from rwkv_speech.config import ModelConfig, encoder_layers
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
+from rwkv_speech.models.lora import LoraSpec
 
 # The published setting's.
 WAVLM_LARGE = "microsoft/wavlm-large"
@@ -36,7 +37,8 @@ class Parts:
     "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
     World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read; `encoder_sha256`
     is that of the encoder's weights in what was shared, else empty. The tasks that it `transcribes` first say what they
-    heard and the separator before their text.
+    heard and the separator before their text. `quant` says how the language model's matrices are packed, `lora` and
+    `train_parts` what is trained of it.
     """
 
     load_model: str = ""
@@ -52,18 +54,24 @@ class Parts:
     encoder_layers: str = ""
     encoder_sha256: str = ""
     transcribes: tuple[str, ...] = ()
+    quant: str | None = None
+    lora: LoraSpec | None = None
+    train_parts: str = ""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
         """The parts that the flags name."""
-        return cls.from_dict(vars(config))
+        return cls.from_dict({**vars(config), "quant": config.quant, "lora": LoraSpec.of(config)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Parts":
         """From a checkpoint's metadata; names of other versions are left out."""
         names = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
-        return cls(**known | {"transcribes": tuple(known.get("transcribes", ()))})
+        known["transcribes"] = tuple(known.get("transcribes", ()))
+        if isinstance(lora := known.get("lora"), dict):
+            known["lora"] = LoraSpec(**lora)
+        return cls(**known)
 
     def filled(self) -> "Parts":
         """Every part that was left empty takes what belongs to the base model; paths become absolute."""
@@ -76,6 +84,7 @@ class Parts:
             stack=self.stack or (tiny.STACK if embedded else STACK),
             adapter_hidden=self.adapter_hidden or (tiny.ADAPTER_HIDDEN if embedded else ADAPTER_HIDDEN),
             separator=self.separator or SEPARATOR,
+            quant=self.quant or "",
         )
 
     def recorded_in(self, path: Path, given: "Parts", hears: bool = True) -> "Parts":
@@ -83,7 +92,7 @@ class Parts:
 
         A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256; the
         encoder need not be there unless the model `hears`. Raises UserError naming the flag that says where it is, and
-        for another `encoder_padding` and other `encoder_layers`.
+        for another `encoder_padding`, other `encoder_layers`, or another `quant` than it was trained with.
         """
         if given.encoder_layers not in ("", self.encoder_layers):
             raise UserError(
@@ -95,14 +104,27 @@ class Parts:
                 f"--encoder_padding: found {given.encoder_padding:g}, but {path} was trained with "
                 f"{self.encoder_padding or 0:g}, expected the same: leave it out"
             )
+        if self.quant and given.quant not in (None, self.quant):
+            raise UserError(
+                f"--precision: found {given.quant or 'floats'}, but {path} was trained with {self.quant}, expected the "
+                "same: leave it out"
+            )
         return replace(
             self,
+            quant=self.quant or given.quant,
             load_model=given.load_model or _find("load_model", self.load_model, path, self.base_sha256),
             encoder=given.encoder or (_find("encoder", self.encoder, path) if hears else self.encoder),
             vocab_file=given.vocab_file or _find("vocab_file", self.vocab_file, path),
             n_layer=given.n_layer or self.n_layer,
             n_embd=given.n_embd or self.n_embd,
         )
+
+    def starting_from(self, start: "Parts", is_frozen: bool) -> "Parts":
+        """These parts of a run that starts from weights of others: packed alike unless the flags say how; with what was
+        trained of the language model, where that and the adapter stay.
+        """
+        known = replace(self, quant=start.quant if self.quant is None else self.quant)
+        return replace(known, lora=start.lora, train_parts=start.train_parts) if is_frozen else known
 
     def read_by(self, path: Path, given: "Parts") -> "Parts":
         """The parts of a run that reads text on the adapter of the checkpoint `path`, which has these.

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, check_tensors, open_base
-from rwkv_speech.models.losses import head_kl_sum, head_loss_sum
-from rwkv_speech.models.quantised import Int8Linear
+from rwkv_speech.models.linear import Embedding, Head, Linear
 from rwkv_speech.models.state import Packing, State
 
 GROUP_NORM_EPS = 64e-5
@@ -82,21 +81,6 @@ class Block(nn.Module):
         return x + ffn.step(self.ln2(x), ffn_shift), *carried_on
 
 
-class Head(nn.Linear):
-    """The last matrix: hidden (n, C) -> logits (n, V), or with targets (n,) their summed loss, or with what a teacher
-    gives (the last arguments of losses.head_kl_sum) the summed divergence from it.
-
-    Within one module, since ZeRO-3 has a matrix only while its module runs.
-    """
-
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, teacher: tuple[Tensor, Tensor, float] | None = None
-    ) -> Tensor:
-        if teacher is not None:
-            return head_kl_sum(hidden, self.weight, *teacher)
-        return super().forward(hidden) if targets is None else head_loss_sum(hidden, self.weight, targets)
-
-
 class RWKV(nn.Module):
     """A language model: `model(input_ids)` -> `Output` with `.logits` (B, T, V) and `.state`.
 
@@ -111,10 +95,10 @@ class RWKV(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.grad_cp = False
-        self.emb = nn.Embedding(sizes.vocab, sizes.C)
+        self.emb = Embedding(sizes.vocab, sizes.C)
         self.blocks = nn.ModuleList(self.layers(sizes, form, fuse))
         self.ln_out = nn.LayerNorm(sizes.C)
-        self.head = Head(sizes.C, sizes.vocab, bias=False)
+        self.head = Head(sizes.C, sizes.vocab)
 
     @classmethod
     def layers(cls, sizes: LMSizes, form: str, fuse: bool) -> Iterable[Block]:
@@ -129,12 +113,13 @@ class RWKV(nn.Module):
         device: str | torch.device = "cpu",
         form: str = "auto",
         fuse: bool = False,
+        quant: str = "",
     ) -> Self:
         """Load a `.pth` or `.safetensors` file; raises UserError for one of another family, else as `from_tensors`."""
         family, tensors = open_base(path)
         if family != cls.FAMILY:
             raise UserError(f"{path}: found an {family} model, expected {cls.SIZES.NAME}; give one with --load_model")
-        return cls.from_tensors(tensors, path, dtype, device, form, fuse)
+        return cls.from_tensors(tensors, path, dtype, device, form, fuse, quant)
 
     @classmethod
     def from_tensors(
@@ -145,26 +130,37 @@ class RWKV(nn.Module):
         device: str | torch.device = "cpu",
         form: str = "auto",
         fuse: bool = False,
+        quant: str = "",
     ) -> Self:
         """From the tensors of the file `path`, which say the sizes.
 
         Raises UserError naming the file for a key that is missing, unknown or of the wrong shape.
-        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size. With torch.int8 the
-        matrices are kept in 8 bits and the rest in bfloat16: for decoding on a CPU alone.
+        A file of the asked `dtype` is mapped, not copied: peak memory stays near the file's size. `quant` as in
+        `quantise`.
         """
         sizes = cls.SIZES.of(tensors, path)
         with torch.device("meta"):
             model = cls(sizes, form, fuse)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         check_tensors(tensors, shapes, path, cls.SIZES.NAME)
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        quantised = {name: Int8Linear(tensors.pop(f"{name}.weight")) for name in linear if dtype == torch.int8}
-        floats = torch.bfloat16 if dtype == torch.int8 else dtype
-        # Not strict, for check_tensors was.
-        model.load_state_dict({name: x.to(device, floats) for name, x in tensors.items()}, strict=False, assign=True)
-        for name, module in quantised.items():
-            model.set_submodule(name, module)
+        packed = {f"{name}.weight" for name, module in model.named_modules() if quant and isinstance(module, Linear)}
+        # What is packed is read as the file has it. Not strict, for check_tensors was.
+        tensors = {name: x if name in packed else x.to(device, dtype) for name, x in tensors.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.quantise(quant, dtype, device)
         return model.requires_grad_(False).eval()
+
+    def quantise(self, quant: str, dtype: torch.dtype, device: str | torch.device | None = None) -> None:
+        """Keep the matrices in 8 ("int8") or 4 bits ("nf4", with the embeddings in 8) and compute with `dtype`."""
+        for module in (x for x in self.modules() if quant and isinstance(x, Linear)):
+            module.quantise(quant, dtype, device)
+        if quant == "nf4":
+            self.emb.quantise()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is not kept in fewer bits has this type."""
+        return self.emb.dtype or self.emb.weight.dtype
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids (...) -> embeddings (..., C), as the first block takes them."""
@@ -172,9 +168,9 @@ class RWKV(nn.Module):
 
     def zero_state(self, batch: int) -> State:
         """The state before anything was read, for `batch` sequences."""
-        s, p = self.sizes, self.emb.weight
-        wkv = torch.zeros(s.n_layer, batch, s.H, s.N, s.N, dtype=torch.float32, device=p.device)
-        shift = torch.zeros(s.n_layer, batch, s.C, dtype=p.dtype, device=p.device)
+        s, device = self.sizes, self.emb.weight.device
+        wkv = torch.zeros(s.n_layer, batch, s.H, s.N, s.N, dtype=torch.float32, device=device)
+        shift = torch.zeros(s.n_layer, batch, s.C, dtype=self.dtype, device=device)
         return State(wkv, shift, shift.clone())
 
     def hidden(

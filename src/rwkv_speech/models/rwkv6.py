@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
+from rwkv_speech.models.linear import Linear
 from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.ops import rwkv6_cpu
@@ -40,7 +41,7 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.zeros(C, decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.zeros(decay_rank, C))
         self.time_faaaa = nn.Parameter(torch.zeros(H, self.N))
-        self.receptance, self.key, self.value, self.gate, self.output = (nn.Linear(C, C, bias=False) for _ in range(5))
+        self.receptance, self.key, self.value, self.gate, self.output = (Linear(C, C) for _ in range(5))
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)
 
     def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +83,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.time_maa_k = nn.Parameter(torch.zeros(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.zeros(1, 1, C))
-        self.key = nn.Linear(C, ffn, bias=False)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(ffn, C, bias=False)
+        self.key = Linear(C, ffn)
+        self.receptance = Linear(C, C)
+        self.value = Linear(ffn, C)
 
     def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""
@@ -140,5 +141,6 @@ class RWKV6(RWKV):
         key = id(self), weight.data_ptr(), weight.requires_grad
         if self._prepared[0] != key:
             tensors = dict(self.named_parameters()) | dict(self.named_buffers())
-            self._prepared = key, None if self._form == "torch" else rwkv6_cpu.Stepper.of(tensors, vars(self.sizes))
+            usable = self._form != "torch" and not any(name.endswith(".lora_A") for name in tensors)
+            self._prepared = key, rwkv6_cpu.Stepper.of(tensors, vars(self.sizes)) if usable else None
         return self._prepared[1]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, RWKV7Sizes
+from rwkv_speech.models.linear import Linear
 from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
 from rwkv_speech.models.state import Packing
 from rwkv_speech.ops.mix import squared_relu
@@ -58,7 +59,7 @@ class TimeMix(nn.Module):
                 self._register_low_rank(name, C, rank)
         self._register_low_rank("g", C, sizes.gate_rank)
         self.r_k = nn.Parameter(torch.zeros(self.H, self.N))
-        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
         self.ln_x = nn.GroupNorm(self.H, C, eps=GROUP_NORM_EPS)
 
     def _register_low_rank(self, name: str, C: int, rank: int) -> None:
@@ -125,8 +126,8 @@ class ChannelMix(nn.Module):
     def __init__(self, C: int, ffn: int) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.zeros(1, 1, C))
-        self.key = nn.Linear(C, ffn, bias=False)
-        self.value = nn.Linear(ffn, C, bias=False)
+        self.key = Linear(C, ffn)
+        self.value = Linear(ffn, C)
 
     def forward(self, x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> output (B, T, C) and the next shift."""

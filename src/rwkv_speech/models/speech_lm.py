@@ -24,6 +24,7 @@ from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained
 from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
 from rwkv_speech.models.families import read_lm
+from rwkv_speech.models.lora import settle, tune, tuned
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import Packing, State
@@ -59,6 +60,8 @@ class SpeechLM(nn.Module):
         self.ctc: CtcHead | None = None  # frozen here: it is trained by itself
         self.confidence: dict[str, float] | None = None  # the weights of decoding.confidence, if it was calibrated
         self.separator_id = _one_token(tokenizer, parts.separator)
+        tune(lm, parts.lora, parts.train_parts)
+        self._learned_with = ""  # what `adapter_sha256` was before the language model's changes became a part of it
         self.trained_on: TrainedOn | None = None
         self.metrics: dict[str, Any] = {}  # of the training, as the checkpoint says
 
@@ -111,11 +114,14 @@ class SpeechLM(nn.Module):
         wanted = given if trained.parts is None else trained.parts.recorded_in(trained.path, given, hears)
         model = cls.build(wanted, compute, list(trained.initial_states), hears)
         model.load_trained(trained)
+        model._learned_with = model.adapter_sha256
+        settle(model.lm, model.parts.train_parts)
         return model.eval()
 
     def load_trained(self, trained: Trained) -> None:
-        """Take over the adapter and the initial states; raises UserError where shapes or the base model differ."""
+        """Take over all that was trained; raises UserError where shapes, the base model or what is trained differ."""
         if trained.parts is not None:
+            self._check_tuned(trained.path, trained.parts)
             self.parts.check_base(trained.parts.base_sha256, trained.path)
             self.encoder.check(trained.parts.encoder_sha256, trained.path)
         if trained.adapter and not self.encoder.width:  # of the encoder's width, whatever that is
@@ -146,8 +152,26 @@ class SpeechLM(nn.Module):
         transcribes = trained.parts.transcribes if trained.parts else ()
         self._set_transcribes(name for name in transcribes if name in self.initial_states)
         head = trained.ctc_head()
-        self.ctc = None if head is None else head.to(next(self.trained_parameters()).device)
+        self.ctc = None if head is None else head.to(next(self.task_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
+
+    def _check_tuned(self, path: Path, theirs: Parts) -> None:
+        """Raises UserError for changes of the language model that have no place here; a warning for other rounding."""
+        mine = self.parts
+        if theirs.lora and not theirs.lora.is_like(mine.lora):
+            raise UserError(
+                f"{path}: was trained with --peft lora --lora_rank {theirs.lora.rank} --lora_alpha "
+                f"{theirs.lora.alpha:g} --lora_targets {theirs.lora.targets}; give the same flags, or make it a part "
+                "of the base model: python -m rwkv_speech merge"
+            )
+        if missing := set(filter(None, theirs.train_parts.split(","))) - set(mine.train_parts.split(",")):
+            raise UserError(
+                f"{path}: was trained with --train_parts {theirs.train_parts}; expected {min(missing)} among those of "
+                "this run: give the same flag, or make it a part of the base model: python -m rwkv_speech merge"
+            )
+        if (theirs.quant or "") != (mine.quant or ""):
+            kinds = theirs.quant or "floats", mine.quant or "floats"
+            logger.warning("%s: was trained with the language model in %s, which is here in %s", path, *kinds)
 
     def add_states(self, path: str | Path) -> str:
         """Take over the states of a file, in place of those of the same names; the name if it is one, else "".
@@ -173,19 +197,27 @@ class SpeechLM(nn.Module):
     @property
     def adapter_sha256(self) -> str:
         """What the states of this adapter are known by."""
-        return adapter_sha256(self.adapter.state_dict())
+        return self._learned_with or adapter_sha256(self.adapter.state_dict(), self.tuned)
+
+    @property
+    def tuned(self) -> dict[str, nn.Parameter]:
+        """What is trained of the language model, by its names there."""
+        return tuned(self.lm, self.parts.train_parts)
 
     def save(self, path: Path, **metrics: Any) -> None:
         """Write the trained tensors, atomically, with what they were trained on and `metrics`."""
         states, prompts = dict(self.initial_states.items()), dict(self.soft_prompts.items())
-        tensors = named_tensors(self.adapter.state_dict(), states, prompts)
+        tensors = named_tensors(self.adapter.state_dict(), states, prompts, self.tuned)
         is_same = not any(x.requires_grad for x in self.adapter.parameters())  # what confidence was calibrated with
         confidence = self.confidence if is_same else None
         write_checkpoint(path, tensors, self.parts, self.trained_on, metrics, self.ctc, confidence)
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters and what each task has, but for frozen ones: all that an optimizer may see."""
+        """The adapter's parameters, what each task has, and what is trained of the language model, but for frozen ones:
+        all that an optimizer may see.
+        """
         yield from (x for x in (*self.adapter.parameters(), *self.task_parameters()) if x.requires_grad)
+        yield from (x for x in self.tuned.values() if x.requires_grad)
 
     def task_parameters(self) -> Iterator[nn.Parameter]:
         """The initial states and soft prompts of all tasks."""
@@ -210,7 +242,8 @@ class SpeechLM(nn.Module):
 
     def freeze_all_but(self, task_names: Sequence[str]) -> None:
         """Let nothing but the states and soft prompts of these tasks be trained."""
-        self.adapter.requires_grad_(False)
+        for x in (*self.adapter.parameters(), *self.tuned.values()):
+            x.requires_grad_(False)
         for name, x in (*self.initial_states.items(), *self.soft_prompts.items()):
             x.requires_grad_(name in task_names)
 
@@ -383,7 +416,7 @@ class SpeechLM(nn.Module):
 def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV, WorldTokenizer]:
     """The frozen language model of filled `parts` and its tokenizer; raises UserError for files that do not fit."""
     base = parts.base_file()
-    lm = read_lm(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse)
+    lm = read_lm(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse, parts.quant or "")
     tokenizer = WorldTokenizer(parts.vocabulary())
     if tokenizer.vocab_size > lm.sizes.vocab:
         raise UserError(

@@ -133,14 +133,16 @@ class States:
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def adapter_sha256(adapter: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of an adapter's tensors in float32; "" without an adapter, whose states fit any."""
+def adapter_sha256(adapter: Mapping[str, Tensor], lm: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of the tensors, in float32, of an adapter and of what was trained of the language model with it; ""
+    without an adapter, whose states fit any.
+    """
     if not adapter:
         return ""
-    found = hashlib.sha256()
-    for name in sorted(adapter):
+    found, tensors = hashlib.sha256(), {**adapter, **lm}
+    for name in sorted(tensors):
         found.update(name.encode())
-        found.update(adapter[name].detach().float().cpu().contiguous().numpy().tobytes())
+        found.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -165,7 +167,8 @@ def read_states(path: str | Path, task: str = tasks.DEFAULT) -> States:
         return States(path, {task: layers}, "", "")
     trained = load_trained(path, task)
     base = trained.parts.base_sha256 if trained.parts else ""
-    learned = dict(trained.initial_states), base, adapter_sha256(trained.adapter), trained.soft_prompts
+    fingerprint = adapter_sha256(trained.adapter, trained.lm)
+    learned = dict(trained.initial_states), base, fingerprint, trained.soft_prompts
     return States(path, *learned, frozenset(trained.parts.transcribes if trained.parts else ()))
 
 
@@ -214,7 +217,7 @@ def _write_back(there: States) -> Path:
         return there.path
     trained = replace(load_trained(there.path), initial_states=there.states, soft_prompts=there.soft_prompts)
     assert trained.parts is not None
-    if there.adapter_sha256 != adapter_sha256(trained.adapter):
+    if there.adapter_sha256 != adapter_sha256(trained.adapter, trained.lm):
         raise UserError(
             f"{there.path}: has no adapter, for it was trained with --input text, and could not say which one its new "
             "states were learned with; expected states that were trained so, too"

@@ -25,6 +25,7 @@ from rwkv_speech.models import parts
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.families import lm_of
+from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, FrameOptions, Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.tokenizer import WorldTokenizer
@@ -92,31 +93,51 @@ class Sizes:
     adapter_hidden: int = ADAPTER_HIDDEN
     frames: FrameOptions = _LAST
     num_states: int = 1
+    quant: str = ""
+    lora: LoraSpec | None = None
+    train_parts: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> SpeechLM:
         """The real model on the "meta" device, the language model in `dtype`."""
-        shape = Parts(stack=self.stack, adapter_hidden=self.adapter_hidden)
+        shape = Parts(
+            stack=self.stack, adapter_hidden=self.adapter_hidden, lora=self.lora, train_parts=self.train_parts
+        )
         names = ["asr", *(f"task{number}" for number in range(1, self.num_states))]
         with torch.device("meta"):
             lm = lm_of(self.lm).to(dtype).requires_grad_(False)
+            lm.quantise(self.quant, dtype)
             return SpeechLM(
                 build_encoder(self.encoder, frames=self.frames), lm, WorldTokenizer(tiny.VOCAB_FILE), shape, names
             )
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """How many each part of the model has: "encoder", "lm", "adapter", "initial_states"."""
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.build().named_children()}
+        """How many each part of the model has: "encoder", "lm", what is trained of it, "adapter", "initial_states"."""
+        model = replace(self, quant="").build()
+        found = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        tuned = sum(p.numel() for p in model.tuned.values())
+        return found | {"lm": found["lm"] - tuned, "tuned": tuned}
 
     @property
     def trained(self) -> int:
         """Parameters that the optimizer sees."""
-        return self.parameters["adapter"] + self.parameters["initial_states"]
+        return self.parameters["adapter"] + self.parameters["initial_states"] + self.parameters["tuned"]
+
+    def lm_bytes(self, dtype: torch.dtype) -> int:
+        """Of the frozen language model, whose numbers that are not packed have this type."""
+        return _lm_bytes(self, dtype)
 
     def positions(self, batch: MicroBatch) -> int:
         """Audio tokens, separators and text of a batch, packed without padding."""
         frames = build_encoder(self.encoder).frame_lengths(torch.tensor(round(batch.seconds * SAMPLE_RATE)))
         return batch.utterances * (int(frames) // self.stack + 1 + batch.text_tokens)
+
+
+@functools.cache
+def _lm_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
+    model = sizes.build(dtype)
+    tuned = {id(p) for p in model.tuned.values()}
+    return sum(p.nbytes for p in model.lm.parameters() if id(p) not in tuned)
 
 
 class Cost(NamedTuple):

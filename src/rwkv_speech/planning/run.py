@@ -73,7 +73,8 @@ def _sizes(config: TrainConfig, notes: list[str]) -> Sizes:
         known = "its published sizes" if parts.encoder in ENCODERS else "the sizes of WavLM-Large"
         notes.append(f"encoder {parts.encoder} is not here: planned with {known}")
     assert parts.stack is not None and parts.adapter_hidden is not None
-    return Sizes(lm, encoder, parts.stack, parts.adapter_hidden, parts.frame_options)
+    shape = parts.stack, parts.adapter_hidden, parts.frame_options
+    return Sizes(lm, encoder, *shape, quant=parts.quant or "", lora=parts.lora, train_parts=parts.train_parts)
 
 
 def _durations(config: TrainConfig, notes: list[str]) -> tuple[Floats, list[Part]]:

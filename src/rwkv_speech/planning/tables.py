@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from rwkv_speech.config import TrainConfig
 from rwkv_speech.data.epoch import Cut, EpochPlan, Floats
@@ -69,13 +70,16 @@ def _parameters(config: TrainConfig, sizes: Sizes) -> Iterator[str]:
     yield "Parameters"
     yield f"  {'part':<14}  {'parameters':>14}  type  {'GiB':>6}"
     for name, part, kind, what in (
-        ("language model", "lm", config.precision, "frozen"),
+        ("language model", "lm", sizes.quant or config.precision, "frozen"),
         ("encoder", "encoder", config.encoder_precision, "frozen"),
         ("adapter", "adapter", "fp32", "trained"),
         ("initial state", "initial_states", "fp32", "trained"),
+        ("tuned of it", "tuned", "fp32", "trained"),
     ):
-        count = sizes.parameters[part]
-        yield f"  {name:<14}  {count:>14,}  {kind}  {count * (2 if kind == 'bf16' else 4) / GIB:>6.2f}  {what}"
+        count, floats = sizes.parameters[part], torch.bfloat16 if config.precision == "bf16" else torch.float32
+        size = sizes.lm_bytes(floats) if part == "lm" else count * (2 if kind == "bf16" else 4)
+        if count:
+            yield f"  {name:<14}  {count:>14,}  {kind}  {size / GIB:>6.2f}  {what}"
 
 
 def _memory(config: TrainConfig, sizes: Sizes, batch: MicroBatch) -> Iterator[str]:

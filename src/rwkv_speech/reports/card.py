@@ -24,7 +24,8 @@ _KINDS = {
 _PERCENT, _POINTS = ("wer", "cer", "f1", "exact_match", "accuracy", "weighted_f1"), ("chrf", "bleu")
 _TRAINING = (
     "task", "input", "epoch_count", "micro_bsz", "accumulate", "lr_adapter", "lr_state", "lr_schedule", "warmup_steps",
-    "weight_decay", "stack", "soft_prompt", "loss", "speed", "precision", "encoder_precision", "seed",
+    "weight_decay", "stack", "soft_prompt", "peft", "lora_rank", "lora_alpha",
+    "lora_targets", "train_parts", "lr_lm", "loss", "speed", "precision", "encoder_precision", "seed",
 )  # fmt: skip
 
 

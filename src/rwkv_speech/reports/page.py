@@ -96,6 +96,7 @@ def _charts(rows: Sequence[LogRow]) -> Iterator[tuple[str, str]]:
         ("Loss", "nats per target token", "loss", True),
         ("Learning rate, adapter", "learning rate", "lr_adapter", False),
         ("Learning rate, initial state", "learning rate", "lr_state", False),
+        ("Learning rate, language model", "learning rate", "lr_lm", False),
         ("Gradient norm", "norm", "grad_norm", True),
     )
     title = "Error rates"

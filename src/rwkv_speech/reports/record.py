@@ -34,6 +34,7 @@ class LogRow:
     loss: float | None = None  # nats per target token
     lr_adapter: float | None = None
     lr_state: float | None = None
+    lr_lm: float | None = None
     grad_norm: float | None = None  # before clipping
     target_tokens: float | None = None
     padding: float | None = None  # share of the encoder's input

@@ -200,13 +200,15 @@ class SpeechModule(pl.LightningModule):
         return Cut(c.micro_bsz, c.batch_seconds, c.seed, rank=rank, world_size=world_size, accumulate=accumulate)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with two learning rates and one schedule over the optimizer's steps."""
+        """AdamW with a learning rate for each part and one schedule over the optimizer's steps."""
         c = self.config
         optimizer = make_optimizer(
             self.model.adapter.parameters(),
             self.model.task_parameters(),
+            self.model.tuned.values(),
             c.lr_adapter,
             c.lr_state,
+            c.lr_lm,
             c.weight_decay,
             (c.beta1, c.beta2),
             c.adam_eps,
@@ -233,6 +235,8 @@ class SpeechModule(pl.LightningModule):
         counts = self._summed(torch.tensor(known, dtype=torch.float64))
         # Data-parallel training averages over ranks, which their number undoes.
         scale = (self.trainer.world_size / counts[0].clamp_min(1)).float()
+        if self.config.lora_dropout:  # what is dropped depends on the step and the rank, not on what came before
+            torch.manual_seed((self.config.seed << 40) + (self.global_step << 16) + self.trainer.global_rank)
         losses = torch.stack([self._backward(batch, scale, last=batch is step[-1]) for batch in step])
         norm = self.strategy.gradient_norm(self.model)
         # The one time in a step that the device is waited for.

@@ -1,4 +1,4 @@
-"""Optimizer and schedule: two learning rates, one for the adapter and one for the initial state."""
+"""Optimizer and schedule: a learning rate each for the adapter, the initial states, and what is tuned of the model."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def lr_factor(schedule: str, warmup_steps: int, total_steps: int, final: float = 0.0) -> Callable[[int], float]:
-    """The factor of both learning rates at each optimizer step: a linear warm-up, then one of config.SCHEDULES."""
+    """The factor of all learning rates at each optimizer step: a linear warm-up, then one of config.SCHEDULES."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -24,8 +24,10 @@ def lr_factor(schedule: str, warmup_steps: int, total_steps: int, final: float =
 def make_optimizer(
     adapter: Iterable[nn.Parameter],
     initial_state: Iterable[nn.Parameter],
+    lm: Iterable[nn.Parameter],
     lr_adapter: float,
     lr_state: float,
+    lr_lm: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-8,
@@ -34,6 +36,7 @@ def make_optimizer(
     groups = (
         {"params": _trained(adapter), "lr": lr_adapter, "weight_decay": weight_decay, "name": "adapter"},
         {"params": _trained(initial_state), "lr": lr_state, "weight_decay": 0.0, "name": "state"},
+        {"params": _trained(lm), "lr": lr_lm, "weight_decay": 0.0, "name": "lm"},
     )
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps)
 

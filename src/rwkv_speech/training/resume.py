@@ -46,9 +46,18 @@ def shared_settings(
         "train_data": train.fingerprint(),
         "valid_data": valid.fingerprint() if valid is not None else "",
         "noise_dir": _files_in(config.noise_dir) if config.noise_dir else "",
+        "lora_from": _updates(config.lora_from) if config.lora_from else "",
         "init_from": sha256_file(find_checkpoint(config.init_from)) if config.init_from else "",
     }
     return flags | content
+
+
+def _updates(path: str) -> str:
+    return (
+        sha256_file(path)
+        if Path(path).is_file()
+        else digest((x.name, sha256_file(x)) for x in sorted(Path(path).iterdir()))
+    )
 
 
 def _files_in(folder: str) -> str:
