@@ -96,7 +96,8 @@ class SpeechModule(pl.LightningModule):
             self.taken_over = None
         c, data = self.config, self._train_data
         if self.trainer.is_global_zero and isinstance(data, SpeechDataset) and c.strategy != "deepspeed_stage_3":
-            self.notes += self._languages.read(data.source, c.label_mode)
+            with self._autocast():
+                self.notes += self._languages.read(data.source, c.label_mode)
         if self._cache is None:
             return
         encoder, workers = self.model.encoder, self.config.workers
