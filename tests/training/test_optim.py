@@ -33,7 +33,7 @@ def test_lr_factor_of_a_run_no_longer_than_its_warmup_stays_finite(warmup: int, 
 
 def test_make_optimizer_holds_exactly_the_trained_tensors_at_their_rates():
     adapter, state, update = nn.Linear(3, 2), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer(adapter.parameters(), iter([state]), [update], 1e-3, 1e-1, 1e-2, 0.01)
+    optimizer = make_optimizer(adapter.parameters(), iter([state]), 1e-3, 1e-1, 0.01, lm=[update], lr_lm=1e-2)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert set(groups) == {"adapter", "state", "lm"}
     assert [id(p) for p in groups["adapter"]["params"]] == [id(adapter.weight), id(adapter.bias)]
@@ -46,7 +46,7 @@ def test_make_optimizer_holds_exactly_the_trained_tensors_at_their_rates():
 
 def test_make_optimizer_and_lr_factor_scale_both_rates_alike():
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
-    optimizer = make_optimizer(parameters[:1], parameters[1:], [], 1e-3, 1e-1, 0.0, 0.0)
+    optimizer = make_optimizer(parameters[:1], parameters[1:], 1e-3, 1e-1, 0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 2, 4))
     rates = []
     for _ in range(4):
@@ -57,5 +57,5 @@ def test_make_optimizer_and_lr_factor_scale_both_rates_alike():
 
 
 def test_make_optimizer_takes_betas_and_epsilon():
-    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], [], [], 1e-3, 1e-1, 0.0, 0.0, (0.8, 0.95), 1e-6)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], [], 1e-3, 1e-1, 0.0, (0.8, 0.95), 1e-6)
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)

@@ -62,9 +62,9 @@ class Linear(nn.Linear):
 
     def add_lora(self, rank: int, alpha: float, dropout: float = 0.0) -> None:
         """Add alpha / R B A to W, nothing at first: A is drawn at random, B zero; A reads what dropout leaves of x."""
-        place = {"dtype": torch.float32, "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **place))
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, math.sqrt(5))
         self.lora_scale, self.lora_dropout = alpha / rank, dropout
 

@@ -79,11 +79,11 @@ def tuned(lm: RWKV, train_parts: str) -> dict[str, nn.Parameter]:
 
 def settle(lm: RWKV, train_parts: str) -> None:
     """Make what was trained a part of the model, as it decodes fastest; updates of packed matrices stay beside them."""
-    for module in (x for x in lm.modules() if isinstance(x, Linear) and x.lora_scale):
-        if module.dtype is None:
-            module.merge()
+    for matrix in (x for x in lm.modules() if isinstance(x, Linear) and x.lora_scale):
+        if matrix.dtype is None:
+            matrix.merge()
         else:
-            module.to(lm.dtype)
+            matrix.lora_A, matrix.lora_B = (nn.Parameter(x.to(lm.dtype)) for x in (matrix.lora_A, matrix.lora_B))
     for module, name in _parts(lm, train_parts):
         setattr(module, name, nn.Parameter(getattr(module, name).to(lm.dtype), requires_grad=False))
 

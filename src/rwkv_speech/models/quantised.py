@@ -10,6 +10,7 @@ int8 form is the one that the CPU's decoding kernel reads.
 
 # M outputs · K inputs
 
+import functools
 import math
 import mmap
 from collections.abc import Iterator
@@ -99,8 +100,9 @@ def _pieces(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[tuple
             yield levels.mul_(factors.to(dtype)[..., None]).flatten(1), None
 
 
+@functools.cache
 def _nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The two numbers of each byte, (256, 2)."""
+    """The two numbers of each byte, (256, 2); made once, for a CUDA graph cannot."""
     levels = torch.tensor(NF4, device=device, dtype=dtype)
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
 

@@ -206,13 +206,13 @@ class SpeechModule(pl.LightningModule):
         optimizer = make_optimizer(
             self.model.adapter.parameters(),
             self.model.task_parameters(),
-            self.model.tuned.values(),
             c.lr_adapter,
             c.lr_state,
-            c.lr_lm,
             c.weight_decay,
             (c.beta1, c.beta2),
             c.adam_eps,
+            self.model.tuned.values(),
+            c.lr_lm,
         )
         total = int(self.trainer.estimated_stepping_batches)
         factor = lr_factor(c.lr_schedule, min(c.warmup_steps, max(1, total // 2)), total)

@@ -24,13 +24,13 @@ def lr_factor(schedule: str, warmup_steps: int, total_steps: int, final: float =
 def make_optimizer(
     adapter: Iterable[nn.Parameter],
     initial_state: Iterable[nn.Parameter],
-    lm: Iterable[nn.Parameter],
     lr_adapter: float,
     lr_state: float,
-    lr_lm: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-8,
+    lm: Iterable[nn.Parameter] = (),
+    lr_lm: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW over exactly the tensors that are not frozen; weight decay pulls at the adapter only."""
     groups = (

@@ -106,8 +106,9 @@ def fit(
     if point and (finished := why_finished(config, point)):
         return say(finished)
     trained = sum(x.numel() for x in model.trained_parameters())
-    frozen = sum(x.numel() for x in model.parameters()) - trained
-    say(f"training {trained:,} parameters, {frozen:,} frozen, on {len(train) or 'streamed'} utterances")
+    frozen = sum(x.nbytes for x in model.parameters() if not x.requires_grad) / 1e6
+    heard = f"{len(train) or 'streamed'} utterances"
+    say(f"training {trained:,} parameters beside {frozen:,.1f} MB of frozen ones, on {heard}")
     module = SpeechModule(model, config, train, valid, cache)
     trainer = make_trainer(config, settings, point.step if point else 0)
     state = resume_from(module, config, point, trainer) if point else None
