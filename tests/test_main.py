@@ -54,7 +54,7 @@ def test_report_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (
             [],
-            "VERB: found none, expected average, calibrate, export, make_answers, page, predict, push, report",
+            "VERB: found none, expected average, calibrate, export, make_answers, merge, page, predict, push, report",
         ),
         (["avrage"], "VERB: invalid choice: 'avrage' (choose from"),
         (["average", "--checkpoints", "a"], "required: --output"),

@@ -173,9 +173,9 @@ def _parser() -> Parser:
     answers.set_defaults(verb=_make_answers)
 
     merge = verbs.add_parser(
-        "merge", help="make a run's changes of the language model a base model", allow_abbrev=False
+        "merge", help="make a base model of a run with --peft or --train_parts", allow_abbrev=False
     )
-    merge.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint, trained with --peft lora")
+    merge.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint")
     merge.add_argument(
         "folder", metavar="FOLDER", type=Path, help="new folder of the base model and a checkpoint for it"
     )

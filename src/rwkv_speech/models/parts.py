@@ -84,7 +84,6 @@ class Parts:
             stack=self.stack or (tiny.STACK if embedded else STACK),
             adapter_hidden=self.adapter_hidden or (tiny.ADAPTER_HIDDEN if embedded else ADAPTER_HIDDEN),
             separator=self.separator or SEPARATOR,
-            quant=self.quant or "",
         )
 
     def recorded_in(self, path: Path, given: "Parts", hears: bool = True) -> "Parts":
