@@ -114,7 +114,8 @@ class SpeechLM(nn.Module):
         wanted = given if trained.parts is None else trained.parts.recorded_in(trained.path, given, hears)
         model = cls.build(wanted, compute, list(trained.initial_states), hears)
         model.load_trained(trained)
-        model._learned_with = model.adapter_sha256
+        if model.tuned:
+            model._learned_with = model.adapter_sha256
         settle(model.lm, model.parts.train_parts)
         return model.eval()
 
