@@ -172,9 +172,7 @@ def _parser() -> Parser:
     answers.add_argument("flags", nargs="*")
     answers.set_defaults(verb=_make_answers)
 
-    merge = verbs.add_parser(
-        "merge", help="make a base model of a run with --peft or --train_parts", allow_abbrev=False
-    )
+    merge = verbs.add_parser("merge", help="make a base model of a tuned run", allow_abbrev=False)
     merge.add_argument("run", metavar="RUN", type=Path, help="a run's folder or a checkpoint")
     merge.add_argument(
         "folder", metavar="FOLDER", type=Path, help="new folder of the base model and a checkpoint for it"
