@@ -94,6 +94,17 @@ def test_a_microphone_says_what_the_same_samples_say_at_once(desk: Desk, model: 
     assert "Latency " in last.speed and last.transcript.seconds == pytest.approx(len(samples) / 16_000)
 
 
+def test_parts_of_a_microphone_that_never_came_are_told(desk: Desk):
+    async def found() -> list[str]:
+        live, first = await desk.hear(None, as_part(noise(1, 0.5)), "asr", "")
+        live.begun -= 0.6  # longer ago than there are parts
+        live, second = await desk.hear(live, as_part(noise(1, 0.1)), "asr", "")
+        return [first.speed, second.speed, (await desk.finish(live)).speed]
+
+    first, *others = asyncio.run(found())
+    assert "missing" not in first and all("Words may be missing: the browser sent" in speed for speed in others)
+
+
 def test_task_and_language_choose_the_state(desk: Desk, model: SpeechLM):
     assert desk.states == ["asr", "asr_fr", "chat", "st_en"] and desk.languages == ["fr"]
     french = offline(model, 1, task="asr_fr").text

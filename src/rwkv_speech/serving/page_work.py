@@ -38,6 +38,8 @@ from rwkv_speech.synthetic.espeak import Speech, Synthesizer, Voice
 
 # A part of a microphone is waited for so long; the browser would lose the next one.
 _PATIENCE_SECONDS = 0.3
+# A part that the browser has lost, and not one that is late, is told.
+_LOST_SECONDS = 0.45
 # What is being said is read again after so much more of it.
 _PACE_SECONDS = 0.5
 # A silence of so long ends a turn.
@@ -87,6 +89,17 @@ class Live:
     seconds: float = 0.0
     busy_seconds: float = 0.0
     segments: list[Segment] = field(default_factory=list)
+    begun: float = 0.0  # when it was switched on, by the first part
+    lost_seconds: float = 0.0  # that passed since, of which no part came
+
+    def push(self, samples: np.ndarray) -> None:
+        """Take the next part, which has waited for nothing but its end."""
+        now = time.monotonic()
+        self.seconds += len(samples) / self.rate
+        self.begun = self.begun or now - self.seconds
+        self.lost_seconds = now - self.begun - self.seconds
+        self.outline.push(samples)
+        self.waiting.append(samples)
 
     def take(self, events: list[Event]) -> None:
         """What the next part made."""
@@ -169,11 +182,9 @@ class Desk:
         """What a microphone says so far, with the next part of it, a WAV; None before the first one."""
         rate, samples = _part(content)
         live = live or Live(rate, Outline(rate), task, language)
-        live.outline.push(samples)
-        live.seconds += len(samples) / rate
+        live.push(samples)
         if live.seconds > self._config.max_audio_seconds:
             raise UserError(f"the microphone: found more than {self._config.max_audio_seconds:g} s; record again")
-        live.waiting.append(samples)
         if live.work is None or live.work.done():
             live.work = asyncio.create_task(self._listen(live))
         await asyncio.wait([live.work], timeout=_PATIENCE_SECONDS)
@@ -317,7 +328,10 @@ def _part(content: bytes) -> tuple[int, np.ndarray]:
 
 
 def _live_speed(live: Live) -> str:
-    return f"Latency {1000 * live.latency:.0f} ms. {_times(live.seconds, live.busy_seconds)}"
+    speed = f"Latency {1000 * live.latency:.0f} ms. {_times(live.seconds, live.busy_seconds)}"
+    if live.lost_seconds < _LOST_SECONDS:
+        return speed
+    return f"{speed} Words may be missing: the browser sent {live.lost_seconds:.1f} s less; the computer is too busy."
 
 
 def _first(seconds: float) -> str:
