@@ -195,7 +195,7 @@ def test_a_run_whose_questions_are_transcribed_first(corpus: Path, tmp_path: Pat
     plain = {"train_data": corpus / "first.jsonl", "micro_bsz": 4}
     first = plain | {"transcribe_first": "qa"}
     assert train_script.main(tiny_run(corpus, tmp_path / "run", **first)) == 0
-    assert load_trained(tmp_path / "run/best.safetensors").parts.transcribes == ("qa",)
+    assert load_trained(tmp_path / "run/last.safetensors").parts.transcribes == ("qa",)
     capsys.readouterr()
     assert train_script.main(tiny_run(corpus, tmp_path / "run", **plain)) == 2
     assert "--transcribe_first: was 'qa', now ''" in capsys.readouterr().err
@@ -204,5 +204,5 @@ def test_a_run_whose_questions_are_transcribed_first(corpus: Path, tmp_path: Pat
     (corpus / "topic.jsonl").write_text("".join(json.dumps(topic) + "\n" for _ in range(4)))
     new = {"train_data": corpus / "topic.jsonl", "micro_bsz": 4, "init_from": tmp_path / "run", "freeze": "adapter"}
     assert train_script.main(tiny_run(corpus, tmp_path / "new", **new)) == 0
-    trained = load_trained(tmp_path / "new/best.safetensors")
+    trained = load_trained(tmp_path / "new/last.safetensors")
     assert set(trained.initial_states) == {"asr", "qa", "topic"} and trained.parts.transcribes == ("qa",)
