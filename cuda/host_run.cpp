@@ -1,11 +1,12 @@
-// Runs the CUDA kernels' source on the CPU: cases from one file, results to another (tests/test_cuda_source.py).
+// Runs the CUDA kernels' source on the CPU: cases from one file, results to another (tests/host_run.py).
 //
 //     host_run CASES RESULTS
 //
-// A case is a row of 64-bit integers, {pass, generation, order, batch, tokens, heads, head size, sequences, type,
-// decay type, bonus type, packed, then for r k v w dy: elements, strides of batch, time, head}, then the bytes of
-// bounds (if packed), u, r, k, v, w, state and, backwards, dy, dlast. Results are the tensors of the pass in the order
-// of WkvProblem, without padding. Every array has memory of its own, so that the sanitizer sees any step beside it.
+// A case is a row of 64-bit integers, {version, pass, generation, order, batch, tokens, heads, head size, sequences,
+// type, decay type, bonus type, packed, then for r k v w a b dy: elements, strides of batch, time, head}, then the bytes
+// of bounds (if packed), u, r, k, v, w, a, b, state and, backwards, dy, dlast; what the version has not is empty. Results
+// are the tensors of the pass, gradients in the order dr dk dv dw da db du dstate, without padding. Every array has
+// memory of its own, so that the sanitizer sees any step beside it.
 
 #include <string>
 
@@ -14,8 +15,9 @@
 namespace {
 
 struct Header {
-    int64_t pass, generation, order, batch, tokens, heads, head_size, sequences, type, decay_type, bonus_type, packed;
-    int64_t rows[5][4];
+    int64_t version, pass, generation, order, batch, tokens, heads, head_size, sequences, type, decay_type, bonus_type,
+        packed;
+    int64_t rows[7][4];
 };
 
 FILE* cases;
@@ -47,6 +49,7 @@ struct Case {
     int64_t tokens, state;
 
     explicit Case(const Header& header) : h(header) {
+        p.version = static_cast<int32_t>(h.version);
         p.batch = h.batch, p.tokens = h.tokens, p.heads = h.heads, p.head_size = h.head_size;
         p.sequences = h.sequences, p.type = static_cast<int32_t>(h.type);
         p.decay_type = static_cast<int32_t>(h.decay_type), p.bonus_type = static_cast<int32_t>(h.bonus_type);
@@ -87,18 +90,18 @@ struct Case {
     }
 
     int backward() {
-        Array dy(h.rows[4][0] * size_of(h.type)), dlast(state);
+        Array dy(h.rows[6][0] * size_of(h.type)), dlast(state);
         dy.read();
         dlast.read();
-        const size_t size = tokens * size_of(h.type);
-        Array dr(size), dk(size), dv(size), dw(tokens * size_of(h.decay_type)), dstate(state);
-        Array du(4 * h.sequences * h.heads * h.head_size);
+        const size_t size = tokens * size_of(h.type), only7 = h.version == 7 ? size : 0;
+        Array dr(size), dk(size), dv(size), dw(tokens * size_of(h.decay_type)), da(only7), db(only7), dstate(state);
+        Array du(h.version == 6 ? 4 * h.sequences * h.heads * h.head_size : 0);
         Array scratch(scratch_bytes(p, static_cast<int>(h.generation)));
-        p.dy = strided(dy, 4), p.dlast = states(dlast), p.dr = dense(dr), p.dk = dense(dk), p.dv = dense(dv);
-        p.dw = dense(dw), p.du = reinterpret_cast<float*>(du.data), p.dstate = states(dstate);
+        p.dy = strided(dy, 6), p.dlast = states(dlast), p.dr = dense(dr), p.dk = dense(dk), p.dv = dense(dv);
+        p.dw = dense(dw), p.da = dense(da), p.db = dense(db), p.du = reinterpret_cast<float*>(du.data), p.dstate = states(dstate);
         p.scratch = scratch.data;
         const int code = run(Pass::backward, p, static_cast<int>(h.generation), nullptr);
-        for (const Array* x : {&dr, &dk, &dv, &dw, &du, &dstate}) {
+        for (const Array* x : {&dr, &dk, &dv, &dw, &da, &db, &du, &dstate}) {
             x->write();
         }
         return code;
@@ -107,18 +110,21 @@ struct Case {
 
 int run_case(const Header& h) {
     Case c(h);
-    Array bounds(h.packed ? 8 * (h.sequences + 1) : 1), u(h.heads * h.head_size * size_of(h.bonus_type));
-    Array r(h.rows[0][0] * size_of(h.type)), k(h.rows[1][0] * size_of(h.type)), v(h.rows[2][0] * size_of(h.type));
-    Array w(h.rows[3][0] * size_of(h.decay_type)), state(c.state);
+    const auto bytes = [&](int which, int64_t type) { return h.rows[which][0] * size_of(type); };
+    Array bounds(h.packed ? 8 * (h.sequences + 1) : 1);
+    Array u(h.version == 6 ? h.heads * h.head_size * size_of(h.bonus_type) : 0);
+    Array r(bytes(0, h.type)), k(bytes(1, h.type)), v(bytes(2, h.type)), w(bytes(3, h.decay_type));
+    Array a(bytes(4, h.type)), b(bytes(5, h.type)), state(c.state);
     if (h.packed) {
         bounds.read();
         c.p.bounds = reinterpret_cast<const int64_t*>(bounds.data);
     }
-    for (Array* x : {&u, &r, &k, &v, &w, &state}) {
+    for (Array* x : {&u, &r, &k, &v, &w, &a, &b, &state}) {
         x->read();
     }
     c.p.u = u.data;
     c.p.r = c.strided(r, 0), c.p.k = c.strided(k, 1), c.p.v = c.strided(v, 2), c.p.w = c.strided(w, 3);
+    c.p.a = c.strided(a, 4), c.p.b = c.strided(b, 5);
     c.p.state = c.states(state);
     host::order = static_cast<int>(h.order);
     return h.pass == 0 ? c.forward() : h.pass == 1 ? c.backward() : c.step(state);

@@ -5,14 +5,17 @@
 #include "wkv6_steps_backward.h"
 #include "wkv6_tiles_backward.h"
 #include "wkv6_tiles_forward.h"
+#include "wkv7_steps_backward.h"
 
 enum Wkv6Generation { WKV6_STEPS = 1, WKV6_TILES = 2 };
 
 constexpr int kUnsupported = -1;
 constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
 
+enum class Pass { forward, backward, step };
+
 inline bool has_tiles(const WkvProblem& p, int generation) {
-    return generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV_FLOAT32;
+    return p.version == 6 && generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV_FLOAT32;
 }
 
 template <int N, class In>
@@ -37,6 +40,24 @@ int decode_step(const WkvProblem& p, Stream stream) {
                   sizeof(steps::ForwardShared<N>), stream, p);
 }
 
+// WKV-7.
+template <int N, class In>
+int run_steps7(Pass pass, const WkvProblem& p, Stream stream) {
+    const int64_t heads = p.sequences * p.heads, blocks = heads * steps::Shape<N>::kBlocks;
+    constexpr int threads = steps::Shape<N>::kThreads, shared = sizeof(steps7::ForwardShared<N>);
+    switch (pass) {
+        case Pass::forward:
+            return launch(steps7::forward<N, In, false>, blocks, threads, shared, stream, p);
+        case Pass::backward: {
+            const int error = launch(steps7::forward<N, In, true>, blocks, threads, shared, stream, p);
+            constexpr int more = sizeof(steps7::BackwardShared<N>);
+            return error ? error : launch(steps7::backward<N, In>, heads, threads, more, stream, p);
+        }
+        default:
+            return launch(steps7::decode<N, In>, blocks, threads, shared, stream, p);
+    }
+}
+
 template <class In>
 int forward_tiles(const WkvProblem& p, Stream stream) {
     const int64_t blocks = p.sequences * p.heads;
@@ -54,10 +75,11 @@ int backward_tiles(const WkvProblem& p, Stream stream) {
                  : launch(tiles::backward<In>, blocks, tiles::kThreads, sizeof(tiles::BackwardShared<In>), stream, p);
 }
 
-enum class Pass { forward, backward, step };
-
 template <int N, class In>
 int run_steps(Pass pass, const WkvProblem& p, Stream stream) {
+    if (p.version == 7) {
+        return run_steps7<N, In>(pass, p, stream);
+    }
     switch (pass) {
         case Pass::forward:
             return forward_steps<N, In>(p, stream);
@@ -101,9 +123,10 @@ inline int run(Pass pass, const WkvProblem& p, int generation, Stream stream) {
     }
 }
 
-// Bytes of `scratch` for the backward pass: the states before all tiles.
+// Bytes of `scratch` for the backward pass: the states before all tiles, in WKV-7 with the tokens' u.
 inline int64_t scratch_bytes(const WkvProblem& p, int generation) {
-    const int64_t state = has_tiles(p, generation) ? static_cast<int64_t>(sizeof(tiles::KeptState))
-                                                   : p.head_size * p.head_size * static_cast<int64_t>(sizeof(float));
-    return tiles_of(p) * p.heads * state;
+    const int64_t rows = p.head_size + (p.version == 7 ? kTile : 0);
+    const int64_t kept = has_tiles(p, generation) ? static_cast<int64_t>(sizeof(tiles::KeptState))
+                                                  : rows * p.head_size * static_cast<int64_t>(sizeof(float));
+    return tiles_of(p) * p.heads * kept;
 }

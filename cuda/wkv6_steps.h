@@ -1,22 +1,10 @@
 // First generation, forward: a block goes from token to token with up to 64 rows of a head's state, in float32.
-//
-// Thread 4 i + p holds row i (value) of the state at a quarter of the keys: 16 c + 4 p + (0 .. 3), so that the four
-// threads of a row read r, k and the decay as neighbouring 16-byte words. Tokens come in tiles through shared memory.
 
 #pragma once
 
-#include "sequences.h"
+#include "steps.h"
 
 namespace steps {
-
-constexpr int kParts = 4;
-
-template <int N>
-struct Shape {
-    static constexpr int kRows = N < 64 ? N : 64;  // of the state, per block
-    static constexpr int kBlocks = N / kRows;      // per sequence and head
-    static constexpr int kThreads = kParts * kRows;
-};
 
 template <int N>
 struct ForwardShared {
@@ -24,11 +12,6 @@ struct ForwardShared {
     float u[N], bonus[kTile];
     int slot;
 };
-
-// exp(-exp(w)), finite for any w but NaN.
-DEVICE float decay_of(float w) { return exp_accurate(-exp_accurate(w)); }
-
-DEVICE int key_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
 
 template <int N, class In>
 DEVICE void load_tile(const WkvProblem& p, const Sequence& s, int start, int count, bool with_r,
@@ -71,11 +54,6 @@ DEVICE float step(float (&S)[N / kParts], const float* r, const float* k, const 
         S[i] = S[i] * d[key] + v * k[key];
     }
     return sum;
-}
-
-DEVICE float over_parts(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
 }
 
 // kStates: instead of y and the last state, writes the state before every tile to `scratch`, for the backward pass.

@@ -25,9 +25,6 @@ struct BackwardShared {
     int slot;
 };
 
-// e^-1000 is zero in float32: the bound makes the gradient of such a decay 0, where 0 * inf would be NaN.
-constexpr float kMaxRate = 1000.0f;
-
 // Tokens past the end are such that they change nothing: no receptance, no key, no decay.
 template <int N, class In>
 DEVICE void load_tile(const WkvProblem& p, const Sequence& s, int start, BackwardShared<N>& m) {
@@ -60,47 +57,6 @@ DEVICE void products(BackwardShared<N>& m) {
         (i < kTile ? m.P[i][j] : m.bonus[j]) = sum;
     }
 }
-
-// sums[t] = column `key` of an N x N matrix, by rows[t]; the four threads of a key share the rows of the column.
-// `overlap` gains the products with the same column of `other`, if there is one.
-template <int N>
-DEVICE void project(const float* matrix, const float (*rows)[N + 4], int key, int part, const float* other,
-                    float& overlap, float (&sums)[kTile]) {
-    constexpr int kShare = N / kParts, kChunk = kShare < 16 ? kShare : 16;
-#pragma unroll
-    for (int t = 0; t < kTile; t++) {
-        sums[t] = 0;
-    }
-    // In chunks that leave registers free.
-#pragma unroll 1
-    for (int first = part * kShare; first < (part + 1) * kShare; first += kChunk) {
-        float share[kChunk];
-#pragma unroll
-        for (int i = 0; i < kChunk; i++) {
-            share[i] = matrix[(first + i) * N + key];
-            overlap += other == nullptr ? 0.0f : share[i] * other[(first + i) * N + key];
-        }
-#pragma unroll
-        for (int t = 0; t < kTile; t++) {
-#pragma unroll
-            for (int i = 0; i < kChunk; i++) {
-                sums[t] += share[i] * rows[t][first + i];
-            }
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < kTile; t++) {
-        sums[t] = over_parts(sums[t]);
-    }
-}
-
-// One of four neighbours in an array that stays in registers.
-DEVICE float pick(const float* x, int part) {
-    const float low = part == 0 ? x[0] : x[1], high = part == 2 ? x[2] : x[3];
-    return part < 2 ? low : high;
-}
-
-constexpr int kOwn = kTile / kParts;  // a thread's own tokens are part, part + 4 ...
 
 struct Column {
     float a[kOwn];       // S^T dy_i of the own tokens, then dr without the bonus

@@ -4,104 +4,30 @@
 
 import functools
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from assertions import assert_rms_close
+from host_run import GENERATIONS, TYPES, HostRun, host_program
 from torch import Tensor
-from wkv6_cases import DW_TOLERANCES, PACKED, TOLERANCES, Operator, compare, random_inputs, run
+from wkv6_cases import DW_TOLERANCES, NAMES, PACKED, TOLERANCES, Operator, compare, random_inputs, run
 
 from rwkv_speech.ops import build
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PASSES = {"forward": 0, "backward": 1, "step": 2}
-GENERATIONS = {"steps": 1, "tiles": 2}
 BFLOAT16 = torch.bfloat16
 
 
 @pytest.fixture(scope="session")
 def program() -> Path:
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        pytest.skip("no C++ compiler")
-    return build.compiled(build.host_run())
-
-
-def _bytes(x: Tensor) -> bytes:
-    """The memory of x, from its first to its last element, in whatever order its strides say."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    flat = x.as_strided((span,), (1,), x.storage_offset())
-    return flat.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-class HostRun:
-    """The operator as the program runs it; `order` is the order in which a block's threads take turns."""
-
-    def __init__(self, program: Path, folder: Path, form: str, order: int = 0) -> None:
-        self.program, self.folder = program, folder
-        self.generation, self.order = GENERATIONS[form], order
-
-    def __call__(
-        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return _HostRunFunction.apply(self, cu_seqlens, r, k, v, w, u, state)  # type: ignore[return-value]
-
-    def run(
-        self, which: str, inputs: list[Tensor], cu_seqlens: Tensor | None, upstream: list[Tensor], results: list[Tensor]
-    ) -> list[Tensor]:
-        """Fills new tensors like `results` with what the program gives."""
-        r, _, _, w, u, state = inputs
-        B, T, H, N = r.shape
-        rows = [*inputs[:4], *upstream[:1]]
-        spans = [[len(_bytes(x)) // x.element_size(), *x.stride()[:3]] for x in rows]
-        header = [
-            PASSES[which], self.generation, self.order, B, T, H, N, len(state),
-            TYPES[r.dtype], TYPES[w.dtype], TYPES[u.dtype], cu_seqlens is not None,
-            *(number for span in spans + [[0] * 4] * (5 - len(rows)) for number in span),
-        ]  # fmt: skip
-        parts = [torch.tensor(header, dtype=torch.int64)]
-        if cu_seqlens is not None:
-            parts.append(cu_seqlens)
-        parts += [u, *inputs[:4], state, *upstream]
-        cases, answers = self.folder / "cases", self.folder / "results"
-        cases.write_bytes(b"".join(_bytes(x) for x in parts))
-        done = subprocess.run([self.program, cases, answers], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        content, filled, offset = answers.read_bytes(), [], 0
-        for like in results:
-            size = like.numel() * like.element_size()
-            chunk = bytearray(content[offset : offset + size])
-            filled.append(
-                torch.frombuffer(chunk, dtype=like.dtype).view(like.shape) if size else torch.empty_like(like)
-            )
-            offset += size
-        assert offset == len(content)
-        return filled
-
-
-class _HostRunFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, host: HostRun, cu_seqlens: Tensor | None, *inputs: Tensor):  # type: ignore[no-untyped-def]
-        ctx.host, ctx.cu_seqlens = host, cu_seqlens
-        ctx.save_for_backward(*inputs)
-        like = [inputs[0].new_empty(inputs[0].shape), inputs[5].new_empty(inputs[5].shape)]
-        return tuple(host.run("forward", list(inputs), cu_seqlens, [], like))
-
-    @staticmethod
-    def backward(ctx, dy: Tensor, dlast: Tensor):  # type: ignore[no-untyped-def]
-        inputs = list(ctx.saved_tensors)
-        like = [x.new_empty(x.shape) for x in inputs]
-        like[4] = inputs[5].new_empty(len(inputs[5]), *inputs[4].shape)
-        dr, dk, dv, dw, du, dstate = ctx.host.run("backward", inputs, ctx.cu_seqlens, [dy, dlast], like)
-        return None, None, dr, dk, dv, dw, du.sum(0).to(inputs[4].dtype), dstate
+    return host_program()
 
 
 @pytest.fixture(params=GENERATIONS)
 def host(request: pytest.FixtureRequest, program: Path, tmp_path: Path) -> functools.partial[HostRun]:
     """A HostRun of each generation, still to be given an order."""
-    return functools.partial(HostRun, program, tmp_path, request.param)
+    return functools.partial(HostRun, program, tmp_path, request.param, names=NAMES)
 
 
 def check(host: functools.partial[HostRun], inputs: list[Tensor], bounds: list[int] | None = None) -> None:
@@ -186,7 +112,7 @@ def test_source_does_not_depend_on_the_order_of_threads(host: functools.partial[
 @pytest.mark.parametrize("N", [32, 64, 128])
 def test_decode_source_equals_reference(program: Path, tmp_path: Path, N: int, dtype: torch.dtype):
     inputs = random_inputs(5, 1, 3, N, dtype)
-    host = HostRun(program, tmp_path, "steps")
+    host = HostRun(program, tmp_path, "steps", names=NAMES)
     y, last = host.run("step", inputs, None, [], [inputs[0], inputs[5]])
     want_y, want_last = wkv6_ref(*(x.double() for x in inputs))
     assert_rms_close("y", y, want_y, TOLERANCES[dtype])
@@ -200,7 +126,7 @@ def test_bounds_out_of_range_touch_no_foreign_memory(host: functools.partial[Hos
 
 def test_sanitizer_notices_a_step_beside_the_memory(program: Path, tmp_path: Path):
     inputs = random_inputs(1, 20, 1, 64, BFLOAT16)
-    host: Operator = HostRun(program, tmp_path, "steps")
+    host: Operator = HostRun(program, tmp_path, "steps", names=NAMES)
     inputs[1] = inputs[1][:, :8].expand(-1, -1, -1, -1)
     with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
         host(*inputs)
@@ -238,6 +164,6 @@ def test_host_run_notices_a_missing_barrier(file: str, after: str, tmp_path: Pat
     inputs = random_inputs(1, 40, 1, 64, BFLOAT16)
     results = []
     for order in (0, 1, 2):
-        host = HostRun(program, tmp_path, "steps" if "steps" in file else "tiles", order)
+        host = HostRun(program, tmp_path, "steps" if "steps" in file else "tiles", order, names=NAMES)
         results.append(run(host, inputs))
     assert any(not torch.equal(x, other[name]) for other in results[1:] for name, x in results[0].items())

@@ -35,7 +35,10 @@ class Target(NamedTuple):
         compare(self.wkv7, inputs, bounds, self.form, wkv7_ref, NAMES)
 
 
-@pytest.fixture(params=[("cpu", "auto"), ("cpu", "torch"), pytest.param(("cuda", "torch"), marks=GPU)], ids="-".join)
+FORMS = [("cpu", "auto"), ("cpu", "torch"), *(pytest.param(("cuda", form), marks=GPU) for form in ("auto", "torch"))]
+
+
+@pytest.fixture(params=FORMS, ids="-".join)
 def target(request: pytest.FixtureRequest) -> Target:
     """Every form of the operator on every device that has it."""
     return Target(*request.param)

@@ -16,7 +16,7 @@ from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.parts import FrameOptions
 from rwkv_speech.models.speech_lm import SpeechLM
-from rwkv_speech.ops import chunks, native, wkv7_chunked
+from rwkv_speech.ops import native
 from rwkv_speech.planning import measure
 from rwkv_speech.planning.measure import BASE_MODELS, ENCODERS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning
 
@@ -217,19 +217,9 @@ def test_frames_of_several_layers_are_as_wide_as_all_of_them():
     assert three.parameters["adapter"] - last.parameters["adapter"] == width * stack * hidden
 
 
-def test_wkv7_s_bytes_on_a_gpu_are_those_of_its_pytorch_form(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunks, "_GROUP", 1 << 40)  # all heads at once, as on a GPU
-    S, T, H, N = 4, 652, 4, 64
-    with torch.device("meta"):
-        state = torch.empty(S, H, N, N)
-        tokens = [torch.empty(1, T, H, N, dtype=torch.bfloat16) for _ in range(6)]
-        dy = torch.empty_like(tokens[0])
-    inputs, plan = wkv7_chunked.Inputs(*tokens, state), chunks.plan_packed((T // S,) * S, torch.device("meta"))
-    passes = {
-        torch.ops.rwkv_speech.wkv7: lambda: wkv7_chunked.forward(inputs, plan),
-        torch.ops.rwkv_speech.wkv7_backward: lambda: wkv7_chunked.backward(dy, state, inputs, plan),
-    }
-    for packet, call in passes.items():
-        with measure._Meter([*inputs, dy]) as meter:
-            call()
-        assert meter.peak / dy.numel() == pytest.approx(measure._WKV7_SCRATCH[packet][1], rel=0.1)
+@pytest.mark.parametrize(("packet", "numbers"), [("wkv6_backward", 64 * 64), ("wkv7_backward", 64 * 64 + 16 * 64)])
+def test_a_gpu_s_kernel_keeps_the_state_before_16_tokens_and_in_wkv7_their_products(packet: str, numbers: int):
+    S, T, H, N = 4, 652, 3, 64
+    r, state = torch.empty(1, T, H, N, device="meta"), torch.empty(S, H, N, N, device="meta")
+    args = [r, state, r, *[r] * (4 if packet == "wkv6_backward" else 5), state]
+    assert measure._scratch(getattr(torch.ops.rwkv_speech, packet), args) == (T // 16 + S) * H * numbers * 4

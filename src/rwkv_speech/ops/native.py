@@ -18,7 +18,6 @@ from rwkv_speech.ops import build, wkv6_chunked, wkv7_chunked
 
 HEAD_SIZES = (32, 64, 128)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CUDA_VERSION = 6  # the recurrence that the CUDA library has
 _GENERATIONS = {"auto": 1, "steps": 1, "tiles": 2}
 _MOST_TOKENS = 2**31 - 64  # positions are 32 bits wide
 _TOKENS = ("r", "k", "v", "w", "a", "b")  # what each token has: in WKV-6 no a and b
@@ -26,22 +25,21 @@ _TOKENS = ("r", "k", "v", "w", "a", "b")  # what each token has: in WKV-6 no a a
 Inputs = wkv6_chunked.Inputs | wkv7_chunked.Inputs
 
 
-def kernels_for(r: Tensor, form: str = "auto", version: int = 6) -> "Kernels | None":
+def kernels_for(r: Tensor, form: str = "auto") -> "Kernels | None":
     """The kernels of WKV-6 or WKV-7 for tensors like r (..., N); None where only the PyTorch form serves.
 
     auto   the CPU kernel or the CUDA kernel of the first generation; on a CPU without a compiler, with a warning,
            the chunked PyTorch form
     torch  the chunked PyTorch form
-    steps  as auto; tiles: the CUDA kernel of the second generation (tensor cores)
+    steps  as auto; tiles: WKV-6's CUDA kernel of the second generation (tensor cores)
 
-    WKV-7 has no CUDA kernel: on a GPU the chunked PyTorch form serves it.
     Raises UserError for another form, and if a GPU's kernel cannot be built.
     """
     if form not in KERNEL_FORMS:
         raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
     if form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
         return None
-    if r.device.type == "cuda" and version == _CUDA_VERSION:
+    if r.device.type == "cuda":
         return _cuda("{}{}".format(*torch.cuda.get_device_capability(r.device)), _GENERATIONS[form])
     return _cpu() if r.device.type == "cpu" else None
 

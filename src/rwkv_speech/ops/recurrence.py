@@ -49,9 +49,9 @@ def check_step(op: str, r: Tensor, others: Mapping[str, Tensor], state: Tensor) 
         raise ValueError(f"{op}: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
 
 
-def native_kernels(r: Tensor, cu_seqlens: Tensor | None, form: str, version: int) -> native.Kernels | None:
+def native_kernels(r: Tensor, cu_seqlens: Tensor | None, form: str) -> native.Kernels | None:
     """The kernels that serve; raises ValueError for bounds that do not rise from 0 to T, which are read on a CPU."""
-    kernels = native.kernels_for(r, form, version)
+    kernels = native.kernels_for(r, form)
     if kernels is not None and r.device.type == "cpu":
         _bounds(r, cu_seqlens)
     return kernels

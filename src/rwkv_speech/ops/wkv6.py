@@ -13,8 +13,6 @@ from torch import Tensor
 from rwkv_speech.ops import chunks, recurrence, wkv6_chunked
 from rwkv_speech.ops.wkv6_chunked import Inputs
 
-_VERSION = 6
-
 
 def wkv6(
     r: Tensor,
@@ -47,7 +45,7 @@ def wkv6_forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
     x = Inputs(r, k, v, w, u, state)
-    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form):
         return kernels.forward(x, cu_seqlens)
     plan = recurrence.plan(r, cu_seqlens)
     return wkv6_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
@@ -74,7 +72,7 @@ def wkv6_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, k, v, w, u (empty unless needed: it is a sum over all tokens) and state."""
     x = Inputs(r, k, v, w, u, state)
-    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form):
         return Inputs(**kernels.backward(dy, dstate, x, cu_seqlens, need_du))
     if plan := recurrence.plan(r, cu_seqlens):
         gradients = wkv6_chunked.backward(dy, dstate, x, plan)
@@ -118,7 +116,7 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
 @torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
 def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
     tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
-    if kernels := recurrence.native_kernels(r, None, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, None, form):
         return kernels.step(tokens)[:, 0]
     y, last = wkv6_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
     state.copy_(last)

@@ -1,6 +1,6 @@
 """The public WKV-7 operator and its registration with PyTorch.
 
-A native kernel (native.py) serves float32, bfloat16 and float16 on CPUs, the chunked PyTorch form the rest.
+Native kernels (native.py) serve float32, bfloat16 and float16 on CPUs and GPUs, the chunked PyTorch form the rest.
 """
 
 # B batch · T time · H heads · N head size · S sequences of a packed batch
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from rwkv_speech.ops import chunks, recurrence, wkv7_chunked
 from rwkv_speech.ops.wkv7_chunked import Inputs
-
-_VERSION = 7
 
 
 def wkv7(
@@ -52,7 +50,7 @@ def wkv7_forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
     x = Inputs(r, w, k, v, a, b, state)
-    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form):
         return kernels.forward(x, cu_seqlens)
     plan = recurrence.plan(r, cu_seqlens)
     return wkv7_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
@@ -79,7 +77,7 @@ def wkv7_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, w, k, v, a, b and state."""
     x = Inputs(r, w, k, v, a, b, state)
-    if kernels := recurrence.native_kernels(r, cu_seqlens, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, cu_seqlens, form):
         return Inputs(**kernels.backward(dy, dstate, x, cu_seqlens))
     if plan := recurrence.plan(r, cu_seqlens):
         return wkv7_chunked.backward(dy, dstate, x, plan)
@@ -120,7 +118,7 @@ def wkv7_step(
 @torch.library.custom_op("rwkv_speech::wkv7_step", mutates_args={"state"})
 def _wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, form: str) -> Tensor:
     tokens = Inputs(r[:, None], w[:, None], k[:, None], v[:, None], a[:, None], b[:, None], state)
-    if kernels := recurrence.native_kernels(r, None, form, _VERSION):
+    if kernels := recurrence.native_kernels(r, None, form):
         return kernels.step(tokens)[:, 0]
     y, last = wkv7_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
     state.copy_(last)

@@ -248,21 +248,21 @@ _OPERATIONS = flop_registry | {
 }
 
 
-# Which argument is r, and the bytes for each of its numbers in the chunked PyTorch form, which serves a GPU.
-_WKV7_SCRATCH = {torch.ops.rwkv_speech.wkv7: (0, 130), torch.ops.rwkv_speech.wkv7_backward: (2, 210)}
-
-
 def _scratch(packet: Any, args: Any) -> int:
     """Bytes that a kernel allocates beside its results, which "meta" does not."""
     if packet in (torch.ops.aten.native_layer_norm, torch.ops.aten.convolution) and not args[0].is_contiguous():
         return int(args[0].nbytes)  # they copy it
-    if packet in _WKV7_SCRATCH:
-        which, each = _WKV7_SCRATCH[packet]
-        return int(each * args[which].numel())
-    if packet == torch.ops.rwkv_speech.wkv6_backward:  # the states before all tiles of all sequences
-        r, state = args[2], args[7]
-        return int((r.shape[0] * r.shape[1] // _KERNEL_TILE + len(state)) * state[0].nbytes)
+    if packet == torch.ops.rwkv_speech.wkv6_backward:
+        return _tile_bytes(args[2], args[7], 0)
+    if packet == torch.ops.rwkv_speech.wkv7_backward:
+        return _tile_bytes(args[2], args[8], _KERNEL_TILE)
     return 0
+
+
+def _tile_bytes(r: Tensor, state: Tensor, vectors: int) -> int:
+    """What is kept of all tiles of all sequences: the state before each, and so many vectors of a head's size."""
+    tiles = r.shape[0] * r.shape[1] // _KERNEL_TILE + len(state)
+    return tiles * (state[0].nbytes + vectors * 4 * state.shape[1] * state.shape[2])
 
 
 class _EncoderOnGpu(TorchFunctionMode):
