@@ -2,7 +2,7 @@
 
 #include "wkv_cpu_kernel.h"
 
-#include "rwkv6_cpu_step.h"
+#include "rwkv_cpu_models.h"
 #include "wkv6_cpu_backward.h"
 #include "wkv6_cpu_chunk.h"
 #include "wkv6_cpu_step.h"

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "rwkv6.h"
-#include "rwkv6_cpu_team.h"
+#include "rwkv.h"
+#include "rwkv_cpu_team.h"
 
 namespace wkv_cpu {
 
@@ -18,8 +18,8 @@ struct Recurrence {
 struct Kernels {
     const char* isa;
     Recurrence wkv6, wkv7;
-    void (*model_step)(const Rwkv6Model&, const Rwkv6Step&, Team&);  // called by each thread of the team
-    int64_t (*model_scratch)(const Rwkv6Model&, int64_t tokens);     // bytes for `model_step`
+    void (*model_step)(const RwkvModel&, const RwkvStep&, Team&);  // called by each thread of the team
+    int64_t (*model_scratch)(const RwkvModel&, int64_t tokens);     // bytes for `model_step`
 };
 
 struct Span {

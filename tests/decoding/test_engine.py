@@ -18,7 +18,7 @@ from rwkv_speech.decoding.reader import Encoded, Reader, Reading
 from rwkv_speech.decoding.strategy import Hypothesis
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.models.parts import Parts
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import State
 
 LENGTHS = [3_000, 6_000, 1_450, 5_555, 2_000, 9_000, 2_500, 4_000]
@@ -79,7 +79,7 @@ def decode(engine: Engine, wanted: list[Request]) -> dict[int, Done]:
 
 
 def assert_alike(model: SpeechLM, found: Sequence[Hypothesis], wanted: Sequence[Hypothesis]) -> None:
-    """To the bit with RWKV-6's native step, where a slot's bits depend on nothing else; else but for rounding."""
+    """To the bit with the native step, where a slot's bits depend on nothing else; else but for rounding."""
     if model.lm.slots_are_apart:
         assert found == wanted
     assert [x.ids for x in found] == [x.ids for x in wanted]
@@ -108,7 +108,7 @@ def test_every_order_and_number_in_flight_gives_the_same_bits(
     ending: SpeechLM, native: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not native:  # all slots make each step
-        monkeypatch.setattr(RWKV6, "_stepper", lambda lm: None)
+        monkeypatch.setattr(RWKV, "_stepper", lambda lm: None)
     chosen = samples(sounds(LENGTHS))
     alone = {
         key: done.hypotheses

@@ -64,7 +64,7 @@ def test_failed_build_shows_the_compiler_s_words_and_the_flag(fresh: Path, monke
     sources = fresh / "cuda"
     sources.mkdir()
     (sources / "wkv_cpu_kernel.cpp").write_text("int broken = nonsense;\n")
-    for name in ("wkv_cpu.cpp", "rwkv6_cpu.cpp"):
+    for name in ("wkv_cpu.cpp", "rwkv_cpu.cpp"):
         (sources / name).write_text("")
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(UserError, match=r"(?s)failed, the whole log is .*log.txt; .*--wkv6 torch\n.*nonsense"):

@@ -14,6 +14,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, check_tensors, open_base
 from rwkv_speech.models.linear import Embedding, Head, Linear
 from rwkv_speech.models.state import Packing, State
+from rwkv_speech.ops import rwkv_cpu
 
 GROUP_NORM_EPS = 64e-5
 
@@ -95,6 +96,8 @@ class RWKV(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.grad_cp = False
+        self._form = form
+        self._prepared: tuple[Any, rwkv_cpu.Stepper | None] = (None, None)
         self.emb = Embedding(sizes.vocab, sizes.C)
         self.blocks = nn.ModuleList(self.layers(sizes, form, fuse))
         self.ln_out = nn.LayerNorm(sizes.C)
@@ -220,8 +223,11 @@ class RWKV(nn.Module):
 
         With `slots` (n,) instead any tokens (n,) of some slots, those of a slot together and in their order: the
         logits after each. Raises ValueError for a state that is not dense, IndexError for ids or slots that are not
-        there.
+        there. On a CPU a native kernel serves, and the bits of a token's logits depend on nothing but the tokens of its
+        own slot.
         """
+        if stepper := self._stepper():
+            return stepper.step(input_ids, slots, *state)
         x = self.embed(input_ids)
         if slots is not None:
             return self._read_slots(x, state, slots)
@@ -233,8 +239,19 @@ class RWKV(nn.Module):
 
     @property
     def slots_are_apart(self) -> bool:
-        """Whether the bits of a slot's step depend on nothing else in it: then only those in use need be given."""
-        return False
+        """Whether the native kernel serves: then only the slots in use need be given to a step."""
+        return self._stepper() is not None
+
+    def _stepper(self) -> rwkv_cpu.Stepper | None:
+        """The native step, prepared when the weights have come to another place; None where it cannot serve."""
+        weight = self.emb.weight
+        key = id(self), weight.data_ptr(), weight.requires_grad
+        if self._prepared[0] != key:
+            tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+            usable = self._form != "torch" and not any(name.endswith(".lora_A") for name in tensors)
+            native = rwkv_cpu.Stepper.of(tensors, vars(self.sizes), self.FAMILY) if usable else None
+            self._prepared = key, native
+        return self._prepared[1]
 
     def _read_slots(self, x: Tensor, state: State, slots: Tensor) -> Tensor:
         """Embeddings (n, C) of a few tokens of some slots, as one packed batch."""

@@ -11,7 +11,6 @@ Source: Peng et al. 2024 (arXiv:2404.05892).
 # B batch · T time · C channels = H heads · N head size · L layers · S sequences of a packed batch
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.linear import Linear
 from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
-from rwkv_speech.models.state import Packing, State
-from rwkv_speech.ops import rwkv6_cpu
+from rwkv_speech.models.state import Packing
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_step
 
@@ -107,12 +105,6 @@ class RWKV6(RWKV):
     """The RWKV-6 language model."""
 
     FAMILY, SIZES = "x060", RWKV6Sizes
-    sizes: RWKV6Sizes
-
-    def __init__(self, sizes: RWKV6Sizes, form: str = "auto", fuse: bool = False) -> None:
-        super().__init__(sizes, form, fuse)
-        self._form = form
-        self._prepared: tuple[Any, rwkv6_cpu.Stepper | None] = (None, None)
 
     @classmethod
     def layers(cls, sizes: LMSizes, form: str, fuse: bool) -> Iterable[Block]:
@@ -120,27 +112,3 @@ class RWKV6(RWKV):
         for layer in range(sizes.n_layer):
             att = TimeMix(sizes.C, sizes.H, sizes.mix_rank, sizes.decay_rank, form, fuse)
             yield Block(layer, sizes.C, att, ChannelMix(sizes.C, sizes.ffn))
-
-    @torch.no_grad()
-    def step(self, input_ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
-        """As of any model; on a CPU a native kernel serves, and the bits of a token's logits depend on nothing but the
-        tokens of its own slot.
-        """
-        if stepper := self._stepper():
-            return stepper.step(input_ids, slots, *state)
-        return super().step(input_ids, state, slots)
-
-    @property
-    def slots_are_apart(self) -> bool:
-        """Whether the native kernel serves."""
-        return self._stepper() is not None
-
-    def _stepper(self) -> rwkv6_cpu.Stepper | None:
-        """The native step, prepared when the weights have come to another place; None where it cannot serve."""
-        weight = self.emb.weight
-        key = id(self), weight.data_ptr(), weight.requires_grad
-        if self._prepared[0] != key:
-            tensors = dict(self.named_parameters()) | dict(self.named_buffers())
-            usable = self._form != "torch" and not any(name.endswith(".lora_A") for name in tensors)
-            self._prepared = key, rwkv6_cpu.Stepper.of(tensors, vars(self.sizes)) if usable else None
-        return self._prepared[1]

@@ -64,7 +64,7 @@ def cpu_library() -> Target:
         for isa in sets
     ]
     objects = [step.output for step in steps]
-    steps.append(Step("libwkv_cpu.so", [*command, "-shared"], ["wkv_cpu.cpp", "rwkv6_cpu.cpp", *objects]))
+    steps.append(Step("libwkv_cpu.so", [*command, "-shared"], ["wkv_cpu.cpp", "rwkv_cpu.cpp", *objects]))
     return Target("wkv_cpu", compiler, steps)
 
 

@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "rwkv6.h"
+#include "rwkv.h"
 #include "wkv_cpu_vectors.h"
 
 namespace {
@@ -40,7 +40,7 @@ inline Vec dots(const typename W::Element* const* w, const Activations& x, int64
 
 // y[row][o] = W[o] . x[row] for the outputs from `first` to `end` and the first `rows` rows.
 template <class W>
-void product_as(const Rwkv6Matrix& matrix, const Activations& x, int64_t rows, int64_t first, int64_t end,
+void product_as(const RwkvMatrix& matrix, const Activations& x, int64_t rows, int64_t first, int64_t end,
                 const Activations& y) {
     typedef typename W::Element Element;
     for (int64_t o = first; o < end; o += OUTPUTS_AT_ONCE) {
@@ -63,7 +63,7 @@ void product_as(const Rwkv6Matrix& matrix, const Activations& x, int64_t rows, i
     }
 }
 
-inline void product(const Rwkv6Matrix& w, const Activations& x, int64_t rows, int64_t first, int64_t end,
+inline void product(const RwkvMatrix& w, const Activations& x, int64_t rows, int64_t first, int64_t end,
                     const Activations& y) {
     (w.type == WKV_FLOAT32    ? product_as<Float32>
      : w.type == WKV_BFLOAT16 ? product_as<Bfloat16>

@@ -1,7 +1,7 @@
 // The C interface of the decoding step: checks, and threads.
 
-#include "rwkv6.h"
-#include "rwkv6_cpu_team.h"
+#include "rwkv.h"
+#include "rwkv_cpu_team.h"
 #include "wkv_cpu_kernel.h"
 #include "wkv_cpu_threads.h"
 
@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t WORTH = 1 << 26;  // multiplications: less is done before another thread is awake
 
 struct Call {
-    const Rwkv6Model& model;
-    const Rwkv6Step& step;
+    const RwkvModel& model;
+    const RwkvStep& step;
     wkv_cpu::Team team;
 };
 
@@ -28,12 +28,12 @@ void take_part(void* data) {
     wkv_cpu::kernels().model_step(call.model, call.step, call.team);
 }
 
-int64_t multiplications(const Rwkv6Model& m) {
+int64_t multiplications(const RwkvModel& m) {
     return m.layers * m.channels * (6 * m.channels + 2 * m.ffn) + m.channels * m.vocab;
 }
 
 // Whether each token is of the vocabulary and of a slot, and the tokens of a slot stand together.
-bool fits(const Rwkv6Model& m, const Rwkv6Step& s) {
+bool fits(const RwkvModel& m, const RwkvStep& s) {
     if (!s.slot && s.tokens != s.slots) return false;
     for (int64_t i = 0; i < s.tokens; i++) {
         if (s.ids[i] < 0 || s.ids[i] >= m.vocab) return false;
@@ -49,12 +49,12 @@ bool fits(const Rwkv6Model& m, const Rwkv6Step& s) {
 
 extern "C" {
 
-int64_t rwkv6_cpu_scratch(const Rwkv6Model* model, int64_t tokens) {
+int64_t rwkv_cpu_scratch(const RwkvModel* model, int64_t tokens) {
     return wkv_cpu::kernels().model_scratch(*model, tokens);
 }
 
 // 0, or 1 if the tokens or slots do not fit; then nothing is changed.
-int rwkv6_cpu_step(const Rwkv6Model* model, const Rwkv6Step* step, int threads) {
+int rwkv_cpu_step(const RwkvModel* model, const RwkvStep* step, int threads) {
     if (!fits(*model, *step)) return 1;
     Call call = {*model, *step, {1, 0, 0}};
     if (threads > 1 && GOMP_parallel && step->tokens * multiplications(*model) > WORTH)
