@@ -21,8 +21,8 @@ SENTENCES = ("call the man on sunday", "the black dog waits under the green appl
 
 
 @pytest.fixture(scope="module")
-def model(tiny_parts: Parts) -> SpeechLM:
-    model = SpeechLM.build(tiny_parts, task_names=["asr", "emotion", "qa"])
+def model(tiny_parts: Parts, rwkv7_parts: Parts, family: str) -> SpeechLM:
+    model = SpeechLM.build(rwkv7_parts if family == "x070" else tiny_parts, task_names=["asr", "emotion", "qa"])
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for x in model.trained_parameters():
@@ -90,6 +90,11 @@ def test_segments_are_those_of_the_whole_recording_with_any_options(
     model: SpeechLM, speech: Tensor, options: dict[str, object]
 ):
     check(model, speech, options, 2)
+
+
+@pytest.mark.parametrize("family", ["x070"], scope="module")
+def test_segments_of_an_rwkv7_model_are_those_of_the_whole_recording(model: SpeechLM, speech: Tensor):
+    check(model, speech, OPTIONS[1], 3)
 
 
 def test_pieces_of_a_task_of_classes_vote_and_its_text_comes_at_the_end(model: SpeechLM, speech: Tensor):

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rwkv_speech.config import ServeConfig
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.transcribe import SpeechLM
 from rwkv_speech.decoding.vad import Vad
+from rwkv_speech.models.parts import Parts
 from rwkv_speech.serving.worker import Worker
 from serving.conftest import connected, noise, running
 from serving.realtime_steps import INTENT, alone, append, said, set_to, text, until
@@ -32,6 +34,22 @@ def test_a_committed_buffer_is_an_item(realtime_server: Any, model: SpeechLM):
             assert {x.item_id for x in (*deltas, committed, done)} == {added.item.id}
             assert committed.previous_item_id == (ids[-1] if ids else None)
             ids.append(done.item_id)
+
+
+def test_an_rwkv7_model_says_what_it_says_alone(rwkv7_parts: Parts, limited: dict[str, Any]):
+    model = SpeechLM.build(rwkv7_parts).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for x in model.trained_parameters():
+            x.normal_(0, 0.5)
+    with (
+        running(model, ServeConfig(**limited)) as server,
+        connected(server).realtime.connect(extra_query=INTENT) as connection,
+    ):
+        set_to(connection)
+        for number in (1, 2):
+            expected = text(alone(model, noise(number, 1.5)))
+            assert said(connection, noise(number, 1.5))[-1].transcript == expected != ""
 
 
 def test_words_come_while_the_buffer_is_open(realtime_server: Any):
