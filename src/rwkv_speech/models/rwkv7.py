@@ -11,12 +11,11 @@ Source: Peng et al. 2025 (arXiv:2503.14456).
 
 # B batch · T time · C channels = H heads · N head size · S sequences of a packed batch
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, RWKV7Sizes
@@ -24,28 +23,18 @@ from rwkv_speech.models.linear import Linear
 from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
 from rwkv_speech.models.state import Packing
 from rwkv_speech.ops.mix import squared_relu
-from rwkv_speech.ops.wkv7 import wkv7, wkv7_step
-
-
-class _Recurrence(NamedTuple):
-    """What wkv7 takes of each token, (B, T, H, N)."""
-
-    r: Tensor
-    w: Tensor
-    k: Tensor
-    v: Tensor
-    a: Tensor
-    b: Tensor
+from rwkv_speech.ops.time_mix7 import Projections, Weights, attend, tokens
+from rwkv_speech.ops.wkv7 import wkv7_step
 
 
 class TimeMix(nn.Module):
     """Attention's place: token shift, six mixes, WKV-7, group norm, bonus, gate."""
 
-    w0: Tensor
-    a0: Tensor
-    v0: Tensor
-    k_k: Tensor
-    k_a: Tensor
+    a1: Tensor
+    g1: Tensor
+    g2: Tensor
+    v1: Tensor
+    w1: Tensor
 
     def __init__(self, layer: int, sizes: RWKV7Sizes, form: str) -> None:
         super().__init__()
@@ -74,9 +63,10 @@ class TimeMix(nn.Module):
         Returns the output (B, T, C), the next wkv and shift, and the first layer's values.
         """
         xx, shift = token_shift(x, shift, packing)
-        tokens, gate, first = self._inputs(x, xx, first)
-        y, wkv = wkv7(*tokens, wkv, None if packing is None else packing.cu_seqlens, self._form)
-        return self._output(y, tokens, gate), wkv, shift, first
+        projections, gate, first = self._project(x, xx, first)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        y, wkv, bonus = attend(projections, self._weights(), wkv, cu_seqlens, self._form)
+        return self._output(y, bonus, gate), wkv, shift, first
 
     def step(self, x: Tensor, wkv: Tensor, shift: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One token of each of B slots: x (B, C) -> output (B, C) and the first layer's values (B, C).
@@ -84,39 +74,28 @@ class TimeMix(nn.Module):
         wkv and shift are updated in place.
         """
         xx = (shift - x)[:, None]
-        tokens, gate, first = self._inputs(x[:, None], xx, None if first is None else first[:, None])
+        projections, gate, first = self._project(x[:, None], xx, None if first is None else first[:, None])
         shift.copy_(x)
-        r, w, k, v, a, b = (part[:, 0] for part in tokens)
+        made, bonus = tokens(projections, self._weights())
+        r, w, k, v, a, b = (part[:, 0] for part in made)
         y = wkv7_step(r, w, k, v, a, b, wkv, self._form)
-        return self._output(y[:, None], tokens, gate)[:, 0], first[:, 0]
+        return self._output(y[:, None], bonus, gate)[:, 0], first[:, 0]
 
-    def _inputs(self, x: Tensor, xx: Tensor, first: Tensor | None) -> tuple[_Recurrence, Tensor, Tensor]:
+    def _project(self, x: Tensor, xx: Tensor, first: Tensor | None) -> tuple[Projections, Tensor, Tensor]:
         """Of tokens x and what they differ by from the ones before; the gate (B, T, C) and the first layer's values."""
-        shape = *x.shape[:2], self.H, self.N
         xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, getattr(self, f"x_{name}")) for name in "rwkvag")
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        # The decay is exp(-exp(w)) with exp(w) = e^-0.5 sigmoid(...): in float32 from here to the kernel.
-        w = F.logsigmoid(self.w0.float() + self._low_rank("w", xw, torch.tanh).float()) - 0.5
-        rate = torch.sigmoid(self.a0 + self._low_rank("a", xa))
-        gate = self._low_rank("g", xg, torch.sigmoid)
-        if first is None:
-            first = v
-        else:
-            v = v + (first - v) * torch.sigmoid(self.v0 + self._low_rank("v", xv))
-        removed = F.normalize((k * self.k_k).view(shape), dim=-1)
-        k = k * (1 + (rate - 1) * self.k_a)
-        r, w, k, v, rate = (part.view(shape) for part in (r, w, k, v, rate))
-        return _Recurrence(r, w, k, v, -removed, removed * rate), gate, first
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        value = None if first is None else xv @ self.v1
+        found = Projections(r, k, v, torch.tanh(xw @ self.w1), xa @ self.a1, value, first)
+        return found, gate, v if first is None else first
 
-    def _low_rank(self, name: str, x: Tensor, inside: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        down: Tensor = getattr(self, f"{name}1")
-        up: Tensor = getattr(self, f"{name}2")
-        low = x @ down
-        return (inside(low) if inside else low) @ up
+    def _weights(self) -> Weights:
+        found: Any = (getattr(self, name, None) for name in Weights._fields)
+        return Weights(*found)
 
-    def _output(self, y: Tensor, tokens: _Recurrence, gate: Tensor) -> Tensor:
+    def _output(self, y: Tensor, bonus: Tensor, gate: Tensor) -> Tensor:
         y = self.ln_x(y.reshape(-1, gate.shape[-1])).view(y.shape)
-        bonus = (tokens.r * tokens.k * self.r_k).sum(-1, keepdim=True) * tokens.v
         return self.output((y + bonus).view(gate.shape) * gate)
 
 
