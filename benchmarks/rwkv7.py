@@ -1,4 +1,6 @@
-"""RWKV-7 on a CPU, one thread: WKV-7 against the loop of pip `rwkv`, and a training step against RWKV-6's."""
+"""RWKV-7 on a CPU, one thread: WKV-7 against the loop of pip `rwkv`, a training step against RWKV-6's, and a decoding
+step in one native call against the same in PyTorch's operations.
+"""
 
 # B batch · T time · H heads · N head size
 
@@ -126,6 +128,31 @@ def training(rounds: int) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def decoding(rounds: int) -> list[Row]:
+    """A token of each of some slots: the native step against PyTorch's operations, and RWKV-6's native step."""
+    rows = []
+    print(f"{'L x C':9} {'slots':>5} {'native':>9} {'PyTorch':>9} {'ratio':>6} {'RWKV-6':>9} {'difference':>11}")
+    for name, (six, seven) in PAIRS.items():
+        native, peer = random_lm(seven), random_lm(six)
+        plain = type(native)(seven, "torch").requires_grad_(False).eval()
+        plain.load_state_dict(native.state_dict())
+        for slots in (1, 4):
+            ids = torch.arange(slots)
+            states = {model: model.zero_state(slots) for model in (native, plain, peer)}
+            calls = {key: functools.partial(model.step, ids, states[model]) for key, model in (
+                ("native", native), ("torch", plain), ("x060", peer))}  # fmt: skip
+            error = relative_rms(calls["native"](), calls["torch"]())
+            if error > 1e-4:
+                raise ValueError(f"the native step does not compute the same: relative difference {error:.1e}")
+            times = processor_seconds(calls, 4 * rounds)
+            ratio = times["torch"] / times["native"]
+            rows.append({"model": name, "slots": slots, "processor_seconds": times, "ratio": ratio, "error": error})
+            cells = f"{1e3 * times['native']:8.2f}m {1e3 * times['torch']:8.2f}m {ratio:6.2f}"
+            print(f"{name:9} {slots:5} {cells} {1e3 * times['x060']:8.2f}m {error:11.1e}")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints the tables and writes them, with their circumstances, into `benchmarks/results/`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -134,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
-    rows = list(itertools.chain(recurrence(flags.rounds), training(flags.rounds)))
+    rows = list(itertools.chain(recurrence(flags.rounds), training(flags.rounds), decoding(flags.rounds)))
     loads = [load, os.getloadavg()[0]]
     command = ["python", "-m", "benchmarks.rwkv7", f"--rounds={flags.rounds}"]
     print(write_result("rwkv7-cpu", flags.output, command, cpu_name(), threads=1, rows=rows, load=loads))
