@@ -140,8 +140,10 @@ def decoding(rounds: int) -> list[Row]:
         for slots in (1, 4):
             ids = torch.arange(slots)
             states = {model: model.zero_state(slots) for model in (native, plain, peer)}
-            calls = {key: functools.partial(model.step, ids, states[model]) for key, model in (
-                ("native", native), ("torch", plain), ("x060", peer))}  # fmt: skip
+            calls: dict[str, Callable[[], Any]] = {
+                key: functools.partial(model.step, ids, states[model])
+                for key, model in (("native", native), ("torch", plain), ("x060", peer))
+            }
             error = relative_rms(calls["native"](), calls["torch"]())
             if error > 1e-4:
                 raise ValueError(f"the native step does not compute the same: relative difference {error:.1e}")
