@@ -114,10 +114,11 @@ int run_case(const Header& h) {
     Array bounds(h.packed ? 8 * (h.sequences + 1) : 1);
     Array u(h.version == 6 ? h.heads * h.head_size * size_of(h.bonus_type) : 0);
     Array r(bytes(0, h.type)), k(bytes(1, h.type)), v(bytes(2, h.type)), w(bytes(3, h.decay_type));
-    Array a(bytes(4, h.type)), b(bytes(5, h.type)), state(c.state);
+    Array a(bytes(4, h.type)), b(bytes(5, h.type)), state(c.state), order(4 * h.sequences);
     if (h.packed) {
         bounds.read();
         c.p.bounds = reinterpret_cast<const int64_t*>(bounds.data);
+        c.p.order = reinterpret_cast<int32_t*>(order.data);
     }
     for (Array* x : {&u, &r, &k, &v, &w, &a, &b, &state}) {
         x->read();

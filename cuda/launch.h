@@ -10,12 +10,11 @@
 enum Wkv6Generation { WKV6_STEPS = 1, WKV6_TILES = 2 };
 
 constexpr int kUnsupported = -1;
-constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
 
 enum class Pass { forward, backward, step };
 
 inline bool has_tiles(const WkvProblem& p, int generation) {
-    return p.version == 6 && generation == WKV6_TILES && p.head_size == tiles::N && p.type != WKV_FLOAT32;
+    return p.version == 6 && generation == WKV6_TILES && p.head_size == tiles::N && p.type == WKV_BFLOAT16;
 }
 
 template <int N, class In>
@@ -58,21 +57,20 @@ int run_steps7(Pass pass, const WkvProblem& p, Stream stream) {
     }
 }
 
-template <class In>
+template <class Decay>
 int forward_tiles(const WkvProblem& p, Stream stream) {
-    const int64_t blocks = p.sequences * p.heads;
-    const int shared = sizeof(tiles::ForwardShared<In>);
-    return blocks < kFewBlocks ? launch(tiles::forward<In, 2, false>, 2 * blocks, 64, shared, stream, p)
-                               : launch(tiles::forward<In, 4, false>, blocks, 128, shared, stream, p);
+    return launch(tiles::forward<Decay>, p.sequences * p.heads, tiles::kThreads,
+                  sizeof(tiles::ForwardShared<Decay>), stream, p);
 }
 
-template <class In>
+template <class Decay>
 int backward_tiles(const WkvProblem& p, Stream stream) {
     const int64_t blocks = p.sequences * p.heads;
-    const int error =
-        launch(tiles::forward<In, 4, true>, blocks, 128, sizeof(tiles::ForwardShared<In>), stream, p);
+    const int error = launch(tiles::states<Decay>, blocks, tiles::kThreads,
+                             sizeof(tiles::StatesShared<Decay>), stream, p);
     return error ? error
-                 : launch(tiles::backward<In>, blocks, tiles::kThreads, sizeof(tiles::BackwardShared<In>), stream, p);
+                 : launch(tiles::backward<Decay>, blocks, tiles::kThreads,
+                          sizeof(tiles::BackwardShared<Decay>), stream, p);
 }
 
 template <int N, class In>
@@ -104,29 +102,43 @@ int run_head_size(Pass pass, const WkvProblem& p, Stream stream) {
     }
 }
 
-template <class In>
+template <class Decay>
+int64_t shared_bytes(int kernel) {
+    return kernel == 0   ? sizeof(tiles::ForwardShared<Decay>)
+           : kernel == 1 ? sizeof(tiles::StatesShared<Decay>)
+                         : sizeof(tiles::BackwardShared<Decay>);
+}
+
+template <class Decay>
 int run_tiles(Pass pass, const WkvProblem& p, Stream stream) {
-    return pass == Pass::forward ? forward_tiles<In>(p, stream) : backward_tiles<In>(p, stream);
+    return pass == Pass::forward ? forward_tiles<Decay>(p, stream) : backward_tiles<Decay>(p, stream);
 }
 
 inline int run(Pass pass, const WkvProblem& p, int generation, Stream stream) {
-    const bool with_tiles = has_tiles(p, generation) && pass != Pass::step;
+    if (p.bounds != nullptr) {
+        if (const int error = launch(order_sequences, 1, kThreadsToOrder, 0, stream, p)) {
+            return error;
+        }
+    }
+    if (has_tiles(p, generation) && pass != Pass::step) {
+        return p.decay_type == WKV_FLOAT32 ? run_tiles<float>(pass, p, stream) : run_tiles<Bfloat16>(pass, p, stream);
+    }
     switch (p.type) {
         case WKV_FLOAT32:
             return run_head_size<float>(pass, p, stream);
         case WKV_BFLOAT16:
-            return with_tiles ? run_tiles<Bfloat16>(pass, p, stream) : run_head_size<Bfloat16>(pass, p, stream);
+            return run_head_size<Bfloat16>(pass, p, stream);
         case WKV_FLOAT16:
-            return with_tiles ? run_tiles<Float16>(pass, p, stream) : run_head_size<Float16>(pass, p, stream);
+            return run_head_size<Float16>(pass, p, stream);
         default:
             return kUnsupported;
     }
 }
 
-// Bytes of `scratch` for the backward pass: the states before all tiles, in WKV-7 with the tokens' u.
+// Bytes of `scratch` for the backward pass: the states that it keeps, in WKV-7 with the tokens' u.
 inline int64_t scratch_bytes(const WkvProblem& p, int generation) {
     const int64_t rows = p.head_size + (p.version == 7 ? kTile : 0);
-    const int64_t kept = has_tiles(p, generation) ? static_cast<int64_t>(sizeof(tiles::KeptState))
-                                                  : rows * p.head_size * static_cast<int64_t>(sizeof(float));
-    return tiles_of(p) * p.heads * kept;
+    return has_tiles(p, generation)
+               ? kept_states(p, tiles::kKeptEvery) * p.heads * static_cast<int64_t>(sizeof(tiles::KeptState))
+               : kept_states(p, kTile) * p.heads * rows * p.head_size * static_cast<int64_t>(sizeof(float));
 }

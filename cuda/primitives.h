@@ -37,12 +37,41 @@ DEVICE void unpack(uint32_t word, float& first, float& second) {
     second = to_float(In{static_cast<uint16_t>(word >> 16)});
 }
 
+// Four neighbours in memory, aligned to their size, in one access.
+struct alignas(16) Float4 {
+    float x[4];
+};
+
+struct alignas(8) Float2 {
+    float x[2];
+};
+
+struct alignas(8) Words {
+    uint32_t x[2];
+};
+
+DEVICE void load4(const float* from, float (&x)[4]) {
+    const Float4 four = *reinterpret_cast<const Float4*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[i] = four.x[i];
+    }
+}
+
+DEVICE void store4(float* to, const float (&x)[4]) {
+    *reinterpret_cast<Float4*>(to) = {{x[0], x[1], x[2], x[3]}};
+}
+
 template <class In>
-DEVICE uint32_t pack(float first, float second) {
-    In low, high;
-    from_float(low, first);
-    from_float(high, second);
-    return low.bits | static_cast<uint32_t>(high.bits) << 16;
+DEVICE void load4(const In* from, float (&x)[4]) {
+    const Words words = *reinterpret_cast<const Words*>(from);
+    unpack<In>(words.x[0], x[0], x[1]);
+    unpack<In>(words.x[1], x[2], x[3]);
+}
+
+template <class In>
+DEVICE void store4(In* to, const float (&x)[4]) {
+    *reinterpret_cast<Words*>(to) = {{pack<In>(x[0], x[1]), pack<In>(x[2], x[3])}};
 }
 
 // Element `index` of an array of type In, or of float32 if `type` says so.

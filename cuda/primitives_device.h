@@ -11,7 +11,12 @@
 using Stream = cudaStream_t;
 
 DEVICE int64_t block_index() { return blockIdx.x; }
-DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+
+DEVICE int thread_index() {
+    const int index = static_cast<int>(threadIdx.x);
+    __builtin_assume(index >= 0);  // or else each division by a power of two takes care of the sign
+    return index;
+}
 
 DEVICE char* shared_memory() {
     extern __shared__ __align__(16) char memory[];
@@ -19,6 +24,7 @@ DEVICE char* shared_memory() {
 }
 
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 
 template <class T>
 DEVICE T shuffle(T value, int lane) {
@@ -28,12 +34,6 @@ DEVICE T shuffle(T value, int lane) {
 template <class T>
 DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-
-// The value of the lane `delta` further; one's own where there is none.
-template <class T>
-DEVICE T shuffle_down(T value, int delta) {
-    return __shfl_down_sync(0xffffffffu, value, delta);
 }
 
 DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
@@ -53,10 +53,30 @@ DEVICE void from_float(float& out, float x) { out = x; }
 DEVICE void from_float(Bfloat16& out, float x) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 DEVICE void from_float(Float16& out, float x) { out.bits = __half_as_ushort(__float2half_rn(x)); }
 
+// Two numbers in one word, the first at the lower address.
+template <class In>
+DEVICE uint32_t pack(float first, float second);
+
+template <>
+DEVICE uint32_t pack<Bfloat16>(float first, float second) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+template <>
+DEVICE uint32_t pack<Float16>(float first, float second) {
+    const __half2 both = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 // Round to the 10 bits of mantissa that the tensor cores read.
 DEVICE float to_tf32(float x) {
     uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#if __CUDA_ARCH__ >= 900
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));  // there several instructions
+#endif
     return __uint_as_float(bits);
 }
 
@@ -75,13 +95,48 @@ DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// c (16 x 8) += a (16 x 8) b (8 x 8) by one warp, operands in TF32. Lane 4 g + t holds
-// a: (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4); b: (t, g) (t + 4, g); c: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
+// c (16 x 8) += a (16 x 8) b (8 x 8) by one warp, operands in TF32. Lane 4 g + t holds a: (g, t) (g + 8, t) (g, t + 4)
+// (g + 8, t + 4); b: (t, g) (t + 4, g); c: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
 DEVICE void matmul(float (&c)[4], const float (&a)[4], float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) in bfloat16, with two neighbours of the inner index in a word:
+// a: (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8); b: (2t, g) (2t + 8, g).
+DEVICE void matmul(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers by one warp: lane 8 m + i has the address of row i of matrix m, and lane 4 g +
+// t gets of each (g, 2t) and (g, 2t + 1) in one word; transposed (2t, g) and (2t + 1, g).
+template <bool kTransposed>
+DEVICE void load_matrices(const void* row, uint32_t (&x)[4]) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if (kTransposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(address)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(address)
+                     : "memory");
+    }
+}
+
+// Transposes an 8 x 8 matrix of 16-bit numbers by one warp; lane 4 g + t has (g, 2t) and (g, 2t + 1) in one word.
+DEVICE uint32_t transpose_matrix(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
 
 // Starts `kernel`; the code of the first CUDA error, 0 for none.

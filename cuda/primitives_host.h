@@ -2,7 +2,8 @@
 //
 // Each thread of a block is a fiber that runs until it has to wait. Waiting for a barrier needs the whole block,
 // shuffles and matrix products the whole warp. Warps, and threads in a warp, take turns in an order that the test
-// chooses, and a warp runs as far ahead as it can: results must not depend on it, or a barrier is missing. Shared memory starts as NaN; copies arrive only when they are waited for.
+// chooses, and a warp runs as far ahead as it can: results must not depend on it, or a barrier is missing. Shared memory
+// starts as NaN; copies arrive only when they are waited for.
 
 #pragma once
 
@@ -174,7 +175,9 @@ inline float (*exchange(const char* operation, const float* values, int count))[
     Exchange& warp = block->warps[block->now / 32];
     const int turn = fiber.turn, lane = block->now % 32, thread = block->now;
     fiber.turn = 1 - turn;
-    memcpy(warp.values[turn][lane], values, count * sizeof(float));
+    if (count > 0) {
+        memcpy(warp.values[turn][lane], values, count * sizeof(float));
+    }
     warp.operation[turn][lane] = operation;
     leave(Wait::warp);
     for (int other = 0; other < 32; other++) {
@@ -194,6 +197,7 @@ inline int64_t block_index() { return host::block->index; }
 inline int thread_index() { return host::block->now; }
 inline char* shared_memory() { return host::block->shared; }
 inline void barrier() { host::leave(host::Wait::block); }
+inline void warp_barrier() { host::exchange("warp barrier", nullptr, 0); }
 
 template <class T>
 T shuffle(T value, int lane) {
@@ -207,12 +211,6 @@ T shuffle(T value, int lane) {
 template <class T>
 T shuffle_xor(T value, int mask) {
     return shuffle(value, (thread_index() & 31) ^ mask);
-}
-
-template <class T>
-T shuffle_down(T value, int delta) {
-    const int lane = thread_index() & 31;
-    return shuffle(value, lane + delta < 32 ? lane + delta : lane);
 }
 
 inline float float_of_bits(uint32_t bits) {
@@ -246,6 +244,14 @@ inline void from_float(Float16& out, float x) {
 inline void from_float(Bfloat16& out, float x) {
     const uint32_t bits = bits_of_float(x);
     out.bits = isnan(x) ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class In>
+uint32_t pack(float first, float second) {
+    In low, high;
+    from_float(low, first);
+    from_float(high, second);
+    return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
 inline float to_tf32(float x) {
@@ -288,6 +294,58 @@ inline void matmul(float (&c)[4], const float (&a)[4], float b0, float b1) {
             c[2 + n] += row[2 * (k / 4) + 1] * b;
         }
     }
+}
+
+// The same for bfloat16, two in a word, which are exact.
+inline void matmul(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    float bits[6];
+    memcpy(bits, mine, sizeof bits);
+    const float(*lanes)[8] = host::exchange("bfloat16 matmul", bits, 6);
+    const int g = (thread_index() & 31) / 4, t = thread_index() % 4;
+    const auto number = [&](int lane, int word, int place) {
+        uint32_t both;
+        memcpy(&both, &lanes[lane][word], 4);
+        return float_of_bits(both >> (16 * place) << 16);
+    };
+    for (int k = 0; k < 16; k++) {
+        const int from = k % 8 / 2, place = k % 2, late = k / 8;
+        for (int n = 0; n < 2; n++) {
+            const float b = number(4 * (2 * t + n) + from, 4 + late, place);
+            c[n] += number(4 * g + from, 2 * late, place) * b;
+            c[2 + n] += number(4 * g + from, 2 * late + 1, place) * b;
+        }
+    }
+}
+
+template <bool kTransposed>
+void load_matrices(const void* row, uint32_t (&x)[4]) {
+    float bits[2];
+    memcpy(bits, &row, sizeof bits);
+    const float(*lanes)[8] = host::exchange("load matrices", bits, 2);
+    const int g = (thread_index() & 31) / 4, t = thread_index() % 4;
+    for (int matrix = 0; matrix < 4; matrix++) {
+        uint16_t both[2];
+        for (int i = 0; i < 2; i++) {
+            const int line = kTransposed ? 2 * t + i : g, column = kTransposed ? g : 2 * t + i;
+            const uint16_t* start;
+            memcpy(&start, lanes[8 * matrix + line], sizeof start);
+            both[i] = start[column];
+        }
+        memcpy(&x[matrix], both, 4);
+    }
+}
+
+inline uint32_t transpose_matrix(uint32_t x) {
+    const float bits = float_of_bits(x);
+    const float(*lanes)[8] = host::exchange("transpose", &bits, 1);
+    const int g = (thread_index() & 31) / 4, t = thread_index() % 4;
+    uint32_t y = 0;
+    for (int i = 0; i < 2; i++) {
+        const uint32_t word = bits_of_float(lanes[4 * (2 * t + i) + g / 2][0]);
+        y |= (word >> (16 * (g % 2)) & 0xffff) << (16 * i);
+    }
+    return y;
 }
 
 template <class Params>

@@ -4,7 +4,7 @@
 
 #include "primitives.h"
 
-constexpr int kTile = 16;  // tokens that are read, and remembered states apart, together
+constexpr int kTile = 16;  // tokens that are read together
 
 // Counts fit 31 bits, which Python checks: registers are scarce.
 struct Sequence {
@@ -13,7 +13,6 @@ struct Sequence {
     int begin;   // first token in the row
     int length;
     int head;
-    int first_tile;  // of this sequence among the tiles of all: they never overlap
 };
 
 // Bounds that are out of order or out of range are cut off: wrong bounds give wrong numbers, never wrong addresses.
@@ -27,41 +26,42 @@ DEVICE int64_t packed_length(const WkvProblem& p, int64_t sequence) {
     return length < 0 ? 0 : length;
 }
 
-// The sequence and head of the block's turn: the longest sequences come first, so that none is left for the end.
-// `slot` is one word of shared memory. All threads of the block call this together.
-DEVICE Sequence sequence_of_turn(const WkvProblem& p, int64_t turn, int threads, int* slot) {
-    const int64_t place = turn / p.heads;
-    int64_t index = place;
-    if (p.bounds != nullptr && p.sequences <= threads) {
-        const int64_t mine = thread_index();
-        if (mine < p.sequences) {
-            const int64_t length = packed_length(p, mine);
-            int64_t before = 0;
-            for (int64_t other = 0; other < p.sequences; other++) {
-                const int64_t its = packed_length(p, other);
-                before += its > length || (its == length && other < mine);
-            }
-            if (before == place) {
-                *slot = static_cast<int>(mine);
-            }
+constexpr int kThreadsToOrder = 256, kMostToOrder = 1024;
+
+// p.order: the packed sequences, longest first, so that none is left for the end. More than kMostToOrder stay as they
+// are.
+KERNEL(kThreadsToOrder, 1)
+order_sequences(WkvProblem p) {
+    for (int mine = thread_index(); mine < p.sequences; mine += kThreadsToOrder) {
+        const int64_t length = packed_length(p, mine);
+        int place = p.sequences > kMostToOrder ? mine : 0;
+        for (int other = 0; p.sequences <= kMostToOrder && other < p.sequences; other++) {
+            const int64_t its = packed_length(p, other);
+            place += its > length || (its == length && other < mine);
         }
-        barrier();
-        index = *slot;
-        barrier();
+        p.order[place] = mine;
     }
+}
+
+// The sequence and head of the block's turn.
+DEVICE Sequence sequence_of_turn(const WkvProblem& p, int64_t turn) {
+    const int place = static_cast<int>(turn / p.heads);
     Sequence s;
-    s.index = static_cast<int>(index);
+    s.index = p.bounds != nullptr ? p.order[place] : place;
     s.head = static_cast<int>(turn % p.heads);
     s.row = p.bounds != nullptr ? 0 : s.index;
-    s.begin = static_cast<int>(p.bounds != nullptr ? bound(p, index) : 0);
-    s.length = static_cast<int>(p.bounds != nullptr ? packed_length(p, index) : p.tokens);
-    // The sum of the others' rounded-up tiles is at most this: floor(a + b) - floor(a) + 1 >= ceil(b).
-    s.first_tile = static_cast<int>((s.row * p.tokens + s.begin) / kTile + index);
+    s.begin = static_cast<int>(p.bounds != nullptr ? bound(p, s.index) : 0);
+    s.length = static_cast<int>(p.bounds != nullptr ? packed_length(p, s.index) : p.tokens);
     return s;
 }
 
-// How many tiles `first_tile` may name.
-inline int64_t tiles_of(const WkvProblem& p) { return p.batch * p.tokens / kTile + p.sequences; }
+// The first of the states that are kept `every` so many tokens of each sequence, and how many those of all are at most:
+// the sum of the others' rounded-up counts is at most this: floor(a + b) - floor(a) + 1 >= ceil(b).
+DEVICE int64_t first_kept(const WkvProblem& p, const Sequence& s, int every) {
+    return (s.row * p.tokens + s.begin) / every + s.index;
+}
+
+inline int64_t kept_states(const WkvProblem& p, int every) { return p.batch * p.tokens / every + p.sequences; }
 
 template <class T>
 DEVICE T* row_of(const WkvTokens& x, const Sequence& s, int token) {

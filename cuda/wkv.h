@@ -13,13 +13,15 @@ extern "C" {
 
 enum WkvType { WKV_FLOAT32 = 0, WKV_BFLOAT16 = 1, WKV_FLOAT16 = 2 };
 
-// (batch, time, head, channel); strides in elements, that of the channels is 1.
+// (batch, time, head, channel), 16-byte aligned; strides in elements, multiples of 8: that of time less than 2^24, that
+// of the channels 1.
 typedef struct {
     void* data;
     int64_t batch, time, head;
 } WkvTokens;
 
-// float32 (sequence, head, value, key); the N x N matrix of one head is contiguous. A stride of 0 is an expanded state.
+// float32 (sequence, head, value, key), 16-byte aligned; the N x N matrix of one head is contiguous. A stride of 0 is an
+// expanded state.
 typedef struct {
     float* data;
     int64_t sequence, head;
@@ -33,6 +35,7 @@ typedef struct {
     int32_t bonus_type;   // of u: `type` or float32
     int32_t need_du;      // 0: du is not touched
     const int64_t* bounds;  // packed: (sequences + 1), from 0 to tokens; null: dense, sequences == batch
+    int32_t* order;         // packed, on a GPU: (sequences), written by the library
     const void* u;          // (heads, head size), contiguous
     WkvTokens r, k, v, w, a, b;
     WkvState state;  // before the first token

@@ -10,7 +10,6 @@ template <int N>
 struct ForwardShared {
     float r[kTile][N], k[kTile][N], v[kTile][N], d[kTile][N], y[kTile][Shape<N>::kRows];
     float u[N], bonus[kTile];
-    int slot;
 };
 
 template <int N, class In>
@@ -64,7 +63,7 @@ forward(WkvProblem p) {
     auto& m = *reinterpret_cast<ForwardShared<N>*>(shared_memory());
     const int thread = thread_index(), part = thread % kParts;
     const int first_row = kRows * static_cast<int>(block_index() % Shape<N>::kBlocks), row = first_row + thread / kParts;
-    const Sequence s = sequence_of_turn(p, block_index() / Shape<N>::kBlocks, Shape<N>::kThreads, &m.slot);
+    const Sequence s = sequence_of_turn(p, block_index() / Shape<N>::kBlocks);
     float S[N / kParts];
     const float* first = matrix_of(p.state, s) + row * N;
 #pragma unroll
@@ -77,7 +76,7 @@ forward(WkvProblem p) {
     for (int start = 0; start < s.length; start += kTile) {
         const int count = s.length - start < kTile ? s.length - start : kTile;
         if (kStates) {
-            const int64_t tile = s.first_tile + start / kTile;
+            const int64_t tile = first_kept(p, s, kTile) + start / kTile;
             float* kept = static_cast<float*>(p.scratch) + ((tile * p.heads + s.head) * N + row) * N;
 #pragma unroll
             for (int i = 0; i < N / kParts; i++) {
@@ -123,7 +122,7 @@ decode(WkvProblem p) {
     const int64_t turn = block_index() / Shape<N>::kBlocks;
     const int row = Shape<N>::kRows * static_cast<int>(block_index() % Shape<N>::kBlocks) + thread / kParts;
     const int slot = static_cast<int>(turn / p.heads), head = static_cast<int>(turn % p.heads);
-    const Sequence s = {slot, slot, 0, 1, head, 0};
+    const Sequence s = {slot, slot, 0, 1, head};
     for (int c = thread; c < N; c += Shape<N>::kThreads) {
         m.u[c] = load_either<In>(p.u, s.head * N + c, p.bonus_type);
     }

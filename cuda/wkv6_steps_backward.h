@@ -22,7 +22,6 @@ struct BackwardShared {
         d[kTile][kPitch];
     float P[kTile][kTile];
     float u[N], du[N], bonus[kTile];
-    int slot;
 };
 
 // Tokens past the end are such that they change nothing: no receptance, no key, no decay.
@@ -178,7 +177,7 @@ KERNEL(Shape<N>::kThreads, 1)
 backward(WkvProblem p) {
     auto& m = *reinterpret_cast<BackwardShared<N>*>(shared_memory());
     const int thread = thread_index();
-    const Sequence s = sequence_of_turn(p, block_index(), Shape<N>::kThreads, &m.slot);
+    const Sequence s = sequence_of_turn(p, block_index());
     float* G = matrix_of(p.dstate, s);
     const float* last = matrix_of(p.dlast, s);
     for (int i = thread; i < N * N; i += Shape<N>::kThreads) {
@@ -191,7 +190,7 @@ backward(WkvProblem p) {
     for (int tile = (s.length + kTile - 1) / kTile - 1; tile >= 0; tile--) {
         const int start = tile * kTile;
         const float* S =
-            static_cast<const float*>(p.scratch) + (int64_t{s.first_tile + tile} * p.heads + s.head) * N * N;
+            static_cast<const float*>(p.scratch) + ((first_kept(p, s, kTile) + tile) * p.heads + s.head) * N * N;
         load_tile<N, In>(p, s, start, m);
         barrier();
         products<N>(m);

@@ -1,13 +1,18 @@
-// Second generation: tiles of 16 tokens on the tensor cores; bfloat16 or float16, head size 64.
+// Second generation: tiles of 16 tokens on the tensor cores; bfloat16, head size 64.
 //
-// In a tile, c_i is the sum of the log decays before token i and m = c_8 the middle. With
+// Each of a block's 4 warps has 16 of the head's 64 keys and all that belongs to them: receptances, keys, decays, the
+// state's columns and their gradients. In a tile, c_i is the sum of the log decays before token i, m = c_8. With
 //     r~_i = r_i exp(c_i - m),  k~_j = k_j exp(m - c_(j+1))
-// a pair of tokens is r~_i . k~_j, and all pairs are one matrix product. Before it the state's columns are scaled by
-// exp(m), after it by exp(c_16 - m). Log decays are cut at -9: e^-9 is far below the resolution of the inputs, and
-// e^(8 * 9) stays in range. Pairs that do not exist may overflow: they are masked by selection.
+// a pair of tokens is r~_i . k~_j, and all pairs are one matrix product, of which a warp has the part of its keys. With
+//     r^_i = r_i exp(c_i),  k^_j = k_j exp(c_16 - c_(j+1))
+// y_i = S r^_i from the state before the tile, which then becomes S exp(c_16) + sum of v_j k^_j. Log decays are cut at
+// -9: e^-9 is far below the resolution of the inputs, and e^(8 * 9) stays in range. Pairs that do not exist may
+// overflow: they are masked by selection.
 //
-// Lane 4 g + t of warp q has the fragments that `matmul` describes. Where the inner index of a product may be
-// permuted, it is, so that accumulators serve as operands: 2t and 2t + 1 stand where t and t + 4 would.
+// Lane 4 g + t has the fragments that the matrix products ask for. It owns tokens 2g and 2g + 1 and keys 4t to 4t + 3 of
+// its warp's, and what it knows of them is a fragment as it stands, as no product cares about the order of its rows,
+// columns or inner index: row or column x (0 to 7) of half h is token 2x + h, and key 4 (x / 2) + 2h + x % 2. Side by
+// side in a fragment lie tokens 4t + h and 4t + h + 2, and keys 4t + 2h and 4t + 2h + 1. Values keep their order.
 
 #pragma once
 
@@ -15,24 +20,32 @@
 
 namespace tiles {
 
+using In = Bfloat16;
+
 constexpr int N = 64;
-constexpr int kHalf = kTile / 2;
-constexpr int kSteps = N / 8;     // of a product over channels, and the 8-wide parts of its result
-constexpr int kPitch = N + 8;     // floats or halves: rows t and columns g fall into different banks
-constexpr float kMaxRate = 9.0f;  // exp(w) and more
+constexpr int kWarps = 4, kThreads = kWarp * kWarps;
+constexpr int kPitch = N + 8;  // of rows in shared memory: those of eight tokens fall into different banks
+// Blocks that fit a multiprocessor by their registers: on an H100 as many as by shared memory, elsewhere fewer fit
+// anyway.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kForwardBlocks = 5, kBackwardBlocks = 3;
+#else
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 2;
+#endif
+constexpr float kMaxRate = 9 * kLog2E;  // exp(w) and more, as a power of two
+constexpr float kLog2OfLog2E = 0.528766373f;
+constexpr float kLn2 = 0.693147181f;
 
-// The words of a token's 64 channels as they come from global memory.
-template <class In>
-struct RawRow {
-    In x[kPitch];
-};
-
-struct RawDecay {
-    char bytes[N * sizeof(float) + 16];
+// 16 tokens of one tensor as they come from global memory.
+template <class T>
+struct Rows {
+    T x[kTile][kPitch];
 };
 
 struct Lane {
     int warp, g, t;
+
+    DEVICE int key() const { return 16 * warp + 4 * t; }  // the first of its own four
 };
 
 DEVICE Lane lane_of_thread() {
@@ -40,200 +53,252 @@ DEVICE Lane lane_of_thread() {
     return {thread_index() / kWarp, lane / 4, lane % 4};
 }
 
-// Tokens start .. start + 15 of one tensor into 16 rows, 16 bytes a copy, zeros past the end.
-DEVICE void fetch(const WkvTokens& x, const Sequence& s, int start, int element_size, char* rows, int pitch,
-                         int threads) {
-    const int per_row = N * element_size / 16;
-    for (int i = thread_index(); i < kTile * per_row; i += threads) {
-        const int token = i / per_row, part = i % per_row;
-        const bool valid = start + token < s.length;
-        const int64_t offset = valid ? offset_of(x, s, start + token) * element_size + part * 16 : 0;
-        copy_async(rows + token * pitch + part * 16, static_cast<const char*>(x.data) + offset, valid);
-    }
-}
+// How many tiles a sequence has.
+DEVICE int tiles_of(const Sequence& s) { return (s.length + kTile - 1) / kTile; }
 
-template <class In>
-DEVICE void fetch(const WkvTokens& x, const Sequence& s, int start, RawRow<In>* rows, int threads) {
-    fetch(x, s, start, sizeof(In), reinterpret_cast<char*>(rows), sizeof(RawRow<In>), threads);
-}
+// What a thread copies of a tensor's tiles into Rows: 16 bytes of one token, or of two where a token fills 256 bytes.
+template <class T>
+struct Source {
+    static constexpr int kPerToken = N * sizeof(T) / 16, kTokens = kThreads / kPerToken;
+    const char* first;
+    int step;  // bytes from tile to tile
+    int length;
 
-DEVICE void fetch_decay(const WkvProblem& p, const Sequence& s, int start, RawDecay* rows, int threads) {
-    fetch(p.w, s, start, p.decay_type == WKV_FLOAT32 ? 4 : 2, rows[0].bytes, sizeof(RawDecay), threads);
-}
+    DEVICE Source(const WkvTokens& x, const Sequence& s)
+        : first(reinterpret_cast<const char*>(row_of<T>(x, s, thread_index() / kPerToken)) +
+                16 * (thread_index() % kPerToken)),
+          step(static_cast<int>(x.time) * kTile * static_cast<int>(sizeof(T))),
+          length(s.length) {}
 
-// exp(w) of a token's channel; the caller cuts it.
-template <class In>
-DEVICE float rate_of(const RawDecay& row, int channel, int32_t type) {
-    return exp2_fast(load_either<In>(row.bytes, channel, type) * kLog2E);
-}
-
-template <class In>
-DEVICE float log2_decay(const RawDecay& row, int channel, int32_t type, bool valid) {
-    const float rate = rate_of<In>(row, channel, type);
-    return valid ? -kLog2E * (rate < kMaxRate ? rate : kMaxRate) : 0.0f;
-}
-
-struct Scaled {
-    float r[kTile][kPitch];  // r~ in TF32
-    float k[kTile][kPitch];  // k~ in TF32
-    float half[2][N];        // exp(m), exp(c_16 - m)
-};
-
-// r~, k~ and the decays of the tile's halves; a thread per channel and half. Without `r` no r~ is made; `c` (17 rows),
-// if given, gets c_i - m in log2.
-template <class In>
-DEVICE void scale(const RawRow<In>* r, const RawRow<In>* k, const RawDecay* w, int32_t decay_type, int count,
-                         Scaled& out, float (*c)[kPitch], int threads) {
-    const int channel = thread_index() % N;
-    for (int half = thread_index() / N; half < 2; half += threads / N) {
-        // From the middle outwards: `sum` is the log decay between the middle and the token, `decay` its power of two.
-        float sum = 0, decay = 1;
-#pragma unroll 4
-        for (int i = 0; i < kHalf; i++) {
-            const int token = half ? kHalf + i : kHalf - 1 - i;
-            const float before = decay;
-            sum += log2_decay<In>(w[token], channel, decay_type, token < count);
-            decay = exp2_fast(sum);
-            const float growth = exp2_fast(-sum);
-            out.k[token][channel] = to_tf32(to_float(k[token].x[channel]) * (half ? growth : before));
-            if (r != nullptr) {
-                out.r[token][channel] = to_tf32(to_float(r[token].x[channel]) * (half ? before : growth));
-            }
-            if (c != nullptr) {
-                c[half ? token + 1 : token][channel] = half ? sum : -sum;
-            }
-        }
-        out.half[half][channel] = decay;
-        if (c != nullptr && half == 0) {
-            c[kHalf][channel] = 0;
-        }
-    }
-}
-
-// The sum over a token's channels of x weight y, by eight threads; without `weight` of x y.
-template <class In>
-DEVICE float dot_of_row(const RawRow<In>& x, const RawRow<In>& y, const float* weight) {
-    float sum = 0;
+    DEVICE void fetch(int tile, Rows<T>& to) const {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int channel = 8 * (thread_index() % 8) + i;
-        sum += to_float(x.x[channel]) * to_float(y.x[channel]) * (weight == nullptr ? 1.0f : weight[channel]);
-    }
-    for (int mask = 1; mask < 8; mask *= 2) {
-        sum += shuffle_xor(sum, mask);
-    }
-    return sum;
-}
-
-// Rows g and g + 8, columns 8 step + (2t, 2t + 1) of a 16 x 64 matrix, as operand a with a permuted inner index.
-DEVICE void load_a(const float (*rows)[kPitch], int step, Lane lane, float (&a)[4]) {
-    const int column = 8 * step + 2 * lane.t;
-    a[0] = rows[lane.g][column];
-    a[2] = rows[lane.g][column + 1];
-    a[1] = rows[lane.g + 8][column];
-    a[3] = rows[lane.g + 8][column + 1];
-}
-
-template <class In>
-DEVICE void load_a(const RawRow<In>* rows, int step, Lane lane, float (&a)[4]) {
-    const int column = 8 * step + 2 * lane.t;
-    unpack<In>(*reinterpret_cast<const uint32_t*>(&rows[lane.g].x[column]), a[0], a[2]);
-    unpack<In>(*reinterpret_cast<const uint32_t*>(&rows[lane.g + 8].x[column]), a[1], a[3]);
-}
-
-// Columns first + g and first + g + 8 of tokens 8 step + (t, t + 4), as operand a: the transposed rows.
-template <class In>
-DEVICE void load_a_transposed(const RawRow<In>* rows, int step, int first, Lane lane, float (&a)[4]) {
-    const int token = 8 * step + lane.t;
-    a[0] = to_float(rows[token].x[first + lane.g]);
-    a[1] = to_float(rows[token].x[first + lane.g + 8]);
-    a[2] = to_float(rows[token + 4].x[first + lane.g]);
-    a[3] = to_float(rows[token + 4].x[first + lane.g + 8]);
-}
-
-// A warp's 16 rows (values) of an N x N state: c[n] are keys 8 n + (2t, 2t + 1) of rows g and g + 8.
-struct StateRows {
-    float c[kSteps][4];
-
-    DEVICE void load(const float* matrix, int first_row, Lane lane) {
-#pragma unroll
-        for (int n = 0; n < kSteps; n++) {
-            const float* at = matrix + (first_row + lane.g) * N + 8 * n + 2 * lane.t;
-            c[n][0] = at[0];
-            c[n][1] = at[1];
-            c[n][2] = at[8 * N];
-            c[n][3] = at[8 * N + 1];
-        }
-    }
-
-    DEVICE void store(float* matrix, int first_row, Lane lane) const {
-#pragma unroll
-        for (int n = 0; n < kSteps; n++) {
-            float* at = matrix + (first_row + lane.g) * N + 8 * n + 2 * lane.t;
-            at[0] = c[n][0];
-            at[1] = c[n][1];
-            at[8 * N] = c[n][2];
-            at[8 * N + 1] = c[n][3];
-        }
-    }
-
-    DEVICE void scale_keys(const float* factors, Lane lane) {
-#pragma unroll
-        for (int n = 0; n < kSteps; n++) {
-            const float first = factors[8 * n + 2 * lane.t], second = factors[8 * n + 2 * lane.t + 1];
-            c[n][0] *= first;
-            c[n][1] *= second;
-            c[n][2] *= first;
-            c[n][3] *= second;
-        }
-    }
-
-    // += x^T y over the tile's tokens: x gives the values, y (TF32) the keys.
-    template <class In>
-    DEVICE void add_outer(const RawRow<In>* x, const float (*y)[kPitch], int first_row, Lane lane) {
-#pragma unroll
-        for (int step = 0; step < 2; step++) {
-            float a[4];
-            load_a_transposed(x, step, first_row, lane, a);
-#pragma unroll
-            for (int n = 0; n < kSteps; n++) {
-                matmul(c[n], a, y[8 * step + lane.t][8 * n + lane.g], y[8 * step + lane.t + 4][8 * n + lane.g]);
-            }
+        for (int more = 0; more < kTile; more += kTokens) {
+            const int token = more + thread_index() / kPerToken;
+            char* at = reinterpret_cast<char*>(to.x[token]) + 16 * (thread_index() % kPerToken);
+            const char* from = first + int64_t{tile} * step + more * (step / kTile);
+            copy_async(at, from, tile * kTile + token < length);
         }
     }
 };
 
-// += a (16 tokens x 64 keys) times the warp's rows of the state, transposed: 16 tokens x 16 values.
-DEVICE void add_from_state(float (&y)[2][4], const float (*a_rows)[kPitch], const StateRows& state, Lane lane) {
+// Where a thread writes four neighbouring channels of `token` of each tile and of the one after it.
+struct Target {
+    int64_t first;  // elements from the tensor's start
+    int step, token, length;
+
+    DEVICE Target(const WkvTokens& x, const Sequence& s, int of_tile, int channel)
+        : first(offset_of(x, s, of_tile) + channel),
+          step(static_cast<int>(x.time) * kTile),
+          token(of_tile),
+          length(s.length) {}
+
+    template <class T>
+    DEVICE void store(T* data, int tile, int next, const float (&x)[4], int channels_on = 0) const {
+        if (tile * kTile + token + next < length) {
+            store4(data + first + int64_t{tile} * step + next * (step / kTile) + channels_on, x);
+        }
+    }
+};
+
+// A lane's own two tokens and four keys of one tensor.
+using Own = float[2][4];
+
+template <class T>
+DEVICE void load_own(const Rows<T>& rows, Lane lane, Own& x) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
+    for (int i = 0; i < 2; i++) {
+        load4(&rows.x[2 * lane.g + i][lane.key()], x[i]);
+    }
+}
+
+// exp(w) of a lane's own tokens and keys, cut, as a power of two: 0 for tokens past the end.
+template <class Decay>
+DEVICE void load_rates(const Rows<Decay>& w, int count, Lane lane, Own& rates) {
+    load_own(w, lane, rates);
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+        const float most = 2 * lane.g + token < count ? kMaxRate : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            rates[token][i] = fminf(exp2_fast(rates[token][i] * kLog2E + kLog2OfLog2E), most);
+        }
+    }
+}
+
+// Of one key: what the rates add up to from the middle of the tile to before each of the lane's tokens and after them,
+// and over each half of the tile.
+struct Sums {
+    float before[3], first, second;
+};
+
+DEVICE Sums sums_of_key(const Own& rates, int key, Lane lane) {
+    const float own = rates[0][key] + rates[1][key];
+    const float next = shuffle_xor(own, 4), pair = own + next;
+    const float next_pair = shuffle_xor(pair, 8), half = pair + next_pair, other = shuffle_xor(half, 16);
+    const bool late = lane.g >= 4;
+    Sums x;
+    x.before[0] = late ? 0.0f : -half;
+    if (lane.g & 1) {
+        x.before[0] += next;
+    }
+    if (lane.g & 2) {
+        x.before[0] += next_pair;
+    }
+    x.before[1] = x.before[0] + rates[0][key];
+    x.before[2] = x.before[1] + rates[1][key];
+    x.first = late ? other : half;
+    x.second = late ? half : other;
+    return x;
+}
+
+// Step `step` of what a lane owns as operand a: its tokens by its keys.
+DEVICE void own_a(const Own& x, int step, float (&a)[4]) {
+    a[0] = x[0][2 * step];
+    a[1] = x[1][2 * step];
+    a[2] = x[0][2 * step + 1];
+    a[3] = x[1][2 * step + 1];
+}
+
+// A pair of float32 as the sum of two pairs of bfloat16, each in a word. The tensor cores multiply both with inputs as
+// they are, at the price of one product in TF32, and lose next to nothing.
+struct Split {
+    uint32_t high, low;
+};
+
+DEVICE Split split(float first, float second) {
+    float high[2];
+    const uint32_t word = pack<In>(first, second);
+    unpack<In>(word, high[0], high[1]);
+    return {word, pack<In>(first - high[0], second - high[1])};
+}
+
+// What a lane owns, turned: the warp's keys by the tile's tokens, [half of the keys][half of the tokens], two tokens in
+// a word.
+struct Turned {
+    uint32_t high[2][2], low[2][2];
+};
+
+DEVICE Turned turn(const Own& x) {
+    Turned y;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int token = 0; token < 2; token++) {
+            const Split pair = split(x[token][2 * half], x[token][2 * half + 1]);
+            y.high[half][token] = transpose_matrix(pair.high);
+            y.low[half][token] = transpose_matrix(pair.low);
+        }
+    }
+    return y;
+}
+
+// Operand a of a 16 x 16 matrix as the sum of two.
+struct SplitA {
+    uint32_t high[4], low[4];
+
+    DEVICE void set(int i, float first, float second) {
+        const Split pair = split(first, second);
+        high[i] = pair.high;
+        low[i] = pair.low;
+    }
+};
+
+// Accumulators of a 16 x 16 product, [half of the columns], as operand a.
+DEVICE SplitA split_accumulators(const float (&c)[2][4]) {
+    SplitA a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        a.set(i, c[i / 2][2 * (i % 2)], c[i / 2][2 * (i % 2) + 1]);
+    }
+    return a;
+}
+
+// 16 values of the tile's tokens, in four 8 x 8 matrices: x[2 half + eight] or, if kByEights, x[2 eight + half] of a
+// half of the tokens and the first or second eight values. A word has two neighbouring values of a token; transposed,
+// two tokens of a value.
+template <bool kTransposed, bool kByEights>
+DEVICE void load_values(const Rows<In>& rows, int part, uint32_t (&x)[4]) {
+    const int lane = thread_index() % kWarp, low = lane / 8 % 2, high = lane / 16;
+    const int half = kByEights ? low : high, eight = kByEights ? high : low;
+    load_matrices<kTransposed>(&rows.x[2 * (lane % 8) + half][16 * part + 8 * eight], x);
+}
+
+// Tokens by tokens, of which `kEarlier` keeps pairs of a row's token with an earlier one, otherwise with a later one,
+// and `diagonal` (of the lane's own tokens) on the diagonal. Selection, since what is dropped may be infinite.
+template <bool kEarlier>
+DEVICE void mask(float (&pairs)[2][4], const float (&diagonal)[2], Lane lane) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = 2 * lane.g + i / 2, column = 4 * lane.t + 2 * (i % 2) + half;
+            const float other = row == column ? diagonal[i / 2] : 0.0f;
+            pairs[half][i] = (kEarlier ? column < row : column > row) ? pairs[half][i] : other;
+        }
+    }
+}
+
+// a b^T over the warp's keys: tokens by tokens.
+DEVICE void pairs_of_own(const Own& rows, const Own& columns, float (&pairs)[2][4]) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
         float a[4];
-        load_a(a_rows, step, lane, a);
+        own_a(rows, step, a);
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            matmul(y[n], a, to_tf32(state.c[step][2 * n]), to_tf32(state.c[step][2 * n + 1]));
+        for (int half = 0; half < 2; half++) {
+            matmul(pairs[half], a, columns[half][2 * step], columns[half][2 * step + 1]);
         }
     }
 }
 
-// Two columns 8 n + (2t, 2t + 1) of rows g and g + 8, if they are tokens of the sequence.
-template <class In>
-DEVICE void store_pairs(const WkvTokens& x, const Sequence& s, int start, int column, const float (&c)[4],
-                               Lane lane) {
+// r . (u k) of the lane's own tokens over the warp's keys.
+DEVICE void bonus_of(const Own& r, const Own& k, const float (&u)[4], float (&bonus)[2]) {
 #pragma unroll
-    for (int upper = 0; upper < 2; upper++) {
-        const int token = start + lane.g + 8 * upper;
-        if (token < s.length) {
-            *reinterpret_cast<uint32_t*>(row_of<In>(x, s, token) + column) = pack<In>(c[2 * upper], c[2 * upper + 1]);
+    for (int token = 0; token < 2; token++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum += r[token][i] * k[token][i] * u[i];
         }
+        sum += shuffle_xor(sum, 1);
+        bonus[token] = sum + shuffle_xor(sum, 2);
     }
 }
 
-// States between the passes: float16, each warp's 16 rows with a power of two that puts their largest at 2^14.
-struct KeptState {
-    Float16 rows[N][N];
-    float unit[4];  // what 1 stands for, per 16 rows
-    float unused[28];  // 128 bytes: the next one is aligned to a cache line
+// 16 tokens by 64 values, of which each warp has the part of its keys.
+struct Parts {
+    float x[kWarps][kTile][N + 4];
+
+    // Two values of each of the lane's own tokens.
+    DEVICE void put(Lane lane, int value, const float (&y)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            *reinterpret_cast<Float2*>(&x[lane.warp][2 * lane.g + i][value + 2 * lane.t]) = {{y[2 * i], y[2 * i + 1]}};
+        }
+    }
+
+    // The sum of the warps' parts; a thread writes twice four values of one token. Needs a barrier before and after.
+    DEVICE void store_sum(void* data, const Target& to, int tile) const {
+        const int token = thread_index() / 8, value = 4 * (thread_index() % 8);
+#pragma unroll
+        for (int more = 0; more < N; more += 32) {
+            float sum[4] = {};
+#pragma unroll
+            for (int warp = 0; warp < kWarps; warp++) {
+                float part[4];
+                load4(&x[warp][token][value + more], part);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    sum[i] += part[i];
+                }
+            }
+            to.store(static_cast<In*>(data), tile, 0, sum, more);
+        }
+    }
 };
+
+DEVICE Target target_of_sums(const WkvTokens& x, const Sequence& s) {
+    return Target(x, s, thread_index() / 8, 4 * (thread_index() % 8));
+}
 
 }  // namespace tiles

@@ -1,12 +1,13 @@
-// Second generation, backward: 4 warps per sequence and head, from the last tile to the first.
+// Second generation, backward: a block per sequence and head, from its last token to its first.
 //
-// Each warp keeps 16 rows (values) of the state's gradient G in its accumulators and gives dv of those values; dr, dk
-// and dw it gives for its 16 keys, for which G also lies in shared memory beside the state S before the tile. In the
-// scaled quantities of wkv6_tiles.h, with S' = S exp(m), G' = G exp(c_16 - m) and P_ij = dy_i . v_j for i > j,
-//     dr~ = dy S' + P k~        dk~ = v G' + P^T r~
-// and the gradient of log decay t sums r~ dr~ of the later tokens less k~ dk~ of those from t on, starting from
-// S' . G' plus what v G' gave: every tile starts from exact terms, and both sums use the same rounded r~, k~ and P,
-// so that what cancels does so exactly.
+// `states` has kept the state S before every 64 tokens. Those 64 are passed forwards, where S gives dr, and then
+// backwards, where the state's gradient G gives dk and dv. Both are accumulators of keys by values. In the scaled
+// quantities of wkv6_tiles.h, with P_ij = dy_i . v_j for i > j,
+//     dr~ = exp(m) dy S + P k~      dk~ = exp(c_16 - m) v G + P^T r~      dv = k^ G + (r~ k~^T)^T dy
+//     S <- S exp(c_16) + k^^T v     G <- G exp(c_16) + r^^T dy
+// Of a key, S . G before token t is d_t S_t . G_(t+1) + r_t dr_t, and after it d_t S_t . G_(t+1) + k_t dk_t: so the
+// gradient of a log decay is a running sum, which starts anew from the exact S . G after every 64 tokens. Both terms
+// use the same rounded r~, k~ and P, so that what cancels does so exactly.
 
 #pragma once
 
@@ -14,294 +15,518 @@
 
 namespace tiles {
 
-constexpr int kThreads = 128;
-constexpr int kGradientPitch = N + 4;  // rows 2t and columns g fall into different banks
-constexpr int kPairPitch = kTile + 4;
-constexpr int kBackwardStages = 2;
+constexpr int kTilesOfState = 4, kKeptEvery = kTilesOfState * kTile;
 
-template <class In>
-struct BackwardStage {
-    RawRow<In> r[kTile], k[kTile], v[kTile], dy[kTile];
-    RawDecay w[kTile];
-    RawRow<Float16> state[N];
-    float unit[4];
+// A state between the passes, in the order of its accumulators.
+struct KeptState {
+    float x[kWarps][N / 8][kWarp][4];
 };
 
-template <class In>
-struct BackwardShared {
-    BackwardStage<In> stages[kBackwardStages];
-    Scaled scaled;
-    float c[kTile + 1][kPitch];
-    float gradient[N][kGradientPitch];  // G' in TF32
-    float scores[kTile][kPairPitch];    // r~_i . k~_j, the bonus on the diagonal
-    float pairs[kTile][kPairPitch];     // P
-    float u[N], bonus[kTile], bonus_pair[kTile];  // u, r . (u k), dy . v
-    int slot;
-};
+// 16 x 16 numbers of a warp, to be transposed.
+using Square = float[16 * 16];
 
-template <class In>
-DEVICE void fetch_stage(const WkvProblem& p, const Sequence& s, int tile, BackwardStage<In>& stage) {
-    if (tile >= 0) {
-        const int start = tile * kTile;
-        fetch(p.r, s, start, stage.r, kThreads);
-        fetch(p.k, s, start, stage.k, kThreads);
-        fetch(p.v, s, start, stage.v, kThreads);
-        fetch(p.dy, s, start, stage.dy, kThreads);
-        fetch_decay(p, s, start, stage.w, kThreads);
-        const auto& kept = static_cast<const KeptState*>(p.scratch)[int64_t{s.first_tile + tile} * p.heads + s.head];
-        for (int i = thread_index(); i < N * 8; i += kThreads) {
-            copy_async(&stage.state[i / 8].x[8 * (i % 8)], &kept.rows[i / 8][8 * (i % 8)], true);
-        }
-        if (thread_index() == 0) {
-            copy_async(stage.unit, kept.unit, true);
-        }
-    }
-    commit_copies();
-}
-
-// Warps 0 and 1: scores, warps 2 and 3: P; each 16 x 8.
-template <class In>
-DEVICE void pair_products(const BackwardStage<In>& stage, BackwardShared<In>& m, Lane lane) {
-    float c[4] = {};
-    const int n = lane.warp % 2, column = 8 * n + lane.g;
-    const bool scores = lane.warp < 2;
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-        float a[4], b0, b1;
-        if (scores) {
-            load_a(m.scaled.r, step, lane, a);
-            b0 = m.scaled.k[column][8 * step + 2 * lane.t];
-            b1 = m.scaled.k[column][8 * step + 2 * lane.t + 1];
-        } else {
-            load_a(stage.dy, step, lane, a);
-            unpack<In>(*reinterpret_cast<const uint32_t*>(&stage.v[column].x[8 * step + 2 * lane.t]), b0, b1);
-        }
-        matmul(c, a, b0, b1);
-    }
+// Lane 4 g + t lays down columns 2g and 2g + 1 of rows 4t to 4t + 3. Rows lie where neither side meets itself in a
+// bank: four in 64 numbers, of which those of odd t change sides by pairs, and those of t over 1 by half rows.
+DEVICE void lay_down(const Own& x, Square& square, Lane lane) {
+    const int t = lane.t, place = 64 * t + 16 * (t % 2) + 4 * ((lane.g / 2) ^ (2 * (t / 2))) + 2 * (lane.g % 2);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int row = lane.g + 8 * (i / 2), of = 8 * n + 2 * lane.t + i % 2;
-        const float diagonal = scores ? m.bonus[row] : 0.0f;
-        (scores ? m.scores : m.pairs)[row][of] = of < row ? to_tf32(c[i]) : of == row ? to_tf32(diagonal) : 0.0f;
+        *reinterpret_cast<Float2*>(&square[(place ^ (16 * (i % 2))) + 32 * (i / 2)]) = {{x[0][i], x[1][i]}};
     }
 }
 
-// dv of the warp's 16 values.
-template <class In>
-DEVICE void value_gradients(const WkvProblem& p, const Sequence& s, int start,
-                                   const BackwardStage<In>& stage, const BackwardShared<In>& m,
-                                   const StateRows& gradient, Lane lane) {
-    float dv[2][4] = {};
-    add_from_state(dv, m.scaled.k, gradient, lane);
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-        const int i = 8 * step + lane.t;
-        const float a[4] = {m.scores[i][lane.g], m.scores[i][lane.g + 8], m.scores[i + 4][lane.g],
-                            m.scores[i + 4][lane.g + 8]};
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int value = 16 * lane.warp + 8 * n + lane.g;
-            matmul(dv[n], a, to_float(stage.dy[i].x[value]), to_float(stage.dy[i + 4].x[value]));
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        store_pairs<In>(p.dv, s, start, 16 * lane.warp + 8 * n + 2 * lane.t, dv[n], lane);
-    }
+// After a warp_barrier: columns 4t to 4t + 3 of rows 4 (g / 2) + g % 2 and two further: tokens of a key.
+DEVICE void pick_up(const Square& square, Lane lane, Own& y) {
+    const int four = lane.g / 2, place = 64 * four + 16 * ((lane.g + four) % 2) + 4 * (lane.t ^ (2 * (four / 2)));
+    load4(&square[place], y[0]);
+    load4(&square[place + 32], y[1]);
 }
 
-// For eight keys: dr~ (rows g, g + 8; keys 2t, 2t + 1), dk~ from G' and from pairs, and S' . G' of those two keys.
-struct KeyGradients {
-    float r[4], k_state[4], k_pairs[4], overlap[2];
+// What a lane owns as operand a: its tokens by its keys, and turned, its warp's keys by the tokens.
+DEVICE SplitA split_own(const Own& x) {
+    SplitA a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        a.set(i, x[i % 2][2 * (i / 2)], x[i % 2][2 * (i / 2) + 1]);
+    }
+    return a;
+}
+
+DEVICE SplitA turned_a(const Own& x) {
+    const Turned y = turn(x);
+    return {{y.high[0][0], y.high[1][0], y.high[0][1], y.high[1][1]},
+            {y.low[0][0], y.low[1][0], y.low[0][1], y.low[1][1]}};
+}
+
+struct WarpScratch {
+    Square square;
+    float decay[16];
 };
 
-template <class In>
-DEVICE KeyGradients key_gradients(const BackwardStage<In>& stage, const BackwardShared<In>& m, int first_key,
-                                         Lane lane) {
-    KeyGradients d = {};
-    const int key = first_key + lane.g;
-    const float middle = m.scaled.half[0][key];
-    float overlap = 0;
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-        const int value = 8 * step + 2 * lane.t;
-        const float unit = stage.unit[step / 2] * middle;
-        float dy[4], v[4];
-        load_a(stage.dy, step, lane, dy);
-        load_a(stage.v, step, lane, v);
-        const float s0 = to_tf32(to_float(stage.state[value].x[key]) * unit);
-        const float s1 = to_tf32(to_float(stage.state[value + 1].x[key]) * unit);
-        const float g0 = m.gradient[value][key], g1 = m.gradient[value + 1][key];
-        matmul(d.r, dy, s0, s1);
-        matmul(d.k_state, v, g0, g1);
-        overlap += s0 * g0 + s1 * g1;
-    }
-    overlap += shuffle_xor(overlap, 1);
-    overlap += shuffle_xor(overlap, 2);
-    // Lane 4 g + t knows the sum of key g; it needs those of keys 2t and 2t + 1.
-    d.overlap[0] = shuffle(overlap, 8 * lane.t);
-    d.overlap[1] = shuffle(overlap, 8 * lane.t + 4);
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-        const int i = 8 * step + lane.t;
-        const float rows[4] = {m.pairs[lane.g][i], m.pairs[lane.g + 8][i], m.pairs[lane.g][i + 4],
-                               m.pairs[lane.g + 8][i + 4]};
-        const float columns[4] = {m.pairs[i][lane.g], m.pairs[i][lane.g + 8], m.pairs[i + 4][lane.g],
-                                  m.pairs[i + 4][lane.g + 8]};
-        matmul(d.r, rows, m.scaled.k[i][key], m.scaled.k[i + 4][key]);
-        matmul(d.k_pairs, columns, m.scaled.r[i][key], m.scaled.r[i + 4][key]);
-    }
-    return d;
-}
+// The rows of the state, or of its gradient, of the warp's keys: accumulators of keys by values, [8 values]. Rows g and
+// g + 8 are keys 4 (g / 2) + g % 2 and two further.
+struct StateRows {
+    float c[N / 8][4];
 
-// Sums over the lanes g' >= g with the same t.
-DEVICE float sum_from(float x, int g) {
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-        const float other = shuffle_down(x, 4 * step);
-        x += g + step < 8 ? other : 0.0f;
-    }
-    return x;
-}
+    DEVICE static int key(Lane lane) { return 16 * lane.warp + 4 * (lane.g / 2) + lane.g % 2; }
 
-// The gradients of the log decays of one key at tokens g and g + 8, from r~ dr~ and k~ dk~ there.
-DEVICE void scan(const float (&r)[2], const float (&k_state)[2], const float (&k_pairs)[2], float overlap, int g,
-                        int t, float (&dlog)[2]) {
-    const float k[2] = {k_state[0] + k_pairs[0], k_state[1] + k_pairs[1]};
-    float after = k_state[0] + k_state[1];
+    DEVICE void load(const float* matrix, Lane lane) {
 #pragma unroll
-    for (int step = 4; step < kWarp; step *= 2) {
-        after += shuffle_xor(after, step);
-    }
-    after += overlap;  // S . G after the last token
-    const float upper = sum_from(r[1] - k[1], g), lower = sum_from(r[0] - k[0], g);
-    const float whole_upper = shuffle(upper, t);
-    dlog[1] = after + (upper - (r[1] - k[1])) - k[1];
-    dlog[0] = after + whole_upper + (lower - (r[0] - k[0])) - k[0];
-}
-
-// What a thread writes for one token: two neighbouring keys of dr, dk and dw; adds to du.
-template <class In>
-DEVICE void store_keys(const WkvProblem& p, const Sequence& s, int start, int token, int key,
-                              const BackwardStage<In>& stage, const BackwardShared<In>& m, const float (&dr)[2],
-                              const float (&dk)[2], const float (&dlog)[2], float (&du)[2]) {
-    if (start + token >= s.length) {
-        return;
-    }
-    float r[2], k[2], out_r[2], out_k[2], out_w[2];
-    unpack<In>(*reinterpret_cast<const uint32_t*>(&stage.r[token].x[key]), r[0], r[1]);
-    unpack<In>(*reinterpret_cast<const uint32_t*>(&stage.k[token].x[key]), k[0], k[1]);
-    const float pair = m.bonus_pair[token];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float rate = rate_of<In>(stage.w[token], key + i, p.decay_type);
-        out_r[i] = dr[i] * exp2_fast(m.c[token][key + i]) + pair * m.u[key + i] * k[i];
-        out_k[i] = dk[i] * exp2_fast(-m.c[token + 1][key + i]) + pair * m.u[key + i] * r[i];
-        out_w[i] = rate < kMaxRate ? -rate * dlog[i] : 0.0f;  // a decay that was cut has no gradient
-        du[i] += pair * r[i] * k[i];
-    }
-    *reinterpret_cast<uint32_t*>(row_of<In>(p.dr, s, start + token) + key) = pack<In>(out_r[0], out_r[1]);
-    *reinterpret_cast<uint32_t*>(row_of<In>(p.dk, s, start + token) + key) = pack<In>(out_k[0], out_k[1]);
-    const int64_t at = offset_of(p.dw, s, start + token) + key;
-    store_either<In>(p.dw.data, at, p.decay_type, out_w[0]);
-    store_either<In>(p.dw.data, at + 1, p.decay_type, out_w[1]);
-}
-
-// dr, dk and dw of eight keys.
-template <class In>
-DEVICE void keys(const WkvProblem& p, const Sequence& s, int start, int first_key,
-                        const BackwardStage<In>& stage, const BackwardShared<In>& m, Lane lane, float (&du)[2]) {
-    const KeyGradients d = key_gradients(stage, m, first_key, lane);
-    const int key = first_key + 2 * lane.t;
-    float dlog[2][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float r[2], k_state[2], k_pairs[2], of_key[2];
-#pragma unroll
-        for (int upper = 0; upper < 2; upper++) {
-            const int token = lane.g + 8 * upper;
-            const float scaled_k = m.scaled.k[token][key + i];
-            r[upper] = m.scaled.r[token][key + i] * d.r[2 * upper + i];
-            k_state[upper] = scaled_k * d.k_state[2 * upper + i];
-            k_pairs[upper] = scaled_k * d.k_pairs[2 * upper + i];
+        for (int i = 0; i < 4 * N / 8; i++) {
+            c[i / 4][i % 4] = matrix[(8 * (i / 4) + 2 * lane.t + i % 2) * N + key(lane) + 2 * (i % 4 / 2)];
         }
-        scan(r, k_state, k_pairs, d.overlap[i], lane.g, lane.t, of_key);
-        dlog[0][i] = of_key[0];
-        dlog[1][i] = of_key[1];
     }
-#pragma unroll
-    for (int upper = 0; upper < 2; upper++) {
-        const float dr[2] = {d.r[2 * upper], d.r[2 * upper + 1]};
-        const float dk[2] = {d.k_state[2 * upper] + d.k_pairs[2 * upper],
-                             d.k_state[2 * upper + 1] + d.k_pairs[2 * upper + 1]};
-        store_keys(p, s, start, lane.g + 8 * upper, key, stage, m, dr, dk, dlog[upper], du);
-    }
-}
 
-// G' to shared memory, in TF32.
-template <class In>
-DEVICE void publish(const StateRows& gradient, BackwardShared<In>& m, Lane lane) {
+    DEVICE void store(float* matrix, Lane lane) const {
 #pragma unroll
-    for (int n = 0; n < kSteps; n++) {
+        for (int i = 0; i < 4 * N / 8; i++) {
+            matrix[(8 * (i / 4) + 2 * lane.t + i % 2) * N + key(lane) + 2 * (i % 4 / 2)] = c[i / 4][i % 4];
+        }
+    }
+
+    DEVICE void load(const KeptState& kept, Lane lane) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            load4(kept.x[lane.warp][n][4 * lane.g + lane.t], c[n]);
+        }
+    }
+
+    DEVICE void store(KeptState& kept, Lane lane) const {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            store4(kept.x[lane.warp][n][4 * lane.g + lane.t], c[n]);
+        }
+    }
+
+    // Values 8 n to 8 n + 7 <- themselves times the keys' decays, plus x^T (keys by tokens) times those of the tile's
+    // rows.
+    DEVICE void pass_tile(int n, const float (&decay)[2], const SplitA& x, uint32_t rows_0, uint32_t rows_1) {
+        c[n][0] *= decay[0];
+        c[n][1] *= decay[0];
+        c[n][2] *= decay[1];
+        c[n][3] *= decay[1];
+        matmul(c[n], x.high, rows_0, rows_1);
+        matmul(c[n], x.low, rows_0, rows_1);
+    }
+
+    DEVICE void pass_tile(const float* decay_of_keys, const SplitA& x, const Rows<In>& rows, Lane lane) {
+        const float decay[2] = {decay_of_keys[key(lane) % 16], decay_of_keys[key(lane) % 16 + 2]};
+#pragma unroll
+        for (int part = 0; part < N / 16; part++) {
+            uint32_t values[4];
+            load_values<true, true>(rows, part, values);
+            pass_tile(2 * part, decay, x, values[0], values[1]);
+            pass_tile(2 * part + 1, decay, x, values[2], values[3]);
+        }
+    }
+
+    // Of the lane's own keys, the sums over values of the products with `other`.
+    DEVICE void overlap(const StateRows& other, Lane lane, float (&sums)[4]) const {
+        float rows[2] = {};
+#pragma unroll
+        for (int i = 0; i < 4 * N / 8; i++) {
+            rows[i % 4 / 2] += c[i / 4][i % 4] * other.c[i / 4][i % 4];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            rows[i] += shuffle_xor(rows[i], 1);
+            rows[i] += shuffle_xor(rows[i], 2);
+            sums[2 * i] = shuffle(rows[i], 8 * lane.t);
+            sums[2 * i + 1] = shuffle(rows[i], 8 * lane.t + 4);
+        }
+    }
+};
+
+template <class Decay>
+struct StatesShared {
+    Rows<In> k[2], v[2];
+    Rows<Decay> w[2];
+    WarpScratch scratch[kWarps];
+};
+
+// Keeps the state before every 64 tokens in p.scratch.
+template <class Decay>
+KERNEL(kThreads, kForwardBlocks)
+states(WkvProblem p) {
+    auto& m = *reinterpret_cast<StatesShared<Decay>*>(shared_memory());
+    const Lane lane = lane_of_thread();
+    const Sequence s = sequence_of_turn(p, block_index());
+    const Source<In> source_k(p.k, s), source_v(p.v, s);
+    const Source<Decay> source_w(p.w, s);
+    KeptState* kept = static_cast<KeptState*>(p.scratch) + first_kept(p, s, kKeptEvery) * p.heads + s.head;
+    const auto fetch = [&](int tile) {
+        if (tile * kTile < s.length) {
+            source_k.fetch(tile, m.k[tile % 2]);
+            source_v.fetch(tile, m.v[tile % 2]);
+            source_w.fetch(tile, m.w[tile % 2]);
+        }
+        commit_copies();
+    };
+    fetch(0);
+    StateRows state;
+    state.load(matrix_of(p.state, s), lane);
+    float* decay = m.scratch[lane.warp].decay;
+#pragma unroll 1
+    for (int tile = 0; tile * kTile < s.length; tile++) {
+        wait_copies<0>();
+        barrier();
+        fetch(tile + 1);
+        if (tile % kTilesOfState == 0) {
+            state.store(kept[tile / kTilesOfState * p.heads], lane);
+        }
+        Own k, rates;
+        load_own(m.k[tile % 2], lane, k);
+        load_rates(m.w[tile % 2], s.length - tile * kTile, lane, rates);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            m.gradient[16 * lane.warp + lane.g + 8 * (i / 2)][8 * n + 2 * lane.t + i % 2] = to_tf32(gradient.c[n][i]);
+            const Sums sums = sums_of_key(rates, i, lane);
+            k[0][i] *= exp2_fast(sums.before[1] - sums.second);
+            k[1][i] *= exp2_fast(sums.before[2] - sums.second);
+            decay[4 * lane.t + i] = exp2_fast(-sums.first - sums.second);  // the same in all lanes of this t
+        }
+        const SplitA turned = turned_a(k);
+        warp_barrier();
+        state.pass_tile(decay, turned, m.v[tile % 2], lane);
+    }
+}
+
+template <class Decay>
+struct BackwardStage {
+    Rows<In> r, k, v, dy;
+    Rows<Decay> w;
+};
+
+template <class Decay>
+struct BackwardShared {
+    BackwardStage<Decay> stages[2];
+    WarpScratch scratch[kWarps];
+    Parts dv;
+    float r_dr[kTilesOfState][2][kThreads][4];  // of each thread's own tokens and keys
+    float u[N];
+    // Kept here, for registers are scarce; all threads write the same.
+    const KeptState* kept;
+    float *dstate, *du;
+};
+
+template <class Decay>
+struct BackwardSources {
+    Source<In> r, k, v, dy;
+    Source<Decay> w;
+
+    DEVICE void fetch(int tile, BackwardStage<Decay>& to) const {
+        r.fetch(tile, to.r);
+        k.fetch(tile, to.k);
+        v.fetch(tile, to.v);
+        dy.fetch(tile, to.dy);
+        w.fetch(tile, to.w);
+        commit_copies();
+    }
+};
+
+// What both directions make of a lane's own tokens and keys.
+struct Scaled {
+    Own r, k, rates;            // r~, k~
+    Own r_factor, k_factor;     // from r to r~, and from k to k~
+    float first[4], second[4];  // exp(m), exp(c_16 - m)
+
+    template <class Decay>
+    DEVICE Scaled(const BackwardStage<Decay>& stage, int count, float* decay, Lane lane) {
+        load_own(stage.r, lane, r);
+        load_own(stage.k, lane, k);
+        load_rates(stage.w, count, lane, rates);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const Sums sums = sums_of_key(rates, i, lane);
+            first[i] = exp2_fast(-sums.first);
+            second[i] = exp2_fast(-sums.second);
+            decay[4 * lane.t + i] = first[i] * second[i];  // the same in all lanes of this t
+#pragma unroll
+            for (int token = 0; token < 2; token++) {
+                r_factor[token][i] = exp2_fast(-sums.before[token]);
+                k_factor[token][i] = exp2_fast(sums.before[token + 1]);
+                r[token][i] = to_tf32(r[token][i] * r_factor[token][i]);
+                k[token][i] = to_tf32(k[token][i] * k_factor[token][i]);
+            }
+        }
+    }
+};
+
+// x scaled by a number of each key.
+DEVICE void times(const Own& x, const float (&factors)[4], Own& y) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        y[i / 4][i % 4] = x[i / 4][i % 4] * factors[i % 4];
+    }
+}
+
+// 16 values of a state, or its gradient, as operand b with values inside: [half of the keys][eight values].
+struct SplitValues {
+    uint32_t high[2][2], low[2][2];
+
+    DEVICE SplitValues(const StateRows& state, int part) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* c = state.c[2 * part + i % 2] + 2 * (i / 2);
+            const Split pair = split(c[0], c[1]);
+            high[i / 2][i % 2] = pair.high;
+            low[i / 2][i % 2] = pair.low;
+        }
+    }
+};
+
+// Over 16 values: adds rows . columns (tokens by tokens) to pairs, rows . state (tokens by keys) to from_state.
+DEVICE void products_over_values(const Rows<In>& rows, const Rows<In>& columns, const SplitValues& state, int part,
+                                 float (&pairs)[2][4], float (&from_state)[2][4]) {
+    uint32_t a[4], b[4];
+    load_values<false, true>(rows, part, a);
+    load_values<false, false>(columns, part, b);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        matmul(pairs[half], a, b[2 * half], b[2 * half + 1]);
+        matmul(from_state[half], a, state.high[half][0], state.high[half][1]);
+        matmul(from_state[half], a, state.low[half][0], state.low[half][1]);
+    }
+}
+
+// The pairs of the lane's own tokens with themselves.
+DEVICE void diagonal_of(const float (&pairs)[2][4], Lane lane, float (&diagonal)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float mine = lane.g % 2 ? pairs[i][2 * i + 1] : pairs[i][2 * i];
+        diagonal[i] = shuffle(mine, 4 * lane.g + lane.g / 2);
+    }
+}
+
+// Tokens by the warp's keys <- itself times a number of each key, plus pairs times x (tokens by keys, transposed).
+DEVICE void add_pairs(const float (&factors)[4], const float (&pairs)[2][4], const Own& x, float (&c)[2][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            c[half][i] *= factors[2 * half + i % 2];
+        }
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+            const float(&pair)[4] = pairs[step];
+            const float a[4] = {to_tf32(pair[0]), to_tf32(pair[2]), to_tf32(pair[1]), to_tf32(pair[3])};
+            matmul(c[half], a, x[half][step], x[half][step + 2]);
         }
     }
 }
 
-// Needs the states before every tile in `scratch`, one KeptState per tile and head.
-template <class In>
-KERNEL(kThreads, 2)
+// Accumulators of tokens by keys are the lane's own.
+DEVICE float& of_own(float (&c)[2][4], int token, int i) { return c[i / 2][2 * token + i % 2]; }
+
+// Forwards over one tile: writes dr, keeps r dr for the way back.
+template <class Decay>
+DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage, int tile, int count, const Target& to,
+                          const float* u_of_head, WarpScratch& scratch, float (*r_dr)[kThreads][4], StateRows& state,
+                          Lane lane) {
+    const Scaled x(stage, count, scratch.decay, lane);
+    Own k_transposed, k;
+    float pairs[2][4] = {}, d[2][4] = {}, diagonal[2], u[4];
+    lay_down(x.k, scratch.square, lane);
+    warp_barrier();
+#pragma unroll
+    for (int part = 0; part < N / 16; part++) {
+        products_over_values(stage.dy, stage.v, SplitValues(state, part), part, pairs, d);
+    }
+    diagonal_of(pairs, lane, diagonal);
+    mask<true>(pairs, {0.0f, 0.0f}, lane);
+    pick_up(scratch.square, lane, k_transposed);
+    add_pairs(x.first, pairs, k_transposed, d);
+    load_own(stage.k, lane, k);
+    load4(u_of_head + lane.key(), u);
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+        float product[4], out[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float of_scaled = of_own(d, token, i);
+            product[i] = x.r[token][i] * of_scaled;
+            out[i] = of_scaled * x.r_factor[token][i] + diagonal[token] * u[i] * k[token][i];
+        }
+        store4(r_dr[token][thread_index()], product);
+        to.store(static_cast<In*>(p.dr.data), tile, token, out);
+    }
+    times(x.k, x.second, k);
+    state.pass_tile(scratch.decay, turned_a(k), stage.v, lane);
+}
+
+// The gradients of the log decays of the lane's own tokens and keys: `sums` is S . G after the tile, and then before
+// it.
+DEVICE void decay_gradients(const Own& r_dr, const Own& k_dk, float (&sums)[4], Lane lane, Own& gradients) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float second = r_dr[1][i] - k_dk[1][i], own = r_dr[0][i] - k_dk[0][i] + second;
+        const float next = shuffle_xor(own, 4), pair = own + next;
+        const float next_pair = shuffle_xor(pair, 8), half = pair + next_pair, other = shuffle_xor(half, 16);
+        float after = sums[i];
+        if (!(lane.g & 1)) {
+            after += next;
+        }
+        if (!(lane.g & 2)) {
+            after += next_pair;
+        }
+        if (!(lane.g & 4)) {
+            after += other;
+        }
+        gradients[1][i] = after - k_dk[1][i];
+        gradients[0][i] = after + second - k_dk[0][i];
+        sums[i] += half + other;
+    }
+}
+
+// Over 16 values: what products_over_values gives of v, dy and the gradient; the warp's part of dv, k (tokens by keys)
+// times the gradient plus scores times dy; and the gradient before the tile, from r (keys by tokens) and dy.
+template <class Decay>
+DEVICE void pass_values_backwards(const BackwardStage<Decay>& stage, int part, const SplitA& k, const SplitA& scores,
+                                  const SplitA& r, const float (&decay)[2], StateRows& gradient, float (&pairs)[2][4],
+                                  float (&d)[2][4], Parts& dv, Lane lane) {
+    const SplitValues g(gradient, part);
+    uint32_t dy[4];
+    load_values<true, true>(stage.dy, part, dy);
+    products_over_values(stage.v, stage.dy, g, part, pairs, d);
+#pragma unroll
+    for (int eight = 0; eight < 2; eight++) {
+        const uint32_t high[2] = {transpose_matrix(g.high[0][eight]), transpose_matrix(g.high[1][eight])};
+        const uint32_t low[2] = {transpose_matrix(g.low[0][eight]), transpose_matrix(g.low[1][eight])};
+        float out[4] = {};
+        matmul(out, k.high, high[0], high[1]);
+        matmul(out, k.high, low[0], low[1]);
+        matmul(out, k.low, high[0], high[1]);
+        matmul(out, scores.high, dy[2 * eight], dy[2 * eight + 1]);
+        matmul(out, scores.low, dy[2 * eight], dy[2 * eight + 1]);
+        dv.put(lane, 16 * part + 8 * eight, out);
+        gradient.pass_tile(2 * part + eight, decay, r, dy[2 * eight], dy[2 * eight + 1]);
+    }
+}
+
+// What one tile adds to the running sums of a lane's own keys: S . G, which enters as it is after the tile, and du.
+struct KeySums {
+    float overlap[4], du[4];
+};
+
+// Backwards over one tile: writes dk and dw, the warp's part of dv.
+template <class Decay>
+DEVICE void pass_backwards(const WkvProblem& p, const BackwardStage<Decay>& stage, int tile, int count,
+                           const Target& to, const float* u_of_head, WarpScratch& scratch,
+                           const float (*r_dr)[kThreads][4], Parts& dv, StateRows& gradient, KeySums& sums, Lane lane) {
+    const Scaled x(stage, count, scratch.decay, lane);
+    Own r, k, r_transposed, k_dk, of_r, dlog;
+    float scores[2][4] = {}, pairs[2][4] = {}, d[2][4] = {}, bonus[2], diagonal[2], u[4];
+    load_own(stage.r, lane, r);
+    load_own(stage.k, lane, k);
+    load4(u_of_head + lane.key(), u);
+    bonus_of(r, k, u, bonus);
+    pairs_of_own(x.k, x.r, scores);
+    mask<false>(scores, bonus, lane);
+    lay_down(x.r, scratch.square, lane);
+    warp_barrier();
+    const float decay[2] = {scratch.decay[gradient.key(lane) % 16], scratch.decay[gradient.key(lane) % 16 + 2]};
+    times(x.k, x.second, k);
+    times(x.r, x.first, r);
+    const SplitA k_of_end = split_own(k), r_of_start = turned_a(r), all_scores = split_accumulators(scores);
+#pragma unroll
+    for (int part = 0; part < N / 16; part++) {
+        pass_values_backwards(stage, part, k_of_end, all_scores, r_of_start, decay, gradient, pairs, d, dv, lane);
+    }
+    diagonal_of(pairs, lane, diagonal);
+    mask<false>(pairs, {0.0f, 0.0f}, lane);
+    pick_up(scratch.square, lane, r_transposed);
+    add_pairs(x.second, pairs, r_transposed, d);
+    load_own(stage.r, lane, r);
+    load_own(stage.k, lane, k);
+    load4(u_of_head + lane.key(), u);
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+        float out[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float of_scaled = of_own(d, token, i);
+            k_dk[token][i] = x.k[token][i] * of_scaled;
+            out[i] = of_scaled * x.k_factor[token][i] + diagonal[token] * u[i] * r[token][i];
+            sums.du[i] += diagonal[token] * (r[token][i] * k[token][i]);
+        }
+        to.store(static_cast<In*>(p.dk.data), tile, token, out);
+        load4(r_dr[token][thread_index()], of_r[token]);
+    }
+    decay_gradients(of_r, k_dk, sums.overlap, lane, dlog);
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float rate = x.rates[token][i];  // a decay that was cut has no gradient
+            dlog[token][i] = rate < kMaxRate ? -kLn2 * rate * dlog[token][i] : 0.0f;
+        }
+        to.store(static_cast<Decay*>(p.dw.data), tile, token, dlog[token]);
+    }
+}
+
+// Needs what `states` keeps.
+template <class Decay>
+KERNEL(kThreads, kBackwardBlocks)
 backward(WkvProblem p) {
-    auto& m = *reinterpret_cast<BackwardShared<In>*>(shared_memory());
+    auto& m = *reinterpret_cast<BackwardShared<Decay>*>(shared_memory());
     const Lane lane = lane_of_thread();
-    const Sequence s = sequence_of_turn(p, block_index(), kThreads, &m.slot);
+    const Sequence s = sequence_of_turn(p, block_index());
+    const BackwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.dy, s}, {p.w, s}};
+    const Target of_keys(p.dr, s, 2 * lane.g, lane.key()), of_values = target_of_sums(p.dv, s);
+    m.kept = static_cast<const KeptState*>(p.scratch) + first_kept(p, s, kKeptEvery) * p.heads + s.head;
+    m.dstate = matrix_of(p.dstate, s);
+    m.du = p.du + (s.index * p.heads + s.head) * N;
+    WarpScratch& scratch = m.scratch[lane.warp];
     StateRows gradient;
-    gradient.load(matrix_of(p.dlast, s), 16 * lane.warp, lane);
-    float du[2][2] = {};
+    gradient.load(matrix_of(p.dlast, s), lane);
+    KeySums sums = {};
     if (thread_index() < N) {
         m.u[thread_index()] = load_either<In>(p.u, s.head * N + thread_index(), p.bonus_type);
     }
-    const int last = (s.length + kTile - 1) / kTile - 1;
-    fetch_stage(p, s, last, m.stages[0]);
-    for (int tile = last, turn = 0; tile >= 0; tile--, turn++) {
-        const int start = tile * kTile;
-        const BackwardStage<In>& stage = m.stages[turn % kBackwardStages];
+    int turn = 0;
+    // The stage of the tile that was fetched last, after which `next` is fetched, if there is one.
+    const auto advance = [&](int next) -> const BackwardStage<Decay>& {
         wait_copies<0>();
         barrier();
-        fetch_stage(p, s, tile - 1, m.stages[(turn + 1) % kBackwardStages]);
-        scale(stage.r, stage.k, stage.w, p.decay_type, s.length - start, m.scaled, m.c, kThreads);
-        const int row = thread_index() / 8;
-        const float bonus = dot_of_row(stage.r[row], stage.k[row], m.u);
-        const float bonus_pair = dot_of_row(stage.dy[row], stage.v[row], nullptr);
-        if (thread_index() % 8 == 0) {
-            m.bonus[row] = bonus;
-            m.bonus_pair[row] = bonus_pair;
+        turn = 1 - turn;
+        if (next >= 0) {
+            sources.fetch(next, m.stages[turn]);
         }
-        barrier();
-        gradient.scale_keys(m.scaled.half[1], lane);
-        publish(gradient, m, lane);
-        pair_products(stage, m, lane);
-        barrier();
-        value_gradients(p, s, start, stage, m, gradient, lane);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            keys(p, s, start, 16 * lane.warp + 8 * n, stage, m, lane, du[n]);
-        }
-        gradient.add_outer(stage.dy, m.scaled.r, 16 * lane.warp, lane);
-        gradient.scale_keys(m.scaled.half[0], lane);
+        return m.stages[1 - turn];
+    };
+    const int tiles = tiles_of(s), last = (tiles + kTilesOfState - 1) / kTilesOfState * kTilesOfState - kTilesOfState;
+    if (tiles > 0) {
+        sources.fetch(last, m.stages[0]);
     }
-    gradient.store(matrix_of(p.dstate, s), 16 * lane.warp, lane);
+#pragma unroll 1
+    for (int begin = last; begin >= 0; begin -= kTilesOfState) {
+        const int end = begin + kTilesOfState < tiles ? begin + kTilesOfState : tiles;
+        StateRows state;
+        state.load(m.kept[begin / kTilesOfState * p.heads], lane);
+#pragma unroll 1
+        for (int tile = begin; tile < end; tile++) {
+            const auto& stage = advance(tile + 1 < end ? tile + 1 : tile);
+            pass_forwards(p, stage, tile, s.length - tile * kTile, of_keys, m.u, scratch, m.r_dr[tile - begin], state,
+                          lane);
+        }
+        state.overlap(gradient, lane, sums.overlap);
+#pragma unroll 1
+        for (int tile = end - 1; tile >= begin; tile--) {
+            const auto& stage = advance(tile > begin ? tile - 1 : begin - kTilesOfState);
+            pass_backwards(p, stage, tile, s.length - tile * kTile, of_keys, m.u, scratch, m.r_dr[tile - begin], m.dv,
+                           gradient, sums, lane);
+            barrier();
+            m.dv.store_sum(p.dv.data, of_values, tile);
+        }
+    }
+    gradient.store(m.dstate, lane);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float sum = du[i / 2][i % 2];
         for (int step = 4; step < kWarp; step *= 2) {
-            sum += shuffle_xor(sum, step);
+            sums.du[i] += shuffle_xor(sums.du[i], step);
         }
-        if (p.need_du && lane.g == 0) {
-            p.du[(s.index * p.heads + s.head) * N + 16 * lane.warp + 8 * (i / 2) + 2 * lane.t + i % 2] = sum;
-        }
+    }
+    if (p.need_du && lane.g == 0) {
+        store4(m.du + lane.key(), sums.du);
     }
 }
 

@@ -1,5 +1,4 @@
-// Second generation, forward: 4 warps (or 2, for half of the values) per sequence and head; tiles arrive by
-// asynchronous copies two ahead. Each warp keeps 16 rows (values) of the state in its accumulators.
+// Second generation, forward: a block per sequence and head.
 
 #pragma once
 
@@ -7,158 +6,154 @@
 
 namespace tiles {
 
-template <class In>
+template <class Decay>
 struct ForwardStage {
-    RawRow<In> r[kTile], k[kTile], v[kTile];
-    RawDecay w[kTile];
+    Rows<In> r, k, v;
+    Rows<Decay> w;
 };
 
-constexpr int kForwardStages = 3;
-
-template <class In>
+template <class Decay>
 struct ForwardShared {
-    ForwardStage<In> stages[kForwardStages];
-    Scaled scaled;
-    float u[N], bonus[kTile];
-    int slot;
+    ForwardStage<Decay> stages[2];
+    Parts y;
+    float u[N];
+    float* last;  // kept here, for registers are scarce; all threads write the same
 };
 
-template <class In>
-DEVICE void fetch_stage(const WkvProblem& p, const Sequence& s, int start, bool with_r,
-                               ForwardStage<In>& stage, int threads) {
-    if (start < s.length) {
-        if (with_r) {
-            fetch(p.r, s, start, stage.r, threads);
-        }
-        fetch(p.k, s, start, stage.k, threads);
-        fetch(p.v, s, start, stage.v, threads);
-        fetch_decay(p, s, start, stage.w, threads);
-    }
-    commit_copies();  // also if empty, so that the number of groups in flight stays the same
-}
+template <class Decay>
+struct ForwardSources {
+    Source<In> r, k, v;
+    Source<Decay> w;
 
-// scores[n] (rows g and g + 8, columns 8 n + (2t, 2t + 1)): keep pairs of a later with an earlier token, the bonus on
-// the diagonal, nothing else. Selection, since what is dropped may be infinite.
-DEVICE void mask(float (&scores)[2][4], const float* bonus, Lane lane) {
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = lane.g + 8 * (i / 2), column = 8 * n + 2 * lane.t + i % 2;
-            const float score = to_tf32(scores[n][i]);
-            scores[n][i] = column < row ? score : column == row ? to_tf32(bonus[row]) : 0.0f;
-        }
+    DEVICE void fetch(int tile, ForwardStage<Decay>& to) const {
+        r.fetch(tile, to.r);
+        k.fetch(tile, to.k);
+        v.fetch(tile, to.v);
+        w.fetch(tile, to.w);
+        commit_copies();
     }
-}
+};
 
-// y of the warp's 16 values: pairs within the tile and what the state (already scaled by exp(m)) gives.
-template <class In>
-DEVICE void outputs(const WkvProblem& p, const Sequence& s, int start, const ForwardStage<In>& stage,
-                           const ForwardShared<In>& m, const StateRows& state, int first_value, Lane lane) {
-    float y[2][4] = {}, scores[2][4] = {};
-    add_from_state(y, m.scaled.r, state, lane);
-#pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-        float a[4];
-        load_a(m.scaled.r, step, lane, a);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float* k = &m.scaled.k[8 * n + lane.g][8 * step + 2 * lane.t];
-            matmul(scores[n], a, k[0], k[1]);
-        }
-    }
-    mask(scores, m.bonus, lane);
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-        const float a[4] = {scores[step][0], scores[step][2], scores[step][1], scores[step][3]};
-        const int token = 8 * step + 2 * lane.t;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int value = first_value + 8 * n + lane.g;
-            matmul(y[n], a, to_float(stage.v[token].x[value]), to_float(stage.v[token + 1].x[value]));
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        store_pairs<In>(p.y, s, start, first_value + 8 * n + 2 * lane.t, y[n], lane);
-    }
-}
+// The state's columns of the warp's keys: accumulators of values by keys, [16 values][half of the keys].
+struct StateColumns {
+    float c[N / 16][2][4];
 
-DEVICE void keep(const StateRows& state, KeptState& kept, Lane lane) {
-    float largest = 0;
+    // Four neighbouring keys of one value at a time.
+    template <class Move>
+    DEVICE void each_four(float* matrix, Lane lane, Move move) {
 #pragma unroll
-    for (int n = 0; n < kSteps; n++) {
+        for (int part = 0; part < N / 16; part++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            largest = fmaxf(largest, fabsf(state.c[n][i]));
-        }
-    }
-    for (int step = 1; step < kWarp; step *= 2) {
-        largest = fmaxf(largest, shuffle_xor(largest, step));
-    }
-    // 2^(e - 14) for the largest number's exponent e, and its inverse, from the bits of the exponents.
-    const uint32_t exponent = bits_of_float(largest) >> 23, safe = exponent < 27 ? 27 : exponent;
-    const float unit = float_of_bits((safe - 14) << 23), inverse = float_of_bits((254 - (safe - 14)) << 23);
-    if (lane.g == 0 && lane.t == 0) {
-        kept.unit[lane.warp] = unit;
-    }
-#pragma unroll
-    for (int n = 0; n < kSteps; n++) {
-#pragma unroll
-        for (int upper = 0; upper < 2; upper++) {
-            Float16* at = &kept.rows[16 * lane.warp + lane.g + 8 * upper][8 * n + 2 * lane.t];
-            *reinterpret_cast<uint32_t*>(at) =
-                pack<Float16>(state.c[n][2 * upper] * inverse, state.c[n][2 * upper + 1] * inverse);
-        }
-    }
-}
-
-// kStates: instead of y and the last state, keeps the state before every tile in `scratch`, for the backward pass.
-template <class In, int kWarps, bool kStates>
-KERNEL(32 * kWarps, 12 / kWarps)
-forward(WkvProblem p) {
-    constexpr int kThreads = 32 * kWarps, kSplits = 4 / kWarps;
-    auto& m = *reinterpret_cast<ForwardShared<In>*>(shared_memory());
-    const Lane lane = lane_of_thread();
-    const Sequence s = sequence_of_turn(p, block_index() / kSplits, kThreads, &m.slot);
-    const int first_value = 16 * (static_cast<int>(block_index() % kSplits) * kWarps + lane.warp);
-    StateRows state;
-    state.load(matrix_of(p.state, s), first_value, lane);
-    if (!kStates && thread_index() < N) {
-        m.u[thread_index()] = load_either<In>(p.u, s.head * N + thread_index(), p.bonus_type);
-    }
-    for (int i = 0; i < kForwardStages - 1; i++) {
-        fetch_stage(p, s, i * kTile, !kStates, m.stages[i], kThreads);
-    }
-    for (int tile = 0; tile * kTile < s.length; tile++) {
-        const int start = tile * kTile, ahead = tile + kForwardStages - 1;
-        const ForwardStage<In>& stage = m.stages[tile % kForwardStages];
-        wait_copies<kForwardStages - 2>();
-        barrier();
-        fetch_stage(p, s, ahead * kTile, !kStates, m.stages[ahead % kForwardStages], kThreads);
-        scale(kStates ? nullptr : stage.r, stage.k, stage.w, p.decay_type, s.length - start, m.scaled, nullptr,
-              kThreads);
-        for (int row = thread_index() / 8; !kStates && row < kTile; row += kThreads / 8) {
-            const float bonus = dot_of_row(stage.r[row], stage.k[row], m.u);
-            if (thread_index() % 8 == 0) {
-                m.bonus[row] = bonus;
+            for (int i = 0; i < 4; i += 2) {
+                float(&low)[4] = c[part][0], (&high)[4] = c[part][1];
+                float* at = matrix + (16 * part + lane.g + 4 * i) * N + lane.key();
+                move(at, low[i], low[i + 1], high[i], high[i + 1]);
             }
         }
-        if (kStates) {
-            auto* kept = static_cast<KeptState*>(p.scratch) + int64_t{s.first_tile + tile} * p.heads + s.head;
-            keep(state, *kept, lane);
+    }
+
+    DEVICE void load(float* matrix, Lane lane) {
+        each_four(matrix, lane, [](const float* at, float& a, float& b, float& c, float& d) {
+            float four[4];
+            load4(at, four);
+            a = four[0], b = four[1], c = four[2], d = four[3];
+        });
+    }
+
+    DEVICE void store(float* matrix, Lane lane) {
+        each_four(matrix, lane, [](float* at, float a, float b, float c, float d) { store4(at, {a, b, c, d}); });
+    }
+};
+
+// The warp's part of y, and the state after the tile: 16 values at a time.
+DEVICE void pass_tile(const Rows<In>& v, const Own& r, const SplitA& scores, const Turned& k,
+                      const float (&decay)[4], StateColumns& state, Parts& parts, Lane lane) {
+#pragma unroll
+    for (int part = 0; part < N / 16; part++) {
+        uint32_t values[4];
+        float y[2][4] = {};
+        load_values<true, false>(v, part, values);
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+            const float(&s)[4] = state.c[part][step];
+            float a[4];
+            own_a(r, step, a);
+            matmul(y[0], a, to_tf32(s[0]), to_tf32(s[1]));
+            matmul(y[1], a, to_tf32(s[2]), to_tf32(s[3]));
         }
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            matmul(y[eight], scores.high, values[eight], values[eight + 2]);
+            matmul(y[eight], scores.low, values[eight], values[eight + 2]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            parts.put(lane, 16 * part + 8 * half, y[half]);
+            float(&s)[4] = state.c[part][half];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[i] *= decay[2 * half + i % 2];
+            }
+            matmul(s, values, k.high[half][0], k.high[half][1]);
+            matmul(s, values, k.low[half][0], k.low[half][1]);
+        }
+    }
+}
+
+template <class Decay>
+KERNEL(kThreads, kForwardBlocks)
+forward(WkvProblem p) {
+    auto& m = *reinterpret_cast<ForwardShared<Decay>*>(shared_memory());
+    const Lane lane = lane_of_thread();
+    const Sequence s = sequence_of_turn(p, block_index());
+    const ForwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.w, s}};
+    const Target y = target_of_sums(p.y, s);
+    if (s.length > 0) {
+        sources.fetch(0, m.stages[0]);
+    }
+    StateColumns state;
+    state.load(matrix_of(p.state, s), lane);
+    m.last = matrix_of(p.last, s);
+    if (thread_index() < N) {
+        m.u[thread_index()] = load_either<In>(p.u, s.head * N + thread_index(), p.bonus_type);
+    }
+#pragma unroll 1
+    for (int tile = 0; tile * kTile < s.length; tile++) {
+        const ForwardStage<Decay>& stage = m.stages[tile % 2];
+        wait_copies<0>();
         barrier();
-        state.scale_keys(m.scaled.half[0], lane);
-        if (!kStates) {
-            outputs(p, s, start, stage, m, state, first_value, lane);
+        if ((tile + 1) * kTile < s.length) {
+            sources.fetch(tile + 1, m.stages[(tile + 1) % 2]);
         }
-        state.add_outer(stage.v, m.scaled.k, first_value, lane);
-        state.scale_keys(m.scaled.half[1], lane);
+        Own r, k, rates, r_scaled, k_scaled;
+        float u[4], bonus[2], scores[2][4] = {}, decay[4];
+        load_own(stage.r, lane, r);
+        load_own(stage.k, lane, k);
+        load_rates(stage.w, s.length - tile * kTile, lane, rates);
+        load4(m.u + lane.key(), u);
+        bonus_of(r, k, u, bonus);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const Sums sums = sums_of_key(rates, i, lane);
+            const float first = exp2_fast(-sums.first), second = exp2_fast(-sums.second);
+            decay[i] = first * second;
+#pragma unroll
+            for (int token = 0; token < 2; token++) {
+                const float scaled_r = r[token][i] * exp2_fast(-sums.before[token]);
+                const float scaled_k = k[token][i] * exp2_fast(sums.before[token + 1]);
+                r_scaled[token][i] = to_tf32(scaled_r);
+                k_scaled[token][i] = to_tf32(scaled_k);
+                r[token][i] = to_tf32(scaled_r * first);
+                k[token][i] = scaled_k * second;
+            }
+        }
+        pairs_of_own(r_scaled, k_scaled, scores);
+        mask<true>(scores, bonus, lane);
+        pass_tile(stage.v, r, split_accumulators(scores), turn(k), decay, state, m.y, lane);
+        barrier();
+        m.y.store_sum(p.y.data, y, tile);
     }
-    if (!kStates) {
-        state.store(matrix_of(p.last, s), first_value, lane);
-    }
+    state.store(m.last, lane);
 }
 
 }  // namespace tiles

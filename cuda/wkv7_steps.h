@@ -14,7 +14,6 @@ template <int N>
 struct ForwardShared {
     float r[kTile][N], k[kTile][N], v[kTile][N], d[kTile][N], a[kTile][N], b[kTile][N];
     float out[kTile][Shape<N>::kRows];  // y or u
-    int slot;
 };
 
 // What the backward pass needs of a tile: the state before it, and its tokens' u.
@@ -25,7 +24,7 @@ struct Kept {
 
 template <int N>
 DEVICE Kept<N>& kept_of(const WkvProblem& p, const Sequence& s, int tile) {
-    return static_cast<Kept<N>*>(p.scratch)[int64_t{s.first_tile + tile} * p.heads + s.head];
+    return static_cast<Kept<N>*>(p.scratch)[(first_kept(p, s, kTile) + tile) * p.heads + s.head];
 }
 
 template <int N, class In>
@@ -90,7 +89,7 @@ forward(WkvProblem p) {
     auto& m = *reinterpret_cast<ForwardShared<N>*>(shared_memory());
     const int thread = thread_index(), part = thread % kParts;
     const int first_row = kRows * static_cast<int>(block_index() % Shape<N>::kBlocks), row = first_row + thread / kParts;
-    const Sequence s = sequence_of_turn(p, block_index() / Shape<N>::kBlocks, Shape<N>::kThreads, &m.slot);
+    const Sequence s = sequence_of_turn(p, block_index() / Shape<N>::kBlocks);
     float S[N / kParts];
     read_row<N>(matrix_of(p.state, s) + row * N, part, S);
     for (int start = 0; start < s.length; start += kTile) {
@@ -131,7 +130,7 @@ decode(WkvProblem p) {
     const int64_t turn = block_index() / Shape<N>::kBlocks;
     const int row = Shape<N>::kRows * static_cast<int>(block_index() % Shape<N>::kBlocks) + thread / kParts;
     const int slot = static_cast<int>(turn / p.heads), head = static_cast<int>(turn % p.heads);
-    const Sequence s = {slot, slot, 0, 1, head, 0};
+    const Sequence s = {slot, slot, 0, 1, head};
     load_tile<N, In>(p, s, 0, 1, true, m);
     float S[N / kParts];
     float* state = matrix_of(p.state, s) + row * N;

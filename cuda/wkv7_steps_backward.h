@@ -25,7 +25,6 @@ struct BackwardShared {
     float dy[kTile][kPitch], rate[kTile][kPitch], d[kTile][kPitch], u[kTile][kPitch], h[kTile][kPitch];
     float yu[kTile][kTile], yv[kTile][kTile], hu[kTile][kTile], hv[kTile][kTile];  // [gradient's token][value's]
     Sequence sequence;  // read again where it is needed, or addresses made of it once for all would fill the registers
-    int slot;
 };
 
 // Tokens past the end are such that they change nothing: all zeros, no decay.
@@ -221,7 +220,7 @@ KERNEL(Shape<N>::kThreads, 1)
 backward(WkvProblem p) {
     auto& m = *reinterpret_cast<BackwardShared<N>*>(shared_memory());
     const int thread = thread_index(), first = thread / kParts;
-    const Sequence found = sequence_of_turn(p, block_index(), Shape<N>::kThreads, &m.slot);
+    const Sequence found = sequence_of_turn(p, block_index());
     if (thread == 0) {
         m.sequence = found;
     }

@@ -18,6 +18,11 @@ int wkv_cuda_step(const WkvProblem* p, int, void* stream) {
     return run(Pass::step, *p, WKV6_STEPS, static_cast<Stream>(stream));
 }
 
+// Bytes of shared memory of a kernel of the second generation: 0 forward, 1 states, 2 backward.
+int64_t wkv_cuda_shared(int kernel, int float32_decay) {
+    return float32_decay ? shared_bytes<float>(kernel) : shared_bytes<Bfloat16>(kernel);
+}
+
 const char* wkv_cuda_error(int code) {
     return code == kUnsupported ? "unsupported type or head size" : cudaGetErrorString(static_cast<cudaError_t>(code));
 }

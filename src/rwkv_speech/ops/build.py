@@ -8,16 +8,17 @@ compiles ahead of time, into the package: a wheel made after it needs no compile
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rwkv_speech.errors import UserError, exit_code
 
@@ -72,6 +73,7 @@ def cuda_library(architectures: Sequence[str]) -> Target:
     """The CUDA kernels for these compute capabilities, such as "90"."""
     compiler = _find_nvcc()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))  # for GPUs yet to come
     step = Step("libwkv_cuda.so", [compiler, *_NVCC_FLAGS, *codes, "-shared"], ["wkv_cuda.cu"])
     return Target("wkv_cuda", compiler, [step])
 
@@ -117,39 +119,58 @@ def compiled(target: Target) -> Path:
 _REMEDY = "choose the PyTorch form with --wkv6 torch"
 
 
+def prebuilt(name: str) -> Path | None:
+    """A library in the package, unless, with a warning, the sources beside it are others than it was made from."""
+    path = PREBUILT / name
+    if not path.exists():
+        return None
+    made_from = path.with_suffix(".sources")
+    if SOURCES.is_dir() and not (made_from.exists() and made_from.read_text() == _sources_digest()):
+        warnings.warn(
+            f"{path} was made from other sources than {SOURCES}, and is not used; "
+            "python -m rwkv_speech.ops.build makes it anew",
+            stacklevel=2,
+        )
+        return None
+    return path
+
+
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _key(target: Target) -> str:
     version = subprocess.run([target.tool, "--version"], capture_output=True, check=False)
     digest = hashlib.sha256(version.stdout)
-    digest.update(repr(target.steps).encode())
-    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp", ".cu")):
-        digest.update(path.name.encode() + path.read_bytes())
+    digest.update(repr(target.steps).encode() + _sources_digest().encode())
     return digest.hexdigest()[:12]
 
 
 def _compile(target: Target, folder: Path) -> Path:
-    """Run the steps in `folder` with ninja; the result has a name of its own until it is complete.
+    """Run the steps in `folder`, all but the last at once; the result has a name of its own until it is complete.
 
-    Paths are relative to `folder`, so that ninja's file and the shell behind it read no odd names but the compiler's.
+    Paths are relative to `folder`, so that no compiler reads the odd names of folders above.
     """
-    import ninja
-
     cuda = os.path.relpath(SOURCES, folder.resolve())
-    pending = f"{target.steps[-1].output}.pending"
-    with (folder / "build.ninja").open("w", encoding="utf-8") as file:
-        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
-        for number, step in enumerate(target.steps):
-            # Of a command ninja reads the dollars, the shell the rest; of a path the writer escapes all.
-            command = shlex.join(step.command).replace("$", "$$")
-            writer.rule(f"step{number}", f"{command} $in -o $out")
-            inputs = [name if name.endswith(".o") else os.path.join(cuda, name) for name in step.sources]
-            writer.build(pending if step is target.steps[-1] else step.output, f"step{number}", inputs)
-    program = Path(ninja.BIN_DIR) / "ninja"
-    done = subprocess.run(
-        [program, "--quiet"], cwd=folder, capture_output=True, text=True, errors="replace", check=False
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8", errors="replace")
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+    *first, last = target.steps
+    pending = f"{last.output}.pending"
+
+    def run(step: Step) -> subprocess.CompletedProcess[str]:
+        inputs = [name if name.endswith(".o") else os.path.join(cuda, name) for name in step.sources]
+        command = [*step.command, *inputs, "-o", pending if step is last else step.output]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(run, first))
+    if not any(x.returncode for x in done):
+        done.append(run(last))
+    log = "".join(x.stdout + x.stderr for x in done)
+    (folder / "log.txt").write_text(log, encoding="utf-8", errors="replace")
+    if any(x.returncode for x in done):
+        tail = "\n".join(log.splitlines()[-20:])
         raise UserError(
             f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
             f"{_REMEDY}\n{tail}"
@@ -164,11 +185,27 @@ def _find_compiler() -> str:
     raise UserError(f"native kernels: no C++ compiler found (g++, clang++ or c++); install one, or {_REMEDY}")
 
 
+def has_nvcc() -> bool:
+    """Whether the CUDA kernels can be compiled here."""
+    return _nvcc() is not None
+
+
+def _nvcc() -> str | None:
+    """From CUDA_HOME, on PATH, where the toolkit installs itself, or from the wheel nvidia-cuda-nvcc."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (wheels.submodule_search_locations or () if wheels else ())]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    places += [str(path) for folder in folders for path in sorted(folder.glob("cu*/bin/nvcc"))]
+    return next((path for place in places if (path := shutil.which(place))), None)
+
+
 def _find_nvcc() -> str:
-    if path := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+    if path := _nvcc():
         return path
     raise UserError(
-        f"native kernels: nvcc found neither on PATH nor in /usr/local/cuda/bin; install the CUDA toolkit, or {_REMEDY}"
+        "native kernels: nvcc found neither in CUDA_HOME nor on PATH, in /usr/local/cuda/bin or as the package "
+        f"nvidia-cuda-nvcc; install the CUDA toolkit, or {_REMEDY}"
     )
 
 
@@ -179,10 +216,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     only = parser.parse_args(argv).only
     PREBUILT.mkdir(exist_ok=True)
     targets = [cpu_library()] if only != "cuda" else []
-    if only == "cuda" or (only is None and shutil.which("nvcc")):
+    if only == "cuda" or (only is None and has_nvcc()):
         targets.append(cuda_library(nvcc_architectures()))
     for target in targets:
-        print(shutil.copy(compiled(target), PREBUILT))
+        library = Path(shutil.copy(compiled(target), PREBUILT))
+        library.with_suffix(".sources").write_text(_sources_digest())
+        print(library)
 
 
 if __name__ == "__main__":

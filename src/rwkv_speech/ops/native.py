@@ -67,6 +67,7 @@ class _Problem(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "tokens", "heads", "head_size", "sequences")),
         *((name, c_int32) for name in ("version", "type", "decay_type", "bonus_type", "need_du")),
         ("bounds", c_void_p),
+        ("order", c_void_p),
         ("u", c_void_p),
         *((name, _Tokens) for name in _TOKENS),
         ("state", _State),
@@ -217,16 +218,14 @@ class _CudaKernels(Kernels):
 
 @functools.cache
 def _cuda(architecture: str, generation: int) -> Kernels:
-    prebuilt = build.PREBUILT / "libwkv_cuda.so"
-    path = prebuilt if prebuilt.exists() else build.compiled(build.cuda_library([architecture]))
+    path = build.prebuilt("libwkv_cuda.so") or build.compiled(build.cuda_library([architecture]))
     return _CudaKernels(path, generation)
 
 
 @functools.cache
 def _cpu() -> Kernels | None:
-    prebuilt = build.PREBUILT / "libwkv_cpu.so"
     try:
-        return _CpuKernels(prebuilt if prebuilt.exists() else build.compiled(build.cpu_library()))
+        return _CpuKernels(build.prebuilt("libwkv_cpu.so") or build.compiled(build.cpu_library()))
     except UserError as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"{reason}; until then the PyTorch form serves, slower", stacklevel=2)
