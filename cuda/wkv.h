@@ -20,8 +20,8 @@ typedef struct {
     int64_t batch, time, head;
 } WkvTokens;
 
-// float32 (sequence, head, value, key), 16-byte aligned; the N x N matrix of one head is contiguous. A stride of 0 is an
-// expanded state.
+// float32 (sequence, head, value, key), 16-byte aligned; the N x N matrix of one head is contiguous. A stride of 0 is
+// an expanded state.
 typedef struct {
     float* data;
     int64_t sequence, head;

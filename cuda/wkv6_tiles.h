@@ -9,8 +9,8 @@
 // -9: e^-9 is far below the resolution of the inputs, and e^(8 * 9) stays in range. Pairs that do not exist may
 // overflow: they are masked by selection.
 //
-// Lane 4 g + t has the fragments that the matrix products ask for. It owns tokens 2g and 2g + 1 and keys 4t to 4t + 3 of
-// its warp's, and what it knows of them is a fragment as it stands, as no product cares about the order of its rows,
+// Lane 4 g + t has the fragments that the matrix products ask for. It owns tokens 2g and 2g + 1 and keys 4t to 4t + 3
+// of its warp's, and what it knows of them is a fragment as it stands, as no product cares about the order of its rows,
 // columns or inner index: row or column x (0 to 7) of half h is token 2x + h, and key 4 (x / 2) + 2h + x % 2. Side by
 // side in a fragment lie tokens 4t + h and 4t + h + 2, and keys 4t + 2h and 4t + 2h + 1. Values keep their order.
 

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-
 from benchmarks import instructions
+
 from rwkv_speech.ops import build
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,8 +56,39 @@ def test_without_a_compiler_pytorch_serves_with_one_warning(fresh: Path, monkeyp
 
 def test_without_nvcc_the_error_names_it_and_the_flag(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"nvcc found neither on PATH .* --wkv6 torch"):
+    with pytest.raises(UserError, match=r"nvcc found neither in CUDA_HOME nor on PATH.* --wkv6 torch"):
         build.cuda_library(["90"])
+
+
+def test_nvcc_of_cuda_home_and_of_pip_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for program in ("toolkit/bin/nvcc", "packages/nvidia/cu13/bin/nvcc"):
+        (tmp_path / program).parent.mkdir(parents=True)
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    which = shutil.which
+    monkeypatch.setattr(build.shutil, "which", lambda name: which(name) if name.startswith(str(tmp_path)) else None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert build.cuda_library(["90"]).tool == str(tmp_path / "toolkit/bin/nvcc")
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    assert build.cuda_library(["90"]).tool == str(tmp_path / "packages/nvidia/cu13/bin/nvcc")
+
+
+def test_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sources, packaged = tmp_path / "cuda", tmp_path / "prebuilt"
+    sources.mkdir()
+    (sources / "wkv.h").write_text("int a;\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "PREBUILT", packaged)
+    monkeypatch.setattr(build, "cpu_library", lambda: build.Target("empty", "g++", []))
+    monkeypatch.setattr(build, "compiled", lambda target: sources / "wkv.h")
+    assert build.prebuilt("wkv.h") is None
+    build.main(["--only", "cpu"])
+    assert build.prebuilt("wkv.h") == packaged / "wkv.h"
+    (sources / "wkv.h").write_text("int b;\n")
+    with pytest.warns(UserWarning, match="made from other sources than .*cuda, and is not used"):
+        assert build.prebuilt("wkv.h") is None
 
 
 @needs_compiler
@@ -101,7 +133,7 @@ def test_cpu_kernel_is_built_in_a_folder_of_any_name(fresh: Path, monkeypatch: p
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not build.has_nvcc(), reason="no nvcc")
 def test_nvcc_compiles_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = _odd_folder(tmp_path, monkeypatch)
     (folder / "cuda/wkv_cuda.cu").write_text('#include "wkv.h"\n__global__ void nothing() {}\n')

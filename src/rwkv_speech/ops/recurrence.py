@@ -24,16 +24,8 @@ def check(op: str, r: Tensor, others: Mapping[str, Tensor], state: Tensor | None
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"{op}: a packed batch has B = 1, found B = {B}")
     sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        name: (x, (H, N) if name == "u" else tuple(r.shape)) for name, x in others.items()
-    }
-    if state is not None:
-        wanted["state"] = state, (sequences, H, N, N)
-    for name, (x, shape) in wanted.items():
-        if x.shape != shape:
-            raise ValueError(f"{op}: {name} must be {shape} to fit r {tuple(r.shape)}, found {tuple(x.shape)}")
-        if x.device != r.device:
-            raise ValueError(f"{op}: {name} must be on r's device {r.device}, found {x.device}")
+    wanted = {name: (x, (H, N) if name == "u" else r.shape) for name, x in others.items()}
+    _fits(op, r, wanted if state is None else {**wanted, "state": (state, (sequences, H, N, N))})
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None:
         return torch.zeros(sequences, H, N, N, dtype=dtype, device=r.device)
@@ -44,9 +36,22 @@ def check_step(op: str, r: Tensor, others: Mapping[str, Tensor], state: Tensor) 
     """Raises ValueError unless all fit r (B, H, N) and the state can be updated in place."""
     if r.dim() != 3:
         raise ValueError(f"{op}: r must be (B, H, N), found {tuple(r.shape)}")
-    dtype = check(op, r[:, None], {n: x if n == "u" else x[:, None] for n, x in others.items()}, state, None).dtype
+    B, H, N = r.shape
+    _fits(
+        op, r, {**{n: (x, (H, N) if n == "u" else r.shape) for n, x in others.items()}, "state": (state, (B, H, N, N))}
+    )
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"{op}: state must be dense {dtype}, found {state.dtype} with strides {state.stride()}")
+
+
+def _fits(op: str, r: Tensor, wanted: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    device = r.device
+    for name, (x, shape) in wanted.items():
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} must be {tuple(shape)} to fit r {tuple(r.shape)}, found {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{op}: {name} must be on r's device {device}, found {x.device}")
 
 
 def native_kernels(r: Tensor, cu_seqlens: Tensor | None, form: str) -> native.Kernels | None:

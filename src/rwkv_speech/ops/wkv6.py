@@ -113,14 +113,22 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     return _wkv6_step(r, k, v, w, u, state, form)
 
 
-@torch.library.custom_op("rwkv_speech::wkv6_step", mutates_args={"state"})
-def _wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
-    tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
+# Less is done around an operator that is defined this way than by `custom_op`: a tenth of the time of a call.
+torch.library.define(
+    "rwkv_speech::wkv6_step",
+    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, str form) -> Tensor",
+)
+
+
+@torch.library.impl("rwkv_speech::wkv6_step", "default")
+def _step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
     if kernels := recurrence.native_kernels(r, None, form):
-        return kernels.step(tokens)[:, 0]
+        return kernels.step(Inputs(r, k, v, w, u, state))
+    tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
     y, last = wkv6_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
     state.copy_(last)
     return y[:, 0]
 
 
-_wkv6_step.register_fake(lambda r, k, v, w, u, state, form: r.new_empty(r.shape))
+torch.library.register_fake("rwkv_speech::wkv6_step")(lambda r, k, v, w, u, state, form: r.new_empty(r.shape))
+_wkv6_step = torch.ops.rwkv_speech.wkv6_step.default

@@ -117,9 +117,9 @@ def wkv7_step(
 
 @torch.library.custom_op("rwkv_speech::wkv7_step", mutates_args={"state"})
 def _wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, form: str) -> Tensor:
-    tokens = Inputs(r[:, None], w[:, None], k[:, None], v[:, None], a[:, None], b[:, None], state)
     if kernels := recurrence.native_kernels(r, None, form):
-        return kernels.step(tokens)[:, 0]
+        return kernels.step(Inputs(r, w, k, v, a, b, state))
+    tokens = Inputs(r[:, None], w[:, None], k[:, None], v[:, None], a[:, None], b[:, None], state)
     y, last = wkv7_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
     state.copy_(last)
     return y[:, 0]
