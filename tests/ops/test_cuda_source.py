@@ -143,7 +143,7 @@ BARRIERS = [
     ("wkv6_steps_backward.h", "products<N>(m);"),
     ("wkv6_tiles_forward.h", "if ((tile + 1) * kTile"),
     ("wkv6_tiles_forward.h", "m.y.store_sum"),
-    ("wkv6_tiles_backward.h", "fetch(tile + 1);"),
+    ("wkv6_tiles_states.h", "fetch(tile + 1);"),
     ("wkv6_tiles_backward.h", "turn = 1 - turn;"),
     ("wkv6_tiles_backward.h", "    m.dv.store_sum"),
 ]
