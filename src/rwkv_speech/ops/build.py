@@ -194,8 +194,8 @@ def _nvcc() -> str | None:
     """From CUDA_HOME, on PATH, where the toolkit installs itself, or from the wheel nvidia-cuda-nvcc."""
     wheels = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (wheels.submodule_search_locations or () if wheels else ())]
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME")
+    places = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
     places += [str(path) for folder in folders for path in sorted(folder.glob("cu*/bin/nvcc"))]
     return next((path for place in places if (path := shutil.which(place))), None)
 
