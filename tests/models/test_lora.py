@@ -85,10 +85,9 @@ def test_every_way_through_the_model_has_the_changes(pair: tuple[RWKV, RWKV]):
         if settled:
             settle(lm, "ln,time")
             assert {name for name, _ in lm.named_parameters()} == {name for name, _ in plain.named_parameters()}
-            if isinstance(lm, RWKV6):
-                lm._prepared = (None, None)
-                assert lm.slots_are_apart == plain.slots_are_apart  # the native step serves again, if there is one
-        elif isinstance(lm, RWKV6):
+            lm._prepared = (None, None)
+            assert lm.slots_are_apart == plain.slots_are_apart  # the native step serves again, if there is one
+        else:
             assert not lm.slots_are_apart
         for (name, x), y in zip(outputs(lm).items(), outputs(plain).values(), strict=True):
             assert_rms_close(name, x, y, 2e-5)
