@@ -23,7 +23,7 @@ pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 STAGES = (1, 2, 3)
 # Some of the language model is trained, too; with stage 2 the rest is kept in 8 bits.
-TUNED = {"peft": "lora", "lora_rank": 4, "lora_targets": "key,value", "train_parts": "ln", "lr_lm": 1e-3}
+TUNED = {"peft": "lora", "lora_rank": 4, "lora_targets": "key,value", "train_parts": "ln", "lr_lm": 1e-1}
 PRECISIONS = {1: "fp32", 2: "int8", 3: "fp32"}
 
 
@@ -102,6 +102,7 @@ NORM_BOUNDS = {1: (1e-5, 2e-4), 2: (1e-5, 2e-4), 3: (5e-3, 5e-3)}
 def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
     one, two = learned(plain), learned(run)
     tolerances = {"adapter.0": 5e-3, "": 3e-4} if stage == 3 else {"": 1e-4}
+    tolerances = {"lora_A": 1e-3} | tolerances  # its gradient comes through B, which has just left zero
     for name, x in one.items():
         assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
 
