@@ -21,7 +21,8 @@ if [ ! -f "$base/rwkv6.safetensors" ]; then
 fi
 setup_environment
 export load_model="$base/rwkv6.safetensors" device="${device-cpu}" grad_cp=0 workers="${workers-2}" valid_data=""
-set -- --vocab_file "$base/vocab.txt" --stack 3 --adapter_hidden 1024
+# whisper-tiny.en knows English alone: of other languages its earlier layers say more than the last one.
+set -- --vocab_file "$base/vocab.txt" --stack 3 --adapter_hidden 1024 --encoder_layers "${encoder_layers-2,3,4}"
 p=$data/prompts s=$data/stamps
 
 spoken=
@@ -54,7 +55,7 @@ OP=train proj_dir=$run/tasks micro_bsz=16 lr_adapter=1e-3 lr_state=1e-2 epoch_co
 echo "== 4 of 5: emotion and sex, with an adapter of their own"
 OP=train proj_dir=$run/emotion micro_bsz=4 lr_adapter=2e-3 lr_state=2e-2 epoch_count="${emotion_epochs-13}" \
     train_data="$data/emotion/emotion.train.jsonl,$data/emotion/sex.train.jsonl" \
-    sh "$root/demo/demo-state-tuning.sh" "$@" --stack 10 --feature_cache "$run/frames" --feature_dtype float16
+    sh "$root/demo/demo-state-tuning.sh" "$@" --stack 10 --encoder_layers "" --feature_cache "$run/frames" --feature_dtype float16
 
 echo "== 5 of 5: scores of what was held back"
 export OP=eval micro_bsz="${slots-16}"
