@@ -140,6 +140,21 @@ def test_nvcc_compiles_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pyte
     assert build.compiled(build.cuda_library(build.nvcc_architectures()[-1:])).is_relative_to(folder)
 
 
+@needs_compiler
+@pytest.mark.parametrize("has_ninja", [True, False])
+def test_steps_run_with_ninja_and_where_there_is_none(has_ninja: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = _odd_folder(tmp_path, monkeypatch)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: has_ninja or None)
+    first, last = _tiny_step(), build.Step("libtwo.so", [_tiny_step().command[0], "-shared"], ["one.o"])
+    first = build.Step("one.o", [*first.command[:1], "-c", "-fPIC", "-x", "c++"], first.sources)
+    built = build.compiled(build.Target("two", first.command[0], [first, last]))
+    assert built.is_relative_to(folder) and built.stat().st_size > 0
+    assert (built.parent / "build.ninja").exists() is has_ninja
+    broken = build.Step("one.o", [*first.command, "-DX=1", "-fno-such-flag"], first.sources)
+    with pytest.raises(UserError, match=r"(?s)failed, .*no-such-flag"):
+        build.compiled(build.Target("broken", first.command[0], [broken, last]))
+
+
 def test_without_sources_the_error_says_where_they_were_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(build, "SOURCES", tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no sources in .*nothing; install from a checkout"):

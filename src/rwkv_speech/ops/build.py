@@ -11,14 +11,15 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rwkv_speech.errors import UserError, exit_code
 
@@ -150,32 +151,61 @@ def _key(target: Target) -> str:
 
 
 def _compile(target: Target, folder: Path) -> Path:
-    """Run the steps in `folder`, all but the last at once; the result has a name of its own until it is complete.
+    """Run the steps in `folder`; the result has a name of its own until it is complete.
 
-    Paths are relative to `folder`, so that no compiler reads the odd names of folders above.
+    Ninja runs what it can at once; where that is not installed, as on a machine that has torch alone, one step follows
+    the other. Paths are relative to `folder`, so that ninja's file and the shell behind it read no odd names but the
+    compiler's.
     """
-    cuda = os.path.relpath(SOURCES, folder.resolve())
-    *first, last = target.steps
-    pending = f"{last.output}.pending"
-
-    def run(step: Step) -> subprocess.CompletedProcess[str]:
+    cuda, pending = os.path.relpath(SOURCES, folder.resolve()), f"{target.steps[-1].output}.pending"
+    calls = list[_Call]()
+    for step in target.steps:
         inputs = [name if name.endswith(".o") else os.path.join(cuda, name) for name in step.sources]
-        command = [*step.command, *inputs, "-o", pending if step is last else step.output]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-
-    with ThreadPoolExecutor() as pool:
-        done = list(pool.map(run, first))
-    if not any(x.returncode for x in done):
-        done.append(run(last))
-    log = "".join(x.stdout + x.stderr for x in done)
+        calls.append(_Call(step.command, inputs, pending if step is target.steps[-1] else step.output))
+    returncode, log = (_with_ninja if importlib.util.find_spec("ninja") else _in_order)(calls, folder)
     (folder / "log.txt").write_text(log, encoding="utf-8", errors="replace")
-    if any(x.returncode for x in done):
+    if returncode:
         tail = "\n".join(log.splitlines()[-20:])
         raise UserError(
             f"native kernels: {target.tool} failed, the whole log is {folder / 'log.txt'}; mend that, or "
             f"{_REMEDY}\n{tail}"
         )
     return folder / pending
+
+
+class _Call(NamedTuple):
+    command: list[str]
+    inputs: list[str]
+    output: str
+
+
+def _with_ninja(calls: Sequence[_Call], folder: Path) -> tuple[int, str]:
+    """The exit status and what was said."""
+    import ninja
+
+    with (folder / "build.ninja").open("w", encoding="utf-8") as file:
+        writer: Any = ninja.ninja_syntax.Writer(file)  # type: ignore[arg-type]  # its stub is wrong
+        for number, call in enumerate(calls):
+            # Of a command ninja reads the dollars, the shell the rest; of a path the writer escapes all.
+            writer.rule(f"step{number}", shlex.join(call.command).replace("$", "$$") + " $in -o $out")
+            writer.build(call.output, f"step{number}", call.inputs)
+    return _run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet"], folder)
+
+
+def _in_order(calls: Sequence[_Call], folder: Path) -> tuple[int, str]:
+    """The exit status of the first that failed, else 0, and what all said until then."""
+    returncode, log = 0, ""
+    for call in calls:
+        returncode, said = _run([*call.command, *call.inputs, "-o", call.output], folder)
+        log += said
+        if returncode:
+            break
+    return returncode, log
+
+
+def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def _find_compiler() -> str:
