@@ -189,6 +189,7 @@ TESTED_IN = {
     **dict.fromkeys(("media.decoding", "media.ffmpeg", "media.headers", "media.opening"), "test_media.py"),
     "predict": "journeys/test_predict.py",
     "models.families": "models/test_base.py",
+    "models.text_model": "models/test_speech_lm_files.py",
     "models.merge": "models/test_lora.py",
     "ops.build": "ops/test_native.py",
     **dict.fromkeys(("ops.chunks", "ops.recurrence", "ops.wkv6_chunked", "ops.wkv6_ref"), "ops/test_wkv6.py"),

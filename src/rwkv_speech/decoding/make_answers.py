@@ -17,7 +17,7 @@ from rwkv_speech.decoding.options import Options
 from rwkv_speech.devices import compute_of
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.parts import Parts
-from rwkv_speech.models.speech_lm import build_text_model
+from rwkv_speech.models.text_model import build_text_model
 from rwkv_speech.text import as_prompt
 
 Line = dict[str, Any]

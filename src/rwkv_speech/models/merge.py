@@ -15,7 +15,7 @@ from rwkv_speech.models.linear import Embedding, Linear
 from rwkv_speech.models.lora import take_over, tune, tuned
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.rwkv import RWKV
-from rwkv_speech.models.speech_lm import build_text_model
+from rwkv_speech.models.text_model import build_text_model
 
 BASE = "base.pth"
 

@@ -1,6 +1,7 @@
 """What a model is made of: one record of its files and sizes, from flags to checkpoint and back."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.lora import LoraSpec
 
+logger = logging.getLogger(__name__)
 # The published setting's.
 WAVLM_LARGE = "microsoft/wavlm-large"
 STACK, ADAPTER_HIDDEN, SEPARATOR = 5, 2048, "#"
@@ -163,6 +165,24 @@ class Parts:
                 f"{checkpoint}: trained on a base model with SHA-256 {wanted[:12]}..., found "
                 f"{self.base_sha256[:12]}... in {self.load_model}; give the same file with --load_model"
             )
+
+    def check_tuned(self, theirs: "Parts", checkpoint: Path) -> None:
+        """Raises UserError for changes of the language model that have no place here; a warning for other rounding."""
+        if theirs.lora and not theirs.lora.is_like(self.lora):
+            raise UserError(
+                f"{checkpoint}: was trained with --peft lora --lora_rank {theirs.lora.rank} --lora_alpha "
+                f"{theirs.lora.alpha:g} --lora_targets {theirs.lora.targets}; give the same flags, or make it a part "
+                "of the base model: python -m rwkv_speech merge"
+            )
+        if missing := set(filter(None, theirs.train_parts.split(","))) - set(self.train_parts.split(",")):
+            raise UserError(
+                f"{checkpoint}: was trained with --train_parts {theirs.train_parts}; expected {min(missing)} among "
+                "those of this run: give the same flag, or make it a part of the base model: python -m rwkv_speech "
+                "merge"
+            )
+        if (theirs.quant or "") != (self.quant or ""):
+            kinds = theirs.quant or "floats", self.quant or "floats"
+            logger.warning("%s: was trained with the language model in %s, which is here in %s", checkpoint, *kinds)
 
     def shared(self, encoder: str, encoder_sha256: str) -> "Parts":
         """These for other machines: the encoder as named, its content, and no folder of this machine."""

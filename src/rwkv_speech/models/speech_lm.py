@@ -19,16 +19,15 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models import splice
 from rwkv_speech.models.adapter import Adapter
-from rwkv_speech.models.base import LMSizes
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
-from rwkv_speech.models.families import read_lm
 from rwkv_speech.models.lora import settle, tune, tuned
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.models.states import States, adapter_sha256, read_states
+from rwkv_speech.models.text_model import build_text_model, check_sizes, one_token
 from rwkv_speech.tokenizer import WorldTokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class SpeechLM(nn.Module):
         self.soft_prompts = nn.ParameterDict()
         self.ctc: CtcHead | None = None  # frozen here: it is trained by itself
         self.confidence: dict[str, float] | None = None  # the weights of decoding.confidence, if it was calibrated
-        self.separator_id = _one_token(tokenizer, parts.separator)
+        self.separator_id = one_token(tokenizer, parts.separator)
         tune(lm, parts.lora, parts.train_parts)
         self._learned_with = ""  # what `adapter_sha256` was before the language model's changes became a part of it
         self.trained_on: TrainedOn | None = None
@@ -122,7 +121,7 @@ class SpeechLM(nn.Module):
     def load_trained(self, trained: Trained) -> None:
         """Take over all that was trained; raises UserError where shapes, the base model or what is trained differ."""
         if trained.parts is not None:
-            self._check_tuned(trained.path, trained.parts)
+            self.parts.check_tuned(trained.parts, trained.path)
             self.parts.check_base(trained.parts.base_sha256, trained.path)
             self.encoder.check(trained.parts.encoder_sha256, trained.path)
         if trained.adapter and not self.encoder.width:  # of the encoder's width, whatever that is
@@ -155,24 +154,6 @@ class SpeechLM(nn.Module):
         head = trained.ctc_head()
         self.ctc = None if head is None else head.to(next(self.task_parameters()).device)
         self.trained_on, self.metrics, self.confidence = trained.trained_on, trained.metrics, trained.confidence
-
-    def _check_tuned(self, path: Path, theirs: Parts) -> None:
-        """Raises UserError for changes of the language model that have no place here; a warning for other rounding."""
-        mine = self.parts
-        if theirs.lora and not theirs.lora.is_like(mine.lora):
-            raise UserError(
-                f"{path}: was trained with --peft lora --lora_rank {theirs.lora.rank} --lora_alpha "
-                f"{theirs.lora.alpha:g} --lora_targets {theirs.lora.targets}; give the same flags, or make it a part "
-                "of the base model: python -m rwkv_speech merge"
-            )
-        if missing := set(filter(None, theirs.train_parts.split(","))) - set(mine.train_parts.split(",")):
-            raise UserError(
-                f"{path}: was trained with --train_parts {theirs.train_parts}; expected {min(missing)} among those of "
-                "this run: give the same flag, or make it a part of the base model: python -m rwkv_speech merge"
-            )
-        if (theirs.quant or "") != (mine.quant or ""):
-            kinds = theirs.quant or "floats", mine.quant or "floats"
-            logger.warning("%s: was trained with the language model in %s, which is here in %s", path, *kinds)
 
     def add_states(self, path: str | Path) -> str:
         """Take over the states of a file, in place of those of the same names; the name if it is one, else "".
@@ -412,33 +393,3 @@ class SpeechLM(nn.Module):
         x = splice.fill(there, audio, self.embed(there.token_ids))
         hidden, state = self.lm.hidden(x, state, packing, keep_state)
         return spliced, hidden[0], state
-
-
-def build_text_model(parts: Parts, compute: Compute) -> tuple[RWKV, WorldTokenizer]:
-    """The frozen language model of filled `parts` and its tokenizer; raises UserError for files that do not fit."""
-    base = parts.base_file()
-    lm = read_lm(base, compute.lm_dtype, compute.device, compute.wkv6, compute.fuse, parts.quant or "")
-    tokenizer = WorldTokenizer(parts.vocabulary())
-    if tokenizer.vocab_size > lm.sizes.vocab:
-        raise UserError(
-            f"{base}: found {lm.sizes.vocab} embeddings, but the vocabulary {tokenizer.vocab_file} has ids up to "
-            f"{tokenizer.vocab_size - 1}; give the vocabulary of this model with --vocab_file"
-        )
-    return lm, tokenizer
-
-
-def check_sizes(parts: Parts, sizes: LMSizes) -> None:
-    """Raises UserError if --n_layer or --n_embd contradicts the base model's file."""
-    for name, said, found in (("n_layer", parts.n_layer, sizes.n_layer), ("n_embd", parts.n_embd, sizes.C)):
-        if said not in (None, found):
-            raise UserError(
-                f"--{name}: given {said}, but {parts.load_model} has {found}; leave it empty, or give the right file "
-                "with --load_model"
-            )
-
-
-def _one_token(tokenizer: WorldTokenizer, text: str) -> int:
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"--separator: {text!r} is {len(ids)} tokens, expected exactly one, such as '#'")
-    return ids[0]

@@ -19,7 +19,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes
 from rwkv_speech.models.families import read_sizes
 from rwkv_speech.models.parts import Parts
-from rwkv_speech.models.speech_lm import SpeechLM, check_sizes
+from rwkv_speech.models.speech_lm import SpeechLM
+from rwkv_speech.models.text_model import check_sizes
 from rwkv_speech.planning.measure import ENCODERS, WAVLM_LARGE, Sizes, world_sizes
 from rwkv_speech.planning.tables import Data, report
 
