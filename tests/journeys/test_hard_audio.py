@@ -13,7 +13,7 @@ from hard_files import HERTZ, hard_files, heard, sound, tones
 from rwkv_speech.batch import BadSample
 from rwkv_speech.data.dataset import SpeechDataset
 from rwkv_speech.data.sources import open_source
-from rwkv_speech.decoding import transcribe, transcriber
+from rwkv_speech.decoding import piece_text, transcribe, transcriber
 from rwkv_speech.decoding.engine import Done
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.decoding.strategy import Hypothesis
@@ -90,7 +90,7 @@ def test_prediction_gives_all_of_the_audio_and_names_what_is_broken(folder: Path
             return [Done(x, [Hypothesis(heard(x.sample.waveform.numpy()), (0.0,), (0.0,), False)], None) for x in done]
 
     monkeypatch.setattr(transcriber, "Engine", Listener)
-    monkeypatch.setattr(transcriber, "Reader", lambda model: None)
+    monkeypatch.setattr(piece_text, "Reader", lambda model: None)
     tokenizer = SimpleNamespace(decode=lambda ids: str(list(ids)))
     model = SimpleNamespace(initial_states={"asr": None}, trained_on=None, tokenizer=tokenizer, ctc=None)
     options = Options.given(0.0, vad="none")

@@ -101,7 +101,7 @@ NORM_BOUNDS = {1: (1e-5, 2e-4), 2: (1e-5, 2e-4), 3: (5e-3, 5e-3)}
 
 def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
     one, two = learned(plain), learned(run)
-    tolerances = {"adapter.0": 5e-3, "": 3e-4} if stage == 3 else {"": 1e-4}
+    tolerances = {"adapter.0": 5e-3, "": 3e-3} if stage == 3 else {"": 1e-4}
     tolerances = {"lora_A": 1e-3} | tolerances  # its gradient comes through B, which has just left zero
     for name, x in one.items():
         assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
