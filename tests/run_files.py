@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 import train as train_script
 from torch import Tensor
 
+from rwkv_speech import tiny
 from rwkv_speech.decoding.results import Row, write_rows
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.reports.record import VALIDATION
+from rwkv_speech.tokenizer import WorldTokenizer
 
 ROOT = Path(__file__).parents[1]
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
@@ -37,6 +39,13 @@ def tiny_run(corpus: Path, run: Path, **more: object) -> list[str]:
     values: dict[str, object] = {"load_model": "tiny", "device": "cpu", "micro_bsz": 4, "workers": 0, "log_every": 1}
     values |= {"warmup_steps": 1, "proj_dir": run, "train_data": corpus / "train.jsonl"}
     return command_line(**values | more)
+
+
+def random_base(path: Path, tensors: Callable[..., dict[str, Tensor]], **sizes: int) -> dict[str, object]:
+    """Writes a random model with the embedded vocabulary: the flags of a run on it and the embedded encoder."""
+    vocab = WorldTokenizer(tiny.VOCAB_FILE).vocab_size
+    torch.save(tensors(vocab=vocab, **sizes), path)
+    return {"load_model": path, "encoder": "tiny", "vocab_file": "tiny", "stack": 3, "adapter_hidden": 16}
 
 
 def start(argv: list[str], **options: Any) -> "subprocess.Popen[str]":
@@ -102,8 +111,7 @@ def learned(run: Path, seed: int = 1) -> dict[str, Tensor]:
     trained = load_trained(run / "last.safetensors")
     torch.manual_seed(seed)
     assert trained.parts is not None
-    parts = Parts("tiny", lora=trained.parts.lora, train_parts=trained.parts.train_parts)
-    model = SpeechLM.build(parts, task_names=list(trained.initial_states))
+    model = SpeechLM.build(replace(trained.parts, quant=None), task_names=list(trained.initial_states))
     model.add_soft_prompts(sorted(trained.soft_prompts), max(map(len, trained.soft_prompts.values()), default=0))
     before = {name: x.detach() for name, x in model.named_parameters()}
     return {name: x - before[name] for name, x in trained.named_tensors().items()}

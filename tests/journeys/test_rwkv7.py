@@ -5,15 +5,12 @@ from pathlib import Path
 import eval as eval_script
 import predict as predict_script
 import pytest
-import torch
 import train as train_script
-from run_files import command_line, finish, results
+from run_files import command_line, finish, random_base, results
 from tiny_models import random_rwkv7_tensors
 
-from rwkv_speech import tiny
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
-from rwkv_speech.tokenizer import WorldTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training utterances and two others, and beside them a random model with the embedded vocabulary."""
     folder = tmp_path_factory.mktemp("rwkv7")
     make_corpus(Flags(str(folder), seed=3, train=4, valid=1, test=1))
-    vocab = WorldTokenizer(tiny.VOCAB_FILE).vocab_size
-    torch.save(random_rwkv7_tensors(vocab=vocab, C=64, ffn=256), folder / "base.pth")
+    random_base(folder / "base.pth", random_rwkv7_tensors, C=64, ffn=256)
     return folder
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_rms_close
-from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, learned
+from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, learned, random_base
 from safetensors.torch import load_file
+from tiny_models import random_rwkv6_tensors
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
@@ -73,14 +74,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, in few processes, since each spends most of its time on imports."""
     folder = tmp_path_factory.mktemp("deepspeed")
     make_corpus(Flags(str(folder), seed=3, train=16, valid=1, test=1))
+    base = random_base(folder / "base.pth", random_rwkv6_tensors)  # the embedded one magnifies rounding at the start
     plain = []
     for precision in sorted(set(PRECISIONS.values())):
-        values = {"device": "cpu", "precision": precision}
+        values = {"device": "cpu", "precision": precision, **base}
         plain += [run_of(folder, f"plain-{precision}-{n}", accumulate=n, **values) for n in (2, 4)]
         # Three micro batches: in the second step a rank has none.
         plain.append(run_of(folder, f"plain-{precision}-odd", accumulate=2, micro_bsz=6, **values))
     assert launch(plain, processes=1) == [0]
-    engines = {z: {"strategy": f"deepspeed_stage_{z}", "precision": PRECISIONS[z]} for z in STAGES}
+    engines = {z: {"strategy": f"deepspeed_stage_{z}", "precision": PRECISIONS[z], **base} for z in STAGES}
     whole = [run_of(folder, f"zero{z}-{n}", accumulate=n, **engines[z]) for z in STAGES for n in (1, 2)]
     whole += [run_of(folder, f"zero{z}-odd", micro_bsz=6, **engines[z]) for z in STAGES]
     killed = [run_of(folder, f"killed{z}", 2, **engines[z]) for z in STAGES]
@@ -101,8 +103,7 @@ NORM_BOUNDS = {1: (1e-5, 2e-4), 2: (1e-5, 2e-4), 3: (5e-3, 5e-3)}
 
 def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
     one, two = learned(plain), learned(run)
-    tolerances = {"adapter.0": 5e-3, "": 3e-3} if stage == 3 else {"": 1e-4}
-    tolerances = {"lora_A": 1e-3} | tolerances  # its gradient comes through B, which has just left zero
+    tolerances = {"adapter.0": 5e-3, "": 3e-4} if stage == 3 else {"": 1e-4}
     for name, x in one.items():
         assert_rms_close(name, two[name], x, next(tol for part, tol in tolerances.items() if part in name))
 

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import eval as eval_script
 import pytest
 import torch
 import train as train_script
 from assertions import assert_rms_close
-from run_files import tiny_run
+from run_files import random_base, tiny_run
 from safetensors.torch import load_file
+from tiny_models import random_rwkv6_tensors
 
 from rwkv_speech import tiny
 from rwkv_speech.config import TrainConfig
@@ -32,6 +34,12 @@ def plain_step(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return trained_step(corpus, tmp_path_factory.mktemp("plain"), micro_bsz=8)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Flags of a random model, for comparisons of gradients: the embedded one magnifies rounding at the start."""
+    return random_base(tmp_path_factory.mktemp("base") / "base.pth", random_rwkv6_tensors)
+
+
 _HUGE_STEP = 1e6
 
 
@@ -48,32 +56,36 @@ def descend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", ["torch", "auto"])
 def test_accumulation_does_not_change_the_gradient(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    corpus: Path, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ):
     descend(monkeypatch)
-    whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, wkv6=form)
-    parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, wkv6=form)
+    whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, wkv6=form, **base)
+    parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, wkv6=form, **base)
     for name, tensor in whole.items():
         assert float(tensor.abs().max()) > 10, f"{name}: gradient too small to be seen"
         # Other batch shapes round differently in the encoder, too, which the states' gradients magnify most.
-        assert_rms_close(name, parts[name], tensor, 2e-3 if "initial_states" in name else 3e-4)
-        assert float((parts[name] - tensor).abs().max()) <= 1e-3 * _HUGE_STEP, name
+        assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
+        assert float((parts[name] - tensor).abs().max()) <= 3e-5 * _HUGE_STEP, name
 
 
 def test_kl_of_answers_and_cross_entropy_of_the_rest_in_one_run(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path,
+    base: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     descend(monkeypatch)
     lines = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
     for line in lines[::2]:
         line |= {"source_text": line.pop("text"), "answer": "yes"}
     (corpus / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    taught = {"train_data": corpus / "answers.jsonl", "loss": "kl"}
+    taught = {"train_data": corpus / "answers.jsonl", "loss": "kl", **base}
     whole = trained_step(corpus, tmp_path / "whole", micro_bsz=8, **taught)
     assert "4 of 8 lines looked at are learned by KL, the others by cross-entropy" in capsys.readouterr().out
     parts = trained_step(corpus, tmp_path / "parts", micro_bsz=3, accumulate=3, **taught)
     for name, tensor in whole.items():
-        assert_rms_close(name, parts[name], tensor, 2e-3 if "initial_states" in name else 3e-4)
+        assert_rms_close(name, parts[name], tensor, 3e-4 if "initial_states" in name else 2e-5)
     assert train_script.main(tiny_run(corpus, tmp_path / "none", loss="kl")) == 2
     assert "none of 8 lines of --train_data has an answer and a source_text" in capsys.readouterr().err
 

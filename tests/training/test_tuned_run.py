@@ -6,14 +6,12 @@ import eval as eval_script
 import pytest
 import torch
 import train as train_script
-from run_files import column, command_line, finish, results, tiny_run
+from run_files import column, command_line, finish, random_base, results, tiny_run
 from safetensors.torch import load_file
 from tiny_models import random_rwkv7_tensors
 
-from rwkv_speech import tiny
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
-from rwkv_speech.tokenizer import WorldTokenizer
 
 LORA = {"peft": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_targets": "key,value", "train_parts": "ln,time"}
 
@@ -23,8 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six utterances, and beside them a random RWKV-7 with the embedded vocabulary."""
     folder = tmp_path_factory.mktemp("tuned")
     make_corpus(Flags(str(folder), seed=3, train=4, valid=2, test=1))
-    vocab = WorldTokenizer(tiny.VOCAB_FILE).vocab_size
-    torch.save(random_rwkv7_tensors(vocab=vocab, C=64, ffn=256), folder / "rwkv7.pth")
+    random_base(folder / "rwkv7.pth", random_rwkv7_tensors, C=64, ffn=256)
     return folder
 
 
