@@ -188,6 +188,19 @@ def _parser() -> Parser:
     predict.add_argument("flags", nargs="*")
     predict.set_defaults(verb=_predict)
 
+    _add_push_verb(verbs)
+    report = verbs.add_parser("report", help="write a run's report.html again")
+    report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
+    report.set_defaults(verb=_report)
+
+    server = verbs.add_parser("serve", help="answer requests over HTTP", add_help=False, prefix_chars="\0")
+    server.add_argument("flags", nargs="*")
+    server.set_defaults(verb=_serve)
+    _add_states_verbs(verbs.add_parser("states", help="list, copy, add, mix and remove the states of tasks"))
+    return parser
+
+
+def _add_push_verb(verbs: Any) -> None:
     push = verbs.add_parser("push", help="share a run on the Hugging Face hub", allow_abbrev=False)
     push.add_argument("repo", metavar="NAME/REPO", help="the repository, made if it is new")
     push.add_argument("--proj_dir", default="output", help="the run's folder; its best checkpoint is shared")
@@ -199,16 +212,6 @@ def _parser() -> Parser:
     push.add_argument("--folder", type=Path, help="write to this new folder, and do not ask the hub")
     push.add_argument("--endpoint", default="", help="the hub's address; empty: the usual one")
     push.set_defaults(verb=_push)
-
-    report = verbs.add_parser("report", help="write a run's report.html again")
-    report.add_argument("run", metavar="RUN", type=Path, help="a run's folder, its --proj_dir")
-    report.set_defaults(verb=_report)
-
-    server = verbs.add_parser("serve", help="answer requests over HTTP", add_help=False, prefix_chars="\0")
-    server.add_argument("flags", nargs="*")
-    server.set_defaults(verb=_serve)
-    _add_states_verbs(verbs.add_parser("states", help="list, copy, add, mix and remove the states of tasks"))
-    return parser
 
 
 def _add_states_verbs(parser: ArgumentParser) -> None:
