@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 # With a large epsilon AdamW's step is all but linear in the gradient: a small one would make the rounding of gradients
 # near zero as large as a step. The rates keep what is learned far above float32's resolution.
 LINEAR_STEPS = {"adam_eps": 1e-2, "lr_adapter": 1e-3, "lr_state": 1e-2}
+# What a run says when a signal asks it to end: steps of such small models are short, so it may come in either.
+SAID_TO_END = re.compile("this run ends after this (?:step|validation)")
 
 
 def command_line(**values: object) -> list[str]:
