@@ -1,4 +1,4 @@
-"""Pretrains a small RWKV-6: real text or a small world, and noisy phone transcripts, "#", and then what they say."""
+"""Pretrains a small RWKV-6 or RWKV-7: real text or a small world, and noisy phone transcripts, "#", and then what they say."""
 
 import json
 import math
@@ -18,21 +18,23 @@ from rwkv_speech.errors import UserError, exit_code
 from rwkv_speech.files import write_atomically, write_text_atomically
 from rwkv_speech.flags import OutFlags, flag, parse
 from rwkv_speech.models import splice
-from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.base import RWKV6Sizes, RWKV7Sizes
 from rwkv_speech.models.losses import token_loss_sum
+from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.rwkv7 import RWKV7
 from rwkv_speech.models.state import Packing
+from rwkv_speech.synthetic import rwkv6_init, rwkv7_init
 from rwkv_speech.synthetic.lesson_batches import Batch, LessonBatches
 from rwkv_speech.synthetic.lessons import Lessons, MixedLessons, TextLessons
 from rwkv_speech.synthetic.phones import PHONES
-from rwkv_speech.synthetic.rwkv6_init import initialise
 from rwkv_speech.synthetic.texts import read_texts
 from rwkv_speech.synthetic.vocabulary import write_vocabulary
 from rwkv_speech.synthetic.world_lessons import WorldLessons
 from rwkv_speech.tokenizer import WorldTokenizer
 
 _HEAD_SIZE = 64
-_MODEL, _VOCABULARY, _RESUME, _CARD = "rwkv6.safetensors", "vocab.txt", "resume.pt", "CARD.md"
+_VOCABULARY, _RESUME, _CARD = "vocab.txt", "resume.pt", "CARD.md"
 WORLD_VOCABULARY = "world"
 # What a resumed run may have otherwise.
 _FREE = ("out", "steps", "save_steps", "device", "compile", "threads")
@@ -44,6 +46,7 @@ class Flags(OutFlags):
 
     texts: str = flag("", "folders of .txt files, separated by commas, each with @WEIGHT if it is to come more often")
     world: float = flag(0.0, "share of lessons from the small world of the embedded default", at_least=0, at_most=1)
+    version: int = flag(6, "6 or 7: an RWKV-6 or an RWKV-7", (6, 7))
     vocab: str = flag("640", "the World vocabulary ('world'), or the size of one made of the texts (byte-level BPE)")
     n_layer: int = flag(4, "layers", at_least=1)
     n_embd: int = flag(256, "channels, a multiple of 64", at_least=64)
@@ -82,11 +85,7 @@ class Pretraining:
         self.tokenizer = WorldTokenizer(vocabulary)
         ids = [self.tokenizer.encode(phone) for phone in PHONES]
         self.phone_ids = torch.tensor([found[0] for found in ids], device=config.device)
-        C = config.n_embd
-        sizes = RWKV6Sizes(self.tokenizer.vocab_size, config.n_layer, C, C // _HEAD_SIZE, C * 7 // 2, 32, 64)
-        self.model = RWKV6(sizes, fuse=bool(config.compile))
-        initialise(self.model)
-        self.model.to(config.device)
+        self.model = _new_model(config, self.tokenizer.vocab_size).to(config.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
@@ -130,7 +129,7 @@ class Pretraining:
         weights = {
             name: x.detach().to("cpu", torch.bfloat16).contiguous() for name, x in self.model.state_dict().items()
         }
-        write_atomically(self.out / _MODEL, lambda path: save_file(weights, path))
+        write_atomically(self.out / f"rwkv{self.config.version}.safetensors", lambda path: save_file(weights, path))
         point = {
             "config": asdict(self.config), "step": self.step, "seconds": self.seconds, "recent": self.recent,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -164,6 +163,19 @@ class Pretraining:
         return {"held_out_right": right / count, "held_out_perplexity": math.exp(loss / count)}
 
 
+def _new_model(config: Flags, vocab: int) -> RWKV:
+    """A model with initial values; both versions have 13 C^2 numbers in a layer's large matrices."""
+    C, fuse = config.n_embd, bool(config.compile)
+    given = vocab, config.n_layer, C, C // _HEAD_SIZE
+    if config.version == 6:
+        model = RWKV6(RWKV6Sizes(*given, C * 7 // 2, 32, 64), fuse=fuse)
+        rwkv6_init.initialise(model)
+        return model
+    newer = RWKV7(RWKV7Sizes(*given, C * 9 // 2, *rwkv7_init.ranks(C)), fuse=fuse)
+    rwkv7_init.initialise(newer)
+    return newer
+
+
 def _lessons(config: Flags) -> Lessons:
     sources = list[tuple[Lessons, float]]()
     if config.texts and config.world < 1:
@@ -174,7 +186,7 @@ def _lessons(config: Flags) -> Lessons:
 
 
 def pretrain(config: Flags) -> dict[str, Any]:
-    """Trains, or resumes; writes rwkv6.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states.
+    """Trains, or resumes; writes rwkv6.safetensors or rwkv7.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states.
 
     Raises UserError if the process that makes the lessons dies: nothing that was saved is lost by it.
     """
@@ -213,7 +225,7 @@ def pretrain(config: Flags) -> dict[str, Any]:
 def _card(config: Flags, facts: dict[str, Any]) -> str:
     rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
     flags = json.dumps(asdict(config), ensure_ascii=False)
-    return f"""# A small RWKV-6
+    return f"""# A small RWKV-{config.version}
 
 Pretrained by `python -m rwkv_speech.synthetic.pretrain_lm` on text, on its translations, and on noisy phone transcripts
 of it, which teach it to read what an adapter hears. The perplexity is that of a token of held-out lines.
