@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A small RWKV-6 of your own text, with which all else runs on any computer: demo/pretrain-small.sh FOLDER [FOLDER@WEIGHT ...]
+# A small RWKV-6, or with version=7 RWKV-7, of your own text, with which all else runs on any computer:
+#   demo/pretrain-small.sh FOLDER [FOLDER@WEIGHT ...]
 # A FOLDER holds .txt files; below en/, es/, fr/, it/ and ru/ they are also learned as noisy phone transcripts, which lets
 # the model read what an adapter hears, and files of the same name and number of lines as translations of each other.
 # Start it again and it is resumed. On two cores the sizes below take about an hour and a half. With tcmalloc
@@ -12,6 +13,7 @@ if [ $# = 0 ]; then
     exit 2
 fi
 out=${out-$root/output/small}
+version=${version-6} # or 7
 n_layer=${n_layer-4}
 n_embd=${n_embd-256}
 # Short tokens are soon read: with 4,096 the model wrote 45 % of the tokens of held-out lines that it heard rightly, with 640
@@ -24,7 +26,7 @@ compile=${compile-0}
 
 . "$root/demo/env.sh"
 setup_environment
-"$python" -m rwkv_speech.synthetic.pretrain_lm --out "$out" --texts "$(IFS=, && echo "$*")" --n_layer "$n_layer" \
-    --n_embd "$n_embd" --vocab "$vocab" --steps "$steps" --positions "$positions" --device "$device" --compile "$compile"
-echo "written to $out: train on it with load_model=$out/rwkv6.safetensors, and but for vocab=world" \
+"$python" -m rwkv_speech.synthetic.pretrain_lm --out "$out" --texts "$(IFS=, && echo "$*")" --version "$version" \
+    --n_layer "$n_layer" --n_embd "$n_embd" --vocab "$vocab" --steps "$steps" --positions "$positions" --device "$device" --compile "$compile"
+echo "written to $out: train on it with load_model=$out/rwkv$version.safetensors, and but for vocab=world" \
     "with --vocab_file $out/vocab.txt"

@@ -205,7 +205,8 @@ TESTED_IN = {
     "serving.hearing": "serving/test_realtime.py",
     "serving.realtime_form": "serving/test_realtime_client.py",
     **dict.fromkeys(
-        ("synthetic.lesson_batches", "synthetic.rwkv6_init", "synthetic.world_lessons"), "synthetic/test_pretrain_lm.py"
+        "synthetic.lesson_batches synthetic.rwkv6_init synthetic.rwkv7_init synthetic.world_lessons".split(),
+        "synthetic/test_pretrain_lm.py",
     ),
     **dict.fromkeys(("synthetic.grammar", "synthetic.lexicon"), "synthetic/test_world.py"),
     **dict.fromkeys(

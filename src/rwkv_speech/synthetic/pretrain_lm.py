@@ -1,4 +1,4 @@
-"""Pretrains a small RWKV-6 or RWKV-7: real text or a small world, and noisy phone transcripts, "#", and then what they say."""
+"""Pretrains a small RWKV-6 or RWKV-7: text or a small world, and noisy phone transcripts, "#", and what they say."""
 
 import json
 import math
@@ -186,8 +186,9 @@ def _lessons(config: Flags) -> Lessons:
 
 
 def pretrain(config: Flags) -> dict[str, Any]:
-    """Trains, or resumes; writes rwkv6.safetensors or rwkv7.safetensors (bf16), vocab.txt and CARD.md, and returns what the card states.
+    """Trains, or resumes; writes the model (rwkv6.safetensors or rwkv7.safetensors, bf16), vocab.txt and CARD.md.
 
+    Returns what the card states.
     Raises UserError if the process that makes the lessons dies: nothing that was saved is lost by it.
     """
     run = Pretraining(config)
