@@ -39,10 +39,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """
     manifest = Path(path)
     folder = manifest.parent.absolute()
-    try:
-        content = manifest.read_bytes().removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise unreadable(manifest, error) from error
+    content = _content(manifest)
     problems: dict[int, str] = {}
     rows: list[dict[str, Any]] = []
     line_of_id: dict[str, int] = {}
@@ -61,6 +58,22 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     if note := of_text(sum(not {"audio_filepath", TURNS} & set(row) for row in rows), len(rows)):
         print(f"note: {manifest}: {note}")
     return [to_utterance(row, folder) for row in rows]
+
+
+def read_lines(path: str | Path, required: Sequence[Sequence[str]] = REQUIRED) -> list[dict[str, Any]]:
+    """The rows of a manifest as they are written, for a copy of it; raises UserError that lists every bad line."""
+    content = _content(manifest := Path(path))
+    faults = {number: "; ".join(reasons) for number, _, reasons in parse_lines(content, 1, required) if reasons}
+    rows = [line for line in content.split(b"\n") if line.strip()]
+    check(manifest, faults, len(rows))
+    return [json.loads(row) for row in rows]
+
+
+def _content(manifest: Path) -> bytes:
+    try:
+        return manifest.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise unreadable(manifest, error) from error
 
 
 def parse_lines(

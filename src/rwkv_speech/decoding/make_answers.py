@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rwkv_speech.config import AnswerConfig, ModelConfig
-from rwkv_speech.data.manifest import BYTE_ORDER_MARK, check, parse_lines, unreadable
+from rwkv_speech.data.manifest import read_lines
 from rwkv_speech.decoding.answers import answers
 from rwkv_speech.decoding.options import Options
 from rwkv_speech.devices import compute_of
@@ -32,7 +32,7 @@ def make_answers(config: AnswerConfig) -> Path:
     a manifest that cannot be read, and for an output that was made otherwise.
     """
     data, output = Path(config.data), Path(config.output)
-    lines = _moved(_read(data), data, output)
+    lines = _moved(read_lines(data, required=()), data, output)
     if output.exists() and output.samefile(data):
         raise UserError(f"--output: found {output}, which is --data, too; expected another name")
     made_by = _made_by(config)
@@ -61,16 +61,6 @@ def _made_by(config: AnswerConfig) -> str:
     names = ("form", "temperature", "top_p", "max_new_tokens", "seed")
     settings = [f"--{name} {getattr(config, name)}" for name in names]
     return " ".join([Path(config.load_model or "tiny").name, *settings])
-
-
-def _read(path: Path) -> list[Line]:
-    try:
-        content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    found = list(parse_lines(content, 1, required=()))
-    check(path, {number: "; ".join(faults) for number, _, faults in found if faults}, len(found))
-    return [json.loads(line) for line in content.split(b"\n") if line.strip()]
 
 
 def _moved(lines: list[Line], data: Path, output: Path) -> list[Line]:
@@ -113,7 +103,7 @@ def _there(output: Path, made_by: str) -> set[tuple[Any, ...]]:
     os.truncate(output, len(whole) + bool(whole))
     if not whole:
         return set()
-    lines = _read(output)
+    lines = read_lines(output, required=())
     other = next((line.get("answered_by") for line in lines if line.get("answered_by") != made_by), made_by)
     if other != made_by:
         raise UserError(
