@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_speech.config import AnswerConfig, EvalConfig, TrainConfig
 from rwkv_speech.flags import Flags, parse
-from rwkv_speech.synthetic import pretrain_lm, say_texts
+from rwkv_speech.synthetic import pretrain_lm, say_texts, vary_recordings
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("train", "valid", "test")
@@ -35,7 +35,7 @@ def parsed(line: str) -> Flags:
     """What a call of an interpreter asks for."""
     first, *words = line[:-1].split("\x1f")
     if first == "-m":
-        for module in (pretrain_lm, say_texts):
+        for module in (pretrain_lm, say_texts, vary_recordings):
             if words[0] == module.__name__:
                 return parse(module.Flags, words[1:], "")
         assert words[:2] == ["rwkv_speech", "make_answers"]
@@ -74,12 +74,15 @@ def test_real_tasks_trains_and_scores_on_a_small_base_model(pretender: Path, tmp
     own = {"base": base, "proj_dir": tmp_path / "run", "PYTHON": pretender}
     done = run("real-tasks.sh", data, cwd=tmp_path, texts=f"{data}@3,{base}", **own)
     calls = [parsed(line) for line in done.stdout.splitlines() if "\x1f" in line]
-    kinds = [say_texts.Flags, *[TrainConfig] * 4, *[EvalConfig] * 5]
+    kinds = [say_texts.Flags, vary_recordings.Flags, *[TrainConfig] * 3, *[EvalConfig] * 5]
     assert [type(call) for call in calls] == kinds, done.stderr
-    said, *rest = calls
+    said, varied, *rest = calls
     assert isinstance(said, say_texts.Flags) and said.texts == f"{data}@3,{base}"
+    assert isinstance(varied, vary_recordings.Flags)
     assert all(x.vocab_file == str(base / "vocab.txt") for x in rest if isinstance(x, TrainConfig | EvalConfig))
-    assert isinstance(rest[0], TrainConfig) and rest[0].train_data.endswith(f",{said.out}/train.jsonl")
+    assert isinstance(rest[0], TrainConfig) and rest[0].train_data.endswith(
+        f",{varied.out}/train.jsonl,{said.out}/train.jsonl"
+    )
 
 
 def test_voice_qa_learns_the_answers_that_it_makes(pretender: Path, tmp_path: Path):
