@@ -85,6 +85,20 @@ def test_the_ctc_head_alone_is_scored_where_each_row_has_its_text():
     assert evaluation(("a", "a")).summary()["tasks"]["asr"]["ctc"] is None
 
 
+def test_what_was_written_down_before_the_answer_is_scored_where_it_is_known():
+    rows = [
+        row(n, "yes", "yes", task="qa", answers=("yes",), source_text="Is it?", heard=x)
+        for n, x in enumerate(("is IT", "is"))
+    ]
+    found = Evaluation("set", rows, SPEED)
+    assert found.summary()["tasks"]["qa"]["heard"] == {
+        "wer": 0.25, "hits": 3, "substitutions": 0, "insertions": 0, "deletions": 1,
+    }  # fmt: skip
+    assert "WER of what was written down as heard 25.00 %" in found.report()
+    plain = Evaluation("set", [*rows, row(2, "no", "no", task="qa", answers=("no",))], SPEED)
+    assert plain.tasks["qa"].heard is None and plain.summary()["tasks"]["qa"]["heard"] is None
+
+
 def test_references_without_words_have_no_rate():
     found = evaluation(("", "eight words here"), ("...", ""))
     numbers = found.summary()["tasks"]["asr"]

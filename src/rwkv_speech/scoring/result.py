@@ -66,11 +66,22 @@ class TaskResult:
     @cached_property
     def ctc(self) -> Counts | None:
         """The words of the CTC head alone, where a transcript is asked for and every row has its text."""
-        normalise, texts = normalizer(self.form), [row.ctc for row in self.rows]
-        known = [normalise(text) for text in texts if text is not None]
-        if len(known) < len(texts) or not isinstance(self.measure, ErrorRates):
+        asked = isinstance(self.measure, ErrorRates)
+        return self._words([(row.ref, row.ctc) for row in self.rows]) if asked else None
+
+    @cached_property
+    def heard(self) -> Counts | None:
+        """The words that were written down before the answer, where every row has them and what was really said."""
+        return self._words([(row.source_text, row.heard) for row in self.rows])
+
+    def _words(self, pairs: Sequence[tuple[str | None, str | None]]) -> Counts | None:
+        """The word errors of references and texts, where all are known."""
+        normalise = normalizer(self.form)
+        known = [(normalise(ref), normalise(text)) for ref, text in pairs if ref is not None and text is not None]
+        if len(known) < len(pairs):
             return None
-        return Tally.of([normalise(row.ref) for row in self.rows], known).scores().words
+        refs, texts = map(list, zip(*known, strict=True))
+        return Tally.of(refs, texts).scores().words
 
     @property
     def languages(self) -> tuple[int, int] | None:
@@ -121,7 +132,8 @@ class TaskResult:
                 "replications": REPLICATIONS,
                 "seed": self.seed,
             },
-            "ctc": {"wer": self.ctc.rate if self.ctc.ref_length else None, **asdict(self.ctc)} if self.ctc else None,
+            "ctc": _rate(self.ctc),
+            "heard": _rate(self.heard),
             "language_accuracy": self.languages[0] / self.languages[1] if self.languages else None,
             "confidence": asdict(self.reliability) if self.reliability else None,
             "cut_off": sum(row.cut for row in self.rows),
@@ -148,6 +160,8 @@ class TaskResult:
             )
         if self.ctc:
             lines.append(f"WER of the CTC head alone {percent(self.ctc.rate)}   {edits(self.ctc)}")
+        if self.heard:
+            lines.append(f"WER of what was written down as heard {percent(self.heard.rate)}   {edits(self.heard)}")
         if self.languages:
             right, known = self.languages
             lines.append(f"language found: accuracy {percent(right / known)} of {known:,} utterances")
@@ -157,6 +171,10 @@ class TaskResult:
             shown = ", ".join(f"{group} {found.shown(found.error)}" for group, (_, found) in self.tables[name].items())
             lines.append(f"{self.measure.name} by {name}: {shown}")
         return lines
+
+
+def _rate(words: Counts | None) -> dict[str, Any] | None:
+    return {"wer": words.rate if words.ref_length else None, **asdict(words)} if words else None
 
 
 @dataclass(frozen=True)
