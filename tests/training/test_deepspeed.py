@@ -13,7 +13,7 @@ import torch
 from assertions import assert_rms_close
 from run_files import LINEAR_STEPS, assert_steps_alike, column, command_line, learned, random_base
 from safetensors.torch import load_file
-from tiny_models import random_rwkv6_tensors
+from tiny_models import RANDOM_TENSORS
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
@@ -23,9 +23,9 @@ pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[2]
 STAGES = (1, 2, 3)
-# Some of the language model is trained, too; with stage 2 the rest is kept in 8 bits.
+# Some of the language model is trained, too; with stage 2 it is an RWKV-7, the rest of which is kept in 8 bits.
 TUNED = {"peft": "lora", "lora_rank": 4, "lora_targets": "key,value", "train_parts": "ln", "lr_lm": 1e-1}
-PRECISIONS = {1: "fp32", 2: "int8", 3: "fp32"}
+BASES = {1: ("x060", "fp32"), 2: ("x070", "int8"), 3: ("x060", "fp32")}
 
 
 def run_of(folder: Path, name: str, die_at: int | None = None, **more: object) -> dict[str, Any]:
@@ -74,15 +74,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, in few processes, since each spends most of its time on imports."""
     folder = tmp_path_factory.mktemp("deepspeed")
     make_corpus(Flags(str(folder), seed=3, train=16, valid=1, test=1))
-    base = random_base(folder / "base.pth", random_rwkv6_tensors)  # the embedded one magnifies rounding at the start
+    # Random ones, for the embedded ones magnify rounding at the start.
+    bases = {name: random_base(folder / f"{name}.pth", tensors) for name, tensors in RANDOM_TENSORS.items()}
     plain = []
-    for precision in sorted(set(PRECISIONS.values())):
-        values = {"device": "cpu", "precision": precision, **base}
-        plain += [run_of(folder, f"plain-{precision}-{n}", accumulate=n, **values) for n in (2, 4)]
+    for family, precision in sorted(set(BASES.values())):
+        values = {"device": "cpu", "precision": precision, **bases[family]}
+        plain += [run_of(folder, f"plain-{family}-{n}", accumulate=n, **values) for n in (2, 4)]
         # Three micro batches: in the second step a rank has none.
-        plain.append(run_of(folder, f"plain-{precision}-odd", accumulate=2, micro_bsz=6, **values))
+        plain.append(run_of(folder, f"plain-{family}-odd", accumulate=2, micro_bsz=6, **values))
     assert launch(plain, processes=1) == [0]
-    engines = {z: {"strategy": f"deepspeed_stage_{z}", "precision": PRECISIONS[z], **base} for z in STAGES}
+    engines = {
+        z: {"strategy": f"deepspeed_stage_{z}", "precision": precision, **bases[family]}
+        for z, (family, precision) in BASES.items()
+    }
     whole = [run_of(folder, f"zero{z}-{n}", accumulate=n, **engines[z]) for z in STAGES for n in (1, 2)]
     whole += [run_of(folder, f"zero{z}-odd", micro_bsz=6, **engines[z]) for z in STAGES]
     killed = [run_of(folder, f"killed{z}", 2, **engines[z]) for z in STAGES]
@@ -111,7 +115,7 @@ def assert_learned_alike(run: Path, plain: Path, stage: int) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int, accumulate: int):
-    run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{PRECISIONS[stage]}-{2 * accumulate}"
+    run, plain = folder / f"zero{stage}-{accumulate}", folder / f"plain-{BASES[stage][0]}-{2 * accumulate}"
     assert len(column(run, "loss")) == 4 // accumulate
     for name in ("lr_adapter", "lr_state"):
         assert column(run, name) == pytest.approx(column(plain, name), rel=1e-6), name
@@ -122,7 +126,7 @@ def test_two_ranks_take_the_steps_of_one_plain_process(folder: Path, stage: int,
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_without_utterances_takes_part(folder: Path, stage: int):
-    run, plain = folder / f"zero{stage}-odd", folder / f"plain-{PRECISIONS[stage]}-odd"
+    run, plain = folder / f"zero{stage}-odd", folder / f"plain-{BASES[stage][0]}-odd"
     assert len(column(run, "loss")) == 2
     assert_steps_alike(run, plain, *NORM_BOUNDS[stage])
     assert_learned_alike(run, plain, stage)

@@ -17,10 +17,12 @@ from run_files import (
     command_line,
     finish,
     learned,
+    random_base,
     start,
     wait_for_a_point,
 )
 from safetensors.torch import load_file
+from tiny_models import RANDOM_TENSORS
 
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.checkpoint import load_trained
@@ -94,8 +96,10 @@ def test_ranks_count_broken_recordings_together_and_say_each_line_once(corpus: P
     assert len(set(shown.splitlines())) == len(shown.splitlines()) and "are too long for --ctx_len 40" in shown
 
 
-def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path):
-    flags = {"valid_data": corpus / "valid.jsonl", "ctc": 1, "ctc_epochs": 1}
+@pytest.mark.parametrize("family", ["x060", "x070"])
+def test_two_ranks_resume_exactly(corpus: Path, tmp_path: Path, family: str):
+    base = random_base(tmp_path / "base.pth", RANDOM_TENSORS[family])
+    flags = {**base, "valid_data": corpus / "valid.jsonl", "ctc": 1, "ctc_epochs": 1}
     flags |= {"precision": "int8", "peft": "lora", "lora_rank": 4, "lora_dropout": 0.1, "train_parts": "ln,time"}
     train(corpus, tmp_path / "whole", **flags)
     run = tmp_path / "killed"
