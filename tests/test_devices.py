@@ -46,6 +46,8 @@ def test_encoder_precision_follows_precision_unless_given():
         ("bf16", "auto", bf16),
         ("bf16", "fp32", fp32),
         ("fp32", "bf16", bf16),
+        ("bf16", "int8", bf16),
+        ("int8", "nf4", fp32),
     ):
         config = ModelConfig(device="cpu", precision=given, encoder_precision=own)
         assert compute_of(config).encoder_dtype == wanted

@@ -31,7 +31,7 @@ def compute_of(config: ModelConfig, device: str | torch.device | None = None) ->
     bf16 = uses_bf16(config)
     # Beside packed matrices, decoding on a CPU keeps the rest in bfloat16, too.
     lm_bf16 = bf16 or (bool(config.quant) and not isinstance(config, TrainConfig))
-    encoder_bf16 = bf16 if config.encoder_precision == "auto" else config.encoder_precision == "bf16"
+    encoder_bf16 = config.encoder_precision == "bf16" if config.encoder_quant == "" else bf16
     return Compute(
         torch_device(config) if device is None else device,
         torch.bfloat16 if lm_bf16 else torch.float32,

@@ -12,6 +12,7 @@ from rwkv_speech import tiny
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.encoder import SpeechEncoder, normalise
 from rwkv_speech.models.parts import FrameOptions, Parts
+from rwkv_speech.models.quantised import pack, unpack
 from rwkv_speech.models.speech_lm import SpeechLM
 
 # (family, normalisation of the convolutions, convolutions)
@@ -182,6 +183,51 @@ def test_bfloat16_of_a_batch_is_near_each_alone():
     for row in (0, 2):
         alone, [length] = encoder(waveforms[row : row + 1, : num_samples[row]], num_samples[row : row + 1])
         assert length == lengths[row] and rms_error(frames[row, :length], alone[0]) < 1e-2
+
+
+def small_encoder(family: str, quant: str) -> SpeechEncoder:
+    """A random one whose transformer's matrices are large enough to be packed, of the same weights in each call."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    sizes |= {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    if family == "whisper":
+        sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 96}
+    torch.manual_seed(1)
+    return SpeechEncoder.from_config({"model_type": family, **sizes}, options=FrameOptions(quant=quant))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "whisper"])
+def test_packed_matrices_give_the_frames_of_the_rounded_ones(family: str):
+    waveforms, num_samples = batch_of([16_000, 9_000])
+    for quant, bits in (("int8", 8.3), ("nf4", 4.3)):
+        packed, plain = small_encoder(family, quant), small_encoder(family, "")
+        assert packed.weights_sha256() == plain.weights_sha256() and packed.fingerprint() != plain.fingerprint()
+        wide = {name: x for name, x in plain.family.transformer.named_modules() if isinstance(x, nn.Linear)}
+        wide = {name: x for name, x in wide.items() if min(x.weight.shape) >= 64}
+        assert len(wide) == 2 * 6
+        before, _ = plain(waveforms, num_samples)
+        for name, module in wide.items():
+            kept = packed.family.transformer.get_submodule(name)
+            numbers = module.weight.numel()
+            assert 8 * (kept.weight.nbytes + kept.scale.nbytes) <= (bits + 32 / 64) * numbers
+            module.weight.copy_(unpack(*pack(module.weight, quant), torch.float32))
+        (got, lengths), (want, _) = packed(waveforms, num_samples), plain(waveforms, num_samples)
+        assert not any(x.requires_grad for x in packed.parameters())
+        for row, length in enumerate(lengths.tolist()):
+            assert rms_error(got[row, :length], want[row, :length]) < 1e-5
+            assert rms_error(got[row, :length], before[row, :length]) > 1e-4
+
+
+@pytest.mark.parametrize(("quant", "bound"), [("int8", 0.02), ("nf4", 0.25)])
+def test_the_pretrained_tiny_encoder_says_nearly_the_same_in_fewer_bits(quant: str, bound: float):
+    exact = SpeechEncoder.from_pretrained(tiny.ENCODER)
+    waveforms, num_samples = batch_of([16_000, 9_000])
+    want, lengths = exact(waveforms, num_samples)
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = SpeechEncoder.from_pretrained(tiny.ENCODER, dtype, FrameOptions(quant=quant))
+        assert packed.weights_sha256() == exact.weights_sha256()
+        got, _ = packed(waveforms, num_samples)
+        for row, length in enumerate(lengths.tolist()):
+            assert rms_error(got[row, :length], want[row, :length]) < bound
 
 
 def test_another_dtype_is_refused():

@@ -66,6 +66,18 @@ def test_another_file_of_the_name_is_not_taken_for_the_base_model(tmp_path: Path
         replace(parts, base_sha256="00" * 32).check_base(parts.base_sha256, path)
 
 
+@pytest.mark.parametrize(("flag", "name"), [("precision", "quant"), ("encoder_precision", "encoder_quant")])
+def test_packed_weights_are_used_as_they_were_trained(tmp_path: Path, flag: str, name: str):
+    parts, path = recorded(tmp_path)
+    packed = replace(parts, **{name: "int8"})
+    assert getattr(packed.recorded_in(path, Parts()), name) == "int8"
+    assert getattr(parts.recorded_in(path, Parts.of(PredictConfig(**{flag: "nf4"}))), name) == "nf4"
+    for given, found in (("nf4", "nf4"), ("fp32", "floats")):
+        with pytest.raises(UserError, match=f"--{flag}: found {found}, but .* was trained with int8"):
+            packed.recorded_in(path, Parts.of(PredictConfig(**{flag: given})))
+    assert replace(packed, **{name: "nf4"}).frame_options.quant == ("nf4" if name == "encoder_quant" else "")
+
+
 def test_a_missing_encoder_names_its_flag(tmp_path: Path):
     parts, path = recorded(tmp_path)
     (tmp_path / "enc").rmdir()

@@ -5,10 +5,12 @@ import torch
 from tiny_encoders import make_model
 from transformers import WavLMConfig, WavLMModel
 
+from rwkv_speech import tiny
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes
+from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.lora import LoraSpec
-from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.parts import FrameOptions, Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, build_encoder, world_sizes
 
@@ -56,6 +58,17 @@ def test_packed_and_tuned_models_are_counted_as_they_are_built():
         assert sizes.parameters["lm"] + sizes.parameters["tuned"] == Sizes(model.lm.sizes).parameters["lm"] + sum(
             x.numel() for name, x in model.tuned.items() if "lora_" in name
         )
+
+
+@pytest.mark.parametrize(("quant", "most"), [("", 1.0), ("int8", 0.55), ("nf4", 0.35)])
+def test_an_encoder_is_counted_as_it_is_kept(quant: str, most: float):
+    frames = FrameOptions(quant=quant)
+    here = SpeechEncoder.from_pretrained(tiny.ENCODER, torch.bfloat16, frames)
+    sizes = Sizes(BASE_MODELS["3B"], here.model.config.to_json_string(), frames=frames)
+    assert sizes.encoder_bytes(torch.bfloat16) == sum(x.nbytes for x in here.parameters())
+    large, packed = (Sizes(BASE_MODELS["3B"], frames=FrameOptions(quant=kind)) for kind in ("", quant))
+    assert packed.encoder_bytes(torch.bfloat16) <= most * large.encoder_bytes(torch.bfloat16)
+    assert packed.parameters == large.parameters
 
 
 @pytest.mark.parametrize(("quant", "most"), [("int8", 0.55), ("nf4", 0.30)])

@@ -35,7 +35,7 @@ RWKV7 = {"encoder": "tiny", "vocab_file": "tiny", "stack": 3, "adapter_hidden": 
 
 @pytest.mark.parametrize(("family", "precision"), [("x060", "int8"), ("x070", "nf4")])
 def test_a_tuned_and_packed_run_is_resumed_to_the_bit(corpus: Path, tmp_path: Path, family: str, precision: str):
-    flags = {"precision": precision, "grad_cp": int(family == "x070")}
+    flags = {"precision": precision, "encoder_precision": precision, "grad_cp": int(family == "x070")}
     if family == "x070":
         flags |= {"load_model": corpus / "rwkv7.pth", **RWKV7}
     finish(arguments(corpus, tmp_path / "whole", **flags))
@@ -44,7 +44,7 @@ def test_a_tuned_and_packed_run_is_resumed_to_the_bit(corpus: Path, tmp_path: Pa
     finish(arguments(corpus, tmp_path / "constant", lr_schedule="constant", **flags))
     assert results(tmp_path / "resumed") == results(tmp_path / "constant")
     trained = load_trained(tmp_path / "whole/last.safetensors")
-    assert trained.parts is not None and trained.parts.quant == precision
+    assert trained.parts is not None and trained.parts.quant == trained.parts.encoder_quant == precision
     updates = [x for name, x in trained.lm.items() if name.endswith("lora_B")]
     assert len(updates) >= 4 and all((x != 0).any() for x in updates)
     assert {x.dtype for x in trained.lm.values()} == {torch.float32}

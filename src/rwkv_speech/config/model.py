@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rwkv_speech.config.forms import DATA_FORMS, ENCODER_PRECISIONS, INPUTS, KERNEL_FORMS, LAYERS, PRECISIONS, QUANTS
+from rwkv_speech.config.forms import DATA_FORMS, INPUTS, KERNEL_FORMS, LAYERS, PRECISIONS, QUANTS
 from rwkv_speech.errors import UserError
 from rwkv_speech.flags import Flags, flag
 
@@ -63,8 +63,9 @@ class DeviceFlags:
     )
     encoder_precision: str = flag(
         "auto",
-        "the speech encoder's; auto: as --precision, beside int8 and nf4 bf16 on a GPU, fp32 on a CPU",
-        ENCODER_PRECISIONS,
+        "the speech encoder's; auto: the checkpoint's int8 or nf4, else as --precision, beside int8 and nf4 bf16 on a "
+        "GPU, fp32 on a CPU; int8, nf4: its matrices are kept in 8 or 4 bits",
+        PRECISIONS,
     )
     wkv6: str = flag(
         "auto",
@@ -77,7 +78,16 @@ class DeviceFlags:
     @property
     def quant(self) -> str | None:
         """How the language model's matrices are packed, "" if not, None if --precision does not say."""
-        return self.precision if self.precision in QUANTS else None if self.precision == "auto" else ""
+        return _quant(self.precision)
+
+    @property
+    def encoder_quant(self) -> str | None:
+        """The same of the encoder's, and --encoder_precision."""
+        return _quant(self.encoder_precision)
+
+
+def _quant(precision: str) -> str | None:
+    return precision if precision in QUANTS else None if precision == "auto" else ""
 
 
 @dataclass(frozen=True)

@@ -246,11 +246,12 @@ class TrainConfig(_TuningFlags, _OptimizerFlags, _AudioFlags, _TrainDataFlags, _
         the layers shared out.
         """
         self._check_tuning()
-        if self.quant and self.strategy == "deepspeed_stage_3":
-            raise UserError(
-                f"--precision: found {self.precision!r} with --strategy deepspeed_stage_3, which shares out the frozen "
-                "layers as floats; use deepspeed_stage_2"
-            )
+        for name, quant in (("precision", self.quant), ("encoder_precision", self.encoder_quant)):
+            if quant and self.strategy == "deepspeed_stage_3":
+                raise UserError(
+                    f"--{name}: found {quant!r} with --strategy deepspeed_stage_3, which shares out the frozen layers "
+                    "as floats; use deepspeed_stage_2"
+                )
         for name in ("valid_data", "feature_cache"):
             if self.strategy == "deepspeed_stage_3" and getattr(self, name):
                 raise UserError(

@@ -16,6 +16,7 @@ from rwkv_speech.devices import autocast
 from rwkv_speech.errors import UserError, first_line
 from rwkv_speech.models.encoder_wav2vec2 import UNUSED, Wav2Vec2Family, check_config
 from rwkv_speech.models.encoder_whisper import WhisperFamily
+from rwkv_speech.models.linear import PackedLinear
 from rwkv_speech.models.parts import FrameOptions
 
 _VARIANCE_FLOOR = 1e-7
@@ -23,6 +24,8 @@ _WHISPER, _FAMILIES = "whisper", ("wavlm", "hubert", "wav2vec2", "whisper")
 _PREPROCESSOR = "preprocessor_config.json"
 _DTYPES = (torch.float32, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d)
+# Matrices with fewer rows or columns stay floats.
+_LEAST_PACKED = 64
 # What stands before an encoder's names in the file of a whole Whisper model.
 _IN_WHISPER, _DECODER = r"^(model\.)?encoder\.", r"^(model\.decoder|decoder|proj_out)\."
 
@@ -47,7 +50,8 @@ class SpeechEncoder(nn.Module):
     and the sums between layers stay in float32, for rounding in these adds up: the frames of a random WavLM-Large
     differ by 0.6 % (relative RMS) from those of float32, instead of by 1.4 % with everything in bfloat16.
 
-    `options` say what a frame is made of. The waveforms of a Whisper model are never normalised.
+    `options` say what a frame is made of, and may have the transformer's matrices kept in 8 or 4 bits. The waveforms of
+    a Whisper model are never normalised.
 
     Raises UserError for another dtype, for a padding of another family, and for layers that the model does not have.
     """
@@ -86,11 +90,21 @@ class SpeechEncoder(nn.Module):
         self.layers = options.layers
         self.width: int = config.hidden_size * max(1, len(self.layers))
         self.numbers_per_second: float = self.width * self.framing.frame_rate
+        self._sha256_of_floats = ""  # of what is packed
+        if options.quant and not any(x.is_meta for x in self.model.parameters()):
+            self._sha256_of_floats = self.weights_sha256()
+        packed = {
+            name: PackedLinear(module, options.quant, dtype)
+            for name, module in self.family.transformer.named_modules()
+            if options.quant and isinstance(module, nn.Linear) and min(module.weight.shape) >= _LEAST_PACKED
+        }
         if dtype == torch.bfloat16:
             self.family.transformer.bfloat16()
             for module in self.family.transformer.modules():
                 if isinstance(module, _NORMS):
                     module.float()
+        for module_name, module in packed.items():
+            self.family.transformer.set_submodule(module_name, module)
         self.eval()
 
     @classmethod
@@ -197,6 +211,8 @@ class SpeechEncoder(nn.Module):
 
     def weights_sha256(self) -> str:
         """SHA-256 (hex) of the weights, rounded to bfloat16: the same whatever they are computed or stored in."""
+        if self._sha256_of_floats:
+            return self._sha256_of_floats
         digest = hashlib.sha256()
         for name, x in sorted(self.model.state_dict().items()):
             if name != UNUSED:

@@ -66,7 +66,7 @@ class GatedBiasAttention(nn.Module):
         without a bias of its own is given none.
         """
         # Beside bfloat16 weights the sums between layers are float32: one conversion serves all four projections.
-        hidden_states = hidden_states.to(self.q_proj.weight.dtype)
+        hidden_states = hidden_states.to(self.gru_rel_pos_linear.weight.dtype)
         B, F, D = hidden_states.shape
         if position_bias is None:
             position_bias = self.position_bias(F)

@@ -1,4 +1,4 @@
-"""The language model's matrices: frozen, in floats or in fewer bits, with or without a trained low-rank update."""
+"""The frozen models' matrices, in floats or in fewer bits; the language model's with or without a low-rank update."""
 
 # M outputs · K inputs · R rank · V vocabulary · C channels
 
@@ -40,6 +40,24 @@ class Embedding(nn.Embedding):
         """As above."""
         found = super().forward(input)
         return found if self.dtype is None else (found * self.scale[input][..., None]).to(self.dtype)
+
+
+class PackedLinear(nn.Module):
+    """x (..., K) -> x W^T + b (..., M), in place of a frozen `theirs`; W kept as `quant` says, computed in `dtype`."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, theirs: nn.Linear, quant: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        _freeze(self, theirs.weight, quant)
+        self.bias = None if theirs.bias is None else nn.Parameter(theirs.bias.detach().to(dtype), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As above."""
+        y = product(input, self.weight, self.scale, self.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class Linear(nn.Linear):

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 # The published setting's.
 WAVLM_LARGE = "microsoft/wavlm-large"
 STACK, ADAPTER_HIDDEN, SEPARATOR = 5, 2048, "#"
+# By the flag that says it, what of Parts keeps how matrices are packed.
+_QUANTS = {"precision": "quant", "encoder_precision": "encoder_quant"}
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class FrameOptions:
 
     `padding` is the least number of seconds that a Whisper model hears, silence behind the audio included; None is half
     a second more than the audio. `layers`, counted from 1 and rising, are those whose outputs stand side by side in a
-    frame, each with zero mean and unit variance; () is the last one's as it is.
+    frame, each with zero mean and unit variance; () is the last one's as it is. `quant` "int8" or "nf4": the encoder's
+    matrices are kept in 8 or 4 bits.
     """
 
     padding: float | None = None
     layers: tuple[int, ...] = ()
+    quant: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Parts:
     "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
     World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read; `encoder_sha256`
     is that of the encoder's weights in what was shared, else empty. The tasks that it `transcribes` first say what they
-    heard and the separator before their text. `quant` says how the language model's matrices are packed, `lora` and
-    `train_parts` what is trained of it.
+    heard and the separator before their text. `quant` says how the language model's matrices are packed,
+    `encoder_quant` how the encoder's, `lora` and `train_parts` what is trained of the language model.
     """
 
     load_model: str = ""
@@ -57,13 +61,16 @@ class Parts:
     encoder_sha256: str = ""
     transcribes: tuple[str, ...] = ()
     quant: str | None = None
+    encoder_quant: str | None = None
     lora: LoraSpec | None = None
     train_parts: str = ""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
         """The parts that the flags name."""
-        return cls.from_dict({**vars(config), "quant": config.quant, "lora": LoraSpec.of(config)})
+        return cls.from_dict(
+            {**vars(config), **{name: getattr(config, name) for name in _QUANTS.values()}, "lora": LoraSpec.of(config)}
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Parts":
@@ -93,7 +100,8 @@ class Parts:
 
         A file that is no longer where it was is looked for beside the checkpoint, the base model by its SHA-256; the
         encoder need not be there unless the model `hears`. Raises UserError naming the flag that says where it is, and
-        for another `encoder_padding`, other `encoder_layers`, or another `quant` than it was trained with.
+        for another `encoder_padding`, other `encoder_layers`, another `quant` or `encoder_quant` than it was trained
+        with.
         """
         if given.encoder_layers not in ("", self.encoder_layers):
             raise UserError(
@@ -105,14 +113,17 @@ class Parts:
                 f"--encoder_padding: found {given.encoder_padding:g}, but {path} was trained with "
                 f"{self.encoder_padding or 0:g}, expected the same: leave it out"
             )
-        if self.quant and given.quant not in (None, self.quant):
-            raise UserError(
-                f"--precision: found {given.quant or 'floats'}, but {path} was trained with {self.quant}, expected the "
-                "same: leave it out"
-            )
+        for flag, name in _QUANTS.items():
+            found, trained_with = getattr(given, name), getattr(self, name)
+            if trained_with and found not in (None, trained_with):
+                raise UserError(
+                    f"--{flag}: found {found or 'floats'}, but {path} was trained with {trained_with}, expected the "
+                    "same: leave it out"
+                )
         return replace(
             self,
             quant=self.quant or given.quant,
+            encoder_quant=self.encoder_quant or given.encoder_quant,
             load_model=given.load_model or _find("load_model", self.load_model, path, self.base_sha256),
             encoder=given.encoder or (_find("encoder", self.encoder, path) if hears else self.encoder),
             vocab_file=given.vocab_file or _find("vocab_file", self.vocab_file, path),
@@ -124,7 +135,8 @@ class Parts:
         """These parts of a run that starts from weights of others: packed alike unless the flags say how; with what was
         trained of the language model, where that and the adapter stay.
         """
-        known = replace(self, quant=start.quant if self.quant is None else self.quant)
+        quants = {name: getattr(start, name) for name in _QUANTS.values() if getattr(self, name) is None}
+        known = replace(self, **quants)
         return replace(known, lora=start.lora, train_parts=start.train_parts) if is_frozen else known
 
     def read_by(self, path: Path, given: "Parts") -> "Parts":
@@ -152,7 +164,7 @@ class Parts:
     @property
     def frame_options(self) -> FrameOptions:
         """Which of the encoder's frames are wanted."""
-        return FrameOptions(self.encoder_padding, encoder_layers(self.encoder_layers))
+        return FrameOptions(self.encoder_padding, encoder_layers(self.encoder_layers), self.encoder_quant or "")
 
     def vocabulary(self) -> str | Path | None:
         """The vocabulary's file, None for the World vocabulary."""
@@ -180,9 +192,10 @@ class Parts:
                 "those of this run: give the same flag, or make it a part of the base model: python -m rwkv_speech "
                 "merge"
             )
-        if (theirs.quant or "") != (self.quant or ""):
-            kinds = theirs.quant or "floats", self.quant or "floats"
-            logger.warning("%s: was trained with the language model in %s, which is here in %s", checkpoint, *kinds)
+        for model, name in (("language model", "quant"), ("encoder", "encoder_quant")):
+            kinds = getattr(theirs, name) or "floats", getattr(self, name) or "floats"
+            if kinds[0] != kinds[1]:
+                logger.warning("%s: was trained with the %s in %s, which is here in %s", checkpoint, model, *kinds)
 
     def shared(self, encoder: str, encoder_sha256: str) -> "Parts":
         """These for other machines: the encoder as named, its content, and no folder of this machine."""

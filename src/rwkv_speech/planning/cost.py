@@ -46,7 +46,7 @@ class Step:
     def __init__(self, sizes: Sizes, batch: MicroBatch, config: TrainConfig) -> None:
         compute, ranks, times = compute_of(config, "meta"), ranks_of(config), config.accumulate
         n = sizes.parameters
-        lm, encoder = sizes.lm_bytes(compute.lm_dtype), n["encoder"] * compute.encoder_dtype.itemsize
+        lm, encoder = sizes.lm_bytes(compute.lm_dtype), sizes.encoder_bytes(compute.encoder_dtype)
         stage = int(config.strategy[-1]) if config.strategy.startswith("deepspeed") else 0
         learn = learning(sizes, batch, compute.lm_dtype, bool(config.grad_cp))
         encode = Cost()

@@ -113,7 +113,7 @@ class Sizes:
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
         """How many each part of the model has: "encoder", "lm", what is trained of it, "adapter", "initial_states"."""
-        model = replace(self, quant="").build()
+        model = replace(self, quant="", frames=replace(self.frames, quant="")).build()
         found = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
         tuned = sum(p.numel() for p in model.tuned.values())
         return found | {"lm": found["lm"] - tuned, "tuned": tuned}
@@ -126,6 +126,10 @@ class Sizes:
     def lm_bytes(self, dtype: torch.dtype) -> int:
         """Of the frozen language model, whose numbers that are not packed have this type."""
         return _lm_bytes(self, dtype)
+
+    def encoder_bytes(self, dtype: torch.dtype) -> int:
+        """Of the encoder, whose matrices that are not packed have this type."""
+        return sum(p.nbytes for p in build_encoder(self.encoder, dtype, self.frames).parameters())
 
     def positions(self, batch: MicroBatch) -> int:
         """Audio tokens, separators and text of a batch, packed without padding."""

@@ -71,13 +71,18 @@ def _parameters(config: TrainConfig, sizes: Sizes) -> Iterator[str]:
     yield f"  {'part':<14}  {'parameters':>14}  type  {'GiB':>6}"
     for name, part, kind, what in (
         ("language model", "lm", sizes.quant or config.precision, "frozen"),
-        ("encoder", "encoder", config.encoder_precision, "frozen"),
+        ("encoder", "encoder", sizes.frames.quant or config.encoder_precision, "frozen"),
         ("adapter", "adapter", "fp32", "trained"),
         ("initial state", "initial_states", "fp32", "trained"),
         ("tuned of it", "tuned", "fp32", "trained"),
     ):
-        count, floats = sizes.parameters[part], torch.bfloat16 if config.precision == "bf16" else torch.float32
-        size = sizes.lm_bytes(floats) if part == "lm" else count * (2 if kind == "bf16" else 4)
+        count = sizes.parameters[part]
+        frozen = {"lm": (sizes.lm_bytes, config.precision), "encoder": (sizes.encoder_bytes, config.encoder_precision)}
+        if part in frozen:
+            bytes_of, floats = frozen[part]
+            size = bytes_of(torch.bfloat16 if floats == "bf16" else torch.float32)
+        else:
+            size = 4 * count
         if count:
             yield f"  {name:<14}  {count:>14,}  {kind}  {size / GIB:>6.2f}  {what}"
 
