@@ -5,6 +5,7 @@
 import argparse
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.peers import flash_linear_attention, pip_rwkv
-from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward
+from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward, wkv6_forward, wkv6_step
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
 N = 64
@@ -29,6 +30,7 @@ CPU_SHAPES = [(1, 200, 40), (4, 256, 8), (16, 60, 3), (1, 1, 40)]
 GPU_SHAPES = [(4, 200, 40), (4, 256, 40), (16, 256, 40), (16, 512, 40), (16, 1024, 40), (4, 1, 40)]
 ERROR_SHAPE = (2, 100, 2)
 DECAYS = {"ordinary": (-1.5, 1.5), "strong": (1.0, 3.0)}
+_CALLS = 1000
 NAMES = ("y", "state", "dr", "dk", "dv", "dw", "du", "dstate")
 
 Row = dict[str, Any]
@@ -122,6 +124,27 @@ def measure_cpu(rounds: int, threads: int) -> list[Row]:
     return rows
 
 
+def measure_calls(rounds: int) -> Row:
+    """Seconds of this thread that a call takes beside the kernel, which has one head of one token to do."""
+    r, k, v, w, u, state = random_inputs(1, 1, 1, torch.float32, "cpu")
+    token = (r[:, 0], k[:, 0], v[:, 0], w[:, 0], u, state)
+    calls: dict[str, Callable[[], Any]] = {
+        "wkv6": functools.partial(wkv6, r, k, v, w, u, state),
+        "wkv6_step": functools.partial(wkv6_step, *token),
+    }
+    times: dict[str, float] = {}
+    for name, call in calls.items():
+        taken = []
+        for _ in range(rounds + 1):
+            start = time.thread_time()
+            for _ in range(_CALLS):
+                call()
+            taken.append((time.thread_time() - start) / _CALLS)
+        times[name] = statistics.median(taken[1:])
+    print("a call of " + ", of ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in times.items()))
+    return times
+
+
 def _scaling(call: Callable[[], Any], threads: int) -> float:
     """How much faster several threads are, measured one right after the other."""
     taken = []
@@ -189,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.cuda.get_device_name()
     else:
         rows = measure_cpu(flags.rounds, flags.threads)
-        content = {"rows": rows, "threads": flags.threads}
+        content = {"rows": rows, "threads": flags.threads, "call_seconds": measure_calls(flags.rounds)}
         found = [row for form in ("auto", "torch") for t in (torch.float32, torch.bfloat16)
                  for row in errors(form, t, "cpu")]  # fmt: skip
         device = cpu_name()

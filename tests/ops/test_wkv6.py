@@ -265,6 +265,15 @@ def test_wkv6_step_equals_reference_in_place(N: int, dtype: torch.dtype, target:
     assert_rms_close("state", state, want_state, TOLERANCES[state.dtype])
 
 
+def test_wkv6_step_updates_a_state_at_an_odd_address():
+    *tokens, u, state = random_inputs(2, 1, 3, 64, torch.float32)
+    tokens = [x[:, 0] for x in tokens]
+    odd = torch.empty(state.numel() + 1)[1:].view_as(state).copy_(state)
+    assert odd.data_ptr() % 16
+    assert torch.equal(wkv6_step(*tokens, u, odd), wkv6_step(*tokens, u, state))
+    assert torch.equal(odd, state)
+
+
 def test_wkv6_step_refuses_a_state_that_it_could_not_update():
     *tokens, u, state = random_inputs(2, 1, 3, 4, torch.float32)
     tokens = [x[:, 0] for x in tokens]
@@ -273,6 +282,8 @@ def test_wkv6_step_refuses_a_state_that_it_could_not_update():
             wkv6_step(*tokens, u, bad)
     with pytest.raises(ValueError, match=r"wkv6_step: r must be \(B, H, N\)"):
         wkv6_step(tokens[0][:, None], *tokens[1:], u, state)
+    with pytest.raises(ValueError, match=r"wkv6_step: u must be \(3, 4\) to fit r \(2, 3, 4\), found \(2, 3, 4\)"):
+        wkv6_step(*tokens, tokens[0], state)
 
 
 @pytest.mark.requires_cuda

@@ -40,13 +40,15 @@ def kernels_for(r: Tensor, form: str = "auto") -> "Kernels | None":
 
     Raises UserError for another form, and if a GPU's kernel cannot be built.
     """
-    if form not in KERNEL_FORMS:
-        raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
-    if form == "torch" or r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
+    if (generation := _GENERATIONS.get(form)) is None:
+        if form not in KERNEL_FORMS:
+            raise UserError(f"--wkv6: found {form!r}, expected one of {', '.join(KERNEL_FORMS)}")
         return None
-    if r.device.type == "cuda":
-        return _cuda(_architecture(r.device.index), _GENERATIONS[form])
-    return _cpu() if r.device.type == "cpu" else None
+    if r.dtype not in _TYPES or r.shape[-1] not in HEAD_SIZES:
+        return None
+    if r.is_cuda:
+        return _cuda(_architecture(r.device.index), generation)
+    return _cpu() if r.is_cpu else None
 
 
 def cpu_library() -> ctypes.CDLL | None:
@@ -76,72 +78,80 @@ _SIZES = [int(code[:-1] or 1) for code in _FIELDS.values()]
 _PLACES = dict(zip(_FIELDS, itertools.accumulate(_SIZES, initial=0), strict=False))
 
 
-class _Problem:
-    """The numbers of a WkvProblem, and the tensors that they point to, which must outlive the call."""
-
-    def __init__(self, x: Inputs, cu_seqlens: Tensor | None, in_place: bool = False) -> None:
-        r, state = x.r, x.state
-        B, T, H, N = r.shape if r.dim() == 4 else (len(r), 1, *r.shape[1:])
-        sequences = len(state)
-        if max(B * T, sequences) > _MOST_TOKENS:
-            raise ValueError(f"wkv: {B} x {T} tokens in {sequences} sequences, expected at most {_MOST_TOKENS}")
-        self.device, dtype = r.device, r.dtype
-        self.values = values = [0] * sum(_SIZES)
-        self.inputs: dict[str, Tensor] = {}
-        inputs = self.inputs
-        for name, part in zip(x._fields, x, strict=True):
-            if name == "state":
-                inputs[name] = part if in_place else _matrices(part)
-                self.state("state", inputs[name])
-            elif name == "u":
-                inputs[name] = _typed(name, part, dtype).contiguous()
-            else:
-                inputs[name] = _rows(_typed(name, part, dtype))
-                self.tokens(name, inputs[name])
-        values[:7] = B, T, H, N, sequences, 7, _TYPES[dtype]
-        values[_PLACES["decay_type"]] = _TYPES[inputs["w"].dtype]
-        if "u" in inputs:
-            values[_PLACES["version"]] = 6
-            values[_PLACES["bonus_type"]] = _TYPES[inputs["u"].dtype]
-            self.point("u", inputs["u"])
-        if cu_seqlens is not None:
-            self.bounds = cu_seqlens.to(torch.int64).contiguous()
-            self.point("bounds", self.bounds)
-            if self.device.type == "cuda":
-                self.order = torch.empty(sequences, dtype=torch.int32, device=self.device)
-                self.point("order", self.order)
-
-    def point(self, name: str, x: Tensor) -> None:
-        self.values[_PLACES[name]] = x.data_ptr()
-
-    def tokens(self, name: str, x: Tensor) -> None:
-        """(B, T, H, N), or (B, H, N) of one token each."""
-        at, strides = _PLACES[name], x.stride()
-        self.values[at : at + 4] = x.data_ptr(), strides[0], strides[1] if len(strides) == 4 else 0, strides[-2]
-
-    def state(self, name: str, x: Tensor) -> None:
-        at = _PLACES[name]
-        self.values[at : at + 3] = x.data_ptr(), *x.stride()[:2]
-
-    def packed(self) -> bytes:
-        return _LAYOUT.pack(*self.values)
+@functools.lru_cache(maxsize=256)
+def _dense(
+    fields: tuple[str, ...], shape: torch.Size, sequences: int, dtype: torch.dtype, w: torch.dtype, u: torch.dtype
+) -> tuple[list[int], list[tuple[str, int, torch.dtype]]]:
+    """The values of a WkvProblem of dense tensors, but for their addresses; each input's name, place and type."""
+    B, T, H, N = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+    if max(B * T, sequences) > _MOST_TOKENS:
+        raise ValueError(f"wkv: {B} x {T} tokens in {sequences} sequences, expected at most {_MOST_TOKENS}")
+    wide = {name: dtype if given == dtype else torch.float32 for name, given in (("w", w), ("u", u))}
+    values = [B, T, H, N, sequences, 6 if "u" in fields else 7, *(_TYPES[x] for x in (dtype, *wide.values()))]
+    values += [0] * (sum(_SIZES) - len(values))
+    for name, at in _PLACES.items():
+        if _FIELDS[name] == "4q":
+            values[at + 1 : at + 4] = T * H * N, H * N, N
+        elif _FIELDS[name] == "3q":
+            values[at + 1 : at + 3] = H * N * N, N * N
+    types = dict.fromkeys(fields, dtype) | wide | {"state": torch.float32}
+    return values, [(name, _PLACES[name], types[name]) for name in fields]
 
 
-def _typed(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An input in the type of r; the decay and the bonus may be wider."""
-    if x.dtype == dtype or (x.dtype == torch.float32 and name in ("w", "u")):
-        return x
-    return x.float() if name in ("w", "u") else x.to(dtype)
+def _problem(x: Inputs, cu_seqlens: Tensor | None = None) -> tuple[list[int], list[Tensor]]:
+    """The values of a WkvProblem with these inputs, and the tensors that it points to, which must outlive the call.
+
+    Those are first the inputs in their order, as the kernels can read them.
+    """
+    r, w = x.r, x.w
+    shape, dtype = r.shape, r.dtype
+    constants, inputs = _dense(x._fields, shape, x.state.size(0), dtype, w.dtype, getattr(x, "u", w).dtype)
+    values, kept = constants.copy(), list(x)
+    for i, (name, at, kind) in enumerate(inputs):
+        part = kept[i]
+        values[at] = address = part.data_ptr()
+        if address % 16 or part.dtype != kind or not part.is_contiguous():
+            kept[i] = _readable(values, name, part.to(kind))
+    if cu_seqlens is not None:
+        kept.append(cu_seqlens.to(torch.int64).contiguous())
+        _point(values, "bounds", kept[-1])
+        if r.is_cuda:
+            kept.append(torch.empty(x.state.size(0), dtype=torch.int32, device=r.device))
+            _point(values, "order", kept[-1])
+    return values, kept
+
+
+def _readable(values: list[int], name: str, x: Tensor) -> Tensor:
+    """x as the kernels can read it; its address and strides are noted."""
+    if name == "u":
+        x = x.contiguous()
+        _point(values, name, x)
+    else:
+        x = _matrices(x) if name == "state" else _rows(x)
+        _strided(values, name, x)
+    return x
+
+
+def _point(values: list[int], name: str, x: Tensor) -> None:
+    values[_PLACES[name]] = x.data_ptr()
+
+
+def _strided(values: list[int], name: str, x: Tensor) -> None:
+    at, strides = _PLACES[name], x.stride()
+    if _FIELDS[name] == "3q":
+        values[at : at + 3] = x.data_ptr(), *strides[:2]
+    else:  # (B, T, H, N), or (B, H, N) of one token each
+        values[at : at + 4] = x.data_ptr(), strides[0], strides[-3] if len(strides) == 4 else 0, strides[-2]
 
 
 def _rows(x: Tensor) -> Tensor:
     """x itself if the kernels can read it, which they do by 16 bytes, else a dense copy."""
-    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or _readable(x.stride())):
+    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or _fit(x.stride())):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _readable(strides: tuple[int, ...]) -> bool:
+def _fit(strides: tuple[int, ...]) -> bool:
     return strides[-1] == 1 and all(x % 8 == 0 for x in strides[:-1]) and strides[1] < _MOST_TIME_STRIDE
 
 
@@ -160,54 +170,53 @@ class Kernels(ABC):
         self.library = ctypes.CDLL(str(path))
 
     @abstractmethod
-    def _run(self, name: str, problem: _Problem) -> None:
+    def _run(self, name: str, values: list[int], device: torch.device) -> None:
         """Call the kernel of this name."""
 
     @abstractmethod
-    def _scratch(self, problem: _Problem) -> Tensor:
+    def _scratch(self, values: list[int], device: torch.device) -> Tensor:
         """What it needs beside its inputs and results, 64 bytes more."""
 
     def forward(self, x: Inputs, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """y and the last state, as `wkv6` or `wkv7`."""
-        problem = _Problem(x, cu_seqlens)
-        y = torch.empty(x.r.shape, dtype=x.r.dtype, device=problem.device)
-        last = torch.empty(x.state.shape, dtype=torch.float32, device=problem.device)
-        problem.tokens("y", y)
-        problem.state("last", last)
-        self._run("forward", problem)
+        values, _kept = _problem(x, cu_seqlens)
+        y = torch.empty_like(x.r, memory_format=torch.contiguous_format)
+        last = torch.empty_like(x.state, memory_format=torch.contiguous_format)
+        _point(values, "y", y)
+        _point(values, "last", last)
+        self._run("forward", values, x.r.device)
         return y, last
 
     def backward(
         self, dy: Tensor, dlast: Tensor, x: Inputs, cu_seqlens: Tensor | None, need_du: bool = False
     ) -> dict[str, Tensor]:
         """The gradients of all inputs by name, that of u empty unless needed."""
-        problem = _Problem(x, cu_seqlens)
+        values, kept = _problem(x, cu_seqlens)
         dy, dlast = _rows(dy.to(x.r.dtype)), _matrices(dlast.float())
-        found = {name: torch.empty(part.shape, dtype=part.dtype, device=part.device)
-                 for name, part in problem.inputs.items()}  # fmt: skip
-        # Each sequence's part by itself: their sum does not depend on which block ends first.
-        du = x.state.new_empty(x.state.shape[:3] if need_du else (0,))
-        problem.tokens("dy", dy)
-        problem.state("dlast", dlast)
-        problem.state("dstate", found["state"])
-        for name in _TOKENS:
-            if name in found:
-                problem.tokens(f"d{name}", found[name])
-        problem.point("du", du)
-        problem.values[_PLACES["need_du"]] = need_du
-        scratch = self._scratch(problem)
-        problem.values[_PLACES["scratch"]] = -(-scratch.data_ptr() // 64) * 64
-        self._run("backward", problem)
-        if "u" in found:
-            found["u"] = du.sum(0) if need_du else du
+        _strided(values, "dy", dy)
+        _strided(values, "dlast", dlast)
+        found = {}
+        for name, part in zip(x._fields, kept, strict=False):
+            # Of u each sequence's part by itself: their sum does not depend on which block ends first.
+            shape = part.shape if name != "u" else x.state.shape[:3] if need_du else (0,)
+            found[name] = torch.empty(shape, dtype=torch.float32 if name == "u" else part.dtype, device=part.device)
+            _point(values, f"d{name}", found[name])
+        values[_PLACES["need_du"]] = need_du
+        scratch = self._scratch(values, x.r.device)
+        values[_PLACES["scratch"]] = -(-scratch.data_ptr() // 64) * 64
+        self._run("backward", values, x.r.device)
+        if "u" in found and need_du:
+            found["u"] = found["u"].sum(0)
         return {name: gradient.to(getattr(x, name).dtype) for name, gradient in found.items()}
 
     def step(self, x: Inputs) -> Tensor:
-        """y (B, H, N) of one token in each slot, given as (B, H, N); the state is updated in place."""
-        problem = _Problem(x, None, in_place=True)
-        y = torch.empty(x.r.shape, dtype=x.r.dtype, device=problem.device)
-        problem.tokens("y", y)
-        self._run("step", problem)
+        """y (B, H, N) of one token in each slot, given as (B, H, N); the dense state is updated in place."""
+        values, kept = _problem(x)
+        y = torch.empty_like(x.r, memory_format=torch.contiguous_format)
+        _point(values, "y", y)
+        self._run("step", values, x.r.device)
+        if (state := kept[-1]) is not x.state:
+            x.state.copy_(state)
         return y
 
 
@@ -220,11 +229,11 @@ class _CpuKernels(Kernels):
             call.argtypes = [c_char_p, c_int]
         self._kept = threading.local()  # new memory costs a page fault per 4 KiB
 
-    def _run(self, name: str, problem: _Problem) -> None:
-        self._calls[name](problem.packed(), torch.get_num_threads())
+    def _run(self, name: str, values: list[int], device: torch.device) -> None:
+        self._calls[name](_LAYOUT.pack(*values), torch.get_num_threads())
 
-    def _scratch(self, problem: _Problem) -> Tensor:
-        size = self.library.wkv_cpu_scratch(problem.packed(), torch.get_num_threads()) + 64
+    def _scratch(self, values: list[int], device: torch.device) -> Tensor:
+        size = self.library.wkv_cpu_scratch(_LAYOUT.pack(*values), torch.get_num_threads()) + 64
         kept: Tensor | None = getattr(self._kept, "scratch", None)
         if kept is None or kept.numel() < size:
             kept = torch.empty(size, dtype=torch.uint8)
@@ -245,18 +254,17 @@ class _CudaKernels(Kernels):
         for call in self._calls.values():
             call.argtypes = [c_char_p, c_int, c_void_p]
 
-    def _run(self, name: str, problem: _Problem) -> None:
-        device = problem.device
+    def _run(self, name: str, values: list[int], device: torch.device) -> None:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            code = self._calls[name](problem.packed(), self._generation, stream)
+            code = self._calls[name](_LAYOUT.pack(*values), self._generation, stream)
         if code:
             message = self.library.wkv_cuda_error(c_int(code)).decode()
             raise RuntimeError(f"wkv: the CUDA kernel for {name} failed on {device}: {message}")
 
-    def _scratch(self, problem: _Problem) -> Tensor:
-        size = self.library.wkv_cuda_scratch(problem.packed(), self._generation) + 64
-        return torch.empty(size, dtype=torch.uint8, device=problem.device)
+    def _scratch(self, values: list[int], device: torch.device) -> Tensor:
+        size = self.library.wkv_cuda_scratch(_LAYOUT.pack(*values), self._generation) + 64
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_speech.ops import chunks, recurrence, wkv6_chunked
+from rwkv_speech.ops import recurrence, wkv6_chunked
 from rwkv_speech.ops.wkv6_chunked import Inputs
 
 
@@ -113,22 +113,4 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     return _wkv6_step(r, k, v, w, u, state, form)
 
 
-# Less is done around an operator that is defined this way than by `custom_op`: a tenth of the time of a call.
-torch.library.define(
-    "rwkv_speech::wkv6_step",
-    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, str form) -> Tensor",
-)
-
-
-@torch.library.impl("rwkv_speech::wkv6_step", "default")
-def _step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
-    if kernels := recurrence.native_kernels(r, None, form):
-        return kernels.step(Inputs(r, k, v, w, u, state))
-    tokens = Inputs(r[:, None], k[:, None], v[:, None], w[:, None], u, state)
-    y, last = wkv6_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
-    state.copy_(last)
-    return y[:, 0]
-
-
-torch.library.register_fake("rwkv_speech::wkv6_step")(lambda r, k, v, w, u, state, form: r.new_empty(r.shape))
-_wkv6_step = torch.ops.rwkv_speech.wkv6_step.default
+_wkv6_step = recurrence.define_step("wkv6_step", Inputs, wkv6_chunked.forward)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_speech.ops import chunks, recurrence, wkv7_chunked
+from rwkv_speech.ops import recurrence, wkv7_chunked
 from rwkv_speech.ops.wkv7_chunked import Inputs
 
 
@@ -115,14 +115,4 @@ def wkv7_step(
     return _wkv7_step(r, w, k, v, a, b, state, form)
 
 
-@torch.library.custom_op("rwkv_speech::wkv7_step", mutates_args={"state"})
-def _wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, form: str) -> Tensor:
-    if kernels := recurrence.native_kernels(r, None, form):
-        return kernels.step(Inputs(r, w, k, v, a, b, state))
-    tokens = Inputs(r[:, None], w[:, None], k[:, None], v[:, None], a[:, None], b[:, None], state)
-    y, last = wkv7_chunked.forward(tokens, chunks.plan_dense(len(r), 1))
-    state.copy_(last)
-    return y[:, 0]
-
-
-_wkv7_step.register_fake(lambda r, w, k, v, a, b, state, form: r.new_empty(r.shape))
+_wkv7_step = recurrence.define_step("wkv7_step", Inputs, wkv7_chunked.forward)
