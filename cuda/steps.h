@@ -26,6 +26,28 @@ DEVICE float decay_of(float w) { return exp_accurate(-exp_accurate(w)); }
 
 DEVICE int key_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
 
+// A thread's share of a row, by 16 bytes.
+template <int N>
+DEVICE void read_row(const float* row, int part, float (&S)[N / kParts]) {
+#pragma unroll
+    for (int i = 0; i < N / kParts; i += 4) {
+        float four[4];
+        load4(row + key_of(part, i), four);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            S[i + j] = four[j];
+        }
+    }
+}
+
+template <int N>
+DEVICE void write_row(const float (&S)[N / kParts], int part, float* row) {
+#pragma unroll
+    for (int i = 0; i < N / kParts; i += 4) {
+        store4(row + key_of(part, i), {S[i], S[i + 1], S[i + 2], S[i + 3]});
+    }
+}
+
 DEVICE float over_parts(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);

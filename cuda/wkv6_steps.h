@@ -65,11 +65,7 @@ forward(WkvProblem p) {
     const int first_row = kRows * static_cast<int>(block_index() % Shape<N>::kBlocks), row = first_row + thread / kParts;
     const Sequence s = sequence_of_turn(p, block_index() / Shape<N>::kBlocks);
     float S[N / kParts];
-    const float* first = matrix_of(p.state, s) + row * N;
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        S[i] = first[key_of(part, i)];
-    }
+    read_row<N>(matrix_of(p.state, s) + row * N, part, S);
     for (int c = thread; c < N; c += Shape<N>::kThreads) {
         m.u[c] = load_either<In>(p.u, s.head * N + c, p.bonus_type);
     }
@@ -77,11 +73,7 @@ forward(WkvProblem p) {
         const int count = s.length - start < kTile ? s.length - start : kTile;
         if (kStates) {
             const int64_t tile = first_kept(p, s, kTile) + start / kTile;
-            float* kept = static_cast<float*>(p.scratch) + ((tile * p.heads + s.head) * N + row) * N;
-#pragma unroll
-            for (int i = 0; i < N / kParts; i++) {
-                kept[key_of(part, i)] = S[i];
-            }
+            write_row<N>(S, part, static_cast<float*>(p.scratch) + ((tile * p.heads + s.head) * N + row) * N);
         }
         load_tile<N, In>(p, s, start, count, !kStates, m);
         barrier();
@@ -106,10 +98,8 @@ forward(WkvProblem p) {
             from_float(row_of<In>(p.y, s, start + i / kRows)[first_row + i % kRows], m.y[i / kRows][i % kRows]);
         }
     }
-    float* last = kStates ? nullptr : matrix_of(p.last, s) + row * N;
-#pragma unroll
-    for (int i = 0; !kStates && i < N / kParts; i++) {
-        last[key_of(part, i)] = S[i];
+    if (!kStates) {
+        write_row<N>(S, part, matrix_of(p.last, s) + row * N);
     }
 }
 
@@ -129,19 +119,13 @@ decode(WkvProblem p) {
     load_tile<N, In>(p, s, 0, 1, true, m);
     float S[N / kParts];
     float* state = matrix_of(p.state, s) + row * N;
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        S[i] = state[key_of(part, i)];
-    }
+    read_row<N>(state, part, S);
     barrier();
     add_up_bonus<N>(1, m);
     barrier();
     const float v = m.v[0][row];
     const float y = over_parts(step<N>(S, m.r[0], m.k[0], m.d[0], v, part)) + m.bonus[0] * v;
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        state[key_of(part, i)] = S[i];
-    }
+    write_row<N>(S, part, state);
     if (part == 0) {
         from_float(row_of<In>(p.y, s, 0)[row], y);
     }

@@ -147,10 +147,7 @@ template <int N, class In>
 DEVICE void row(const WkvProblem& p, const Sequence& s, int start, float* G, int row, const BackwardShared<N>& m) {
     const int part = thread_index() % kParts;
     float g[N / kParts];
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        g[i] = G[row * N + key_of(part, i)];
-    }
+    read_row<N>(G + row * N, part, g);
     for (int t = kTile - 1; t >= 0; t--) {
         const float dy = m.dy[t][row];
         float sum = 0;
@@ -165,10 +162,7 @@ DEVICE void row(const WkvProblem& p, const Sequence& s, int start, float* G, int
             from_float(row_of<In>(p.dv, s, start + t)[row], dv);
         }
     }
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        G[row * N + key_of(part, i)] = g[i];
-    }
+    write_row<N>(g, part, G + row * N);
 }
 
 // Needs the states before every tile in `scratch`, (tiles, heads, N, N) float32.

@@ -56,47 +56,38 @@ DEVICE Lane lane_of_thread() {
 // How many tiles a sequence has.
 DEVICE int tiles_of(const Sequence& s) { return (s.length + kTile - 1) / kTile; }
 
-// What a thread copies of a tensor's tiles into Rows: 16 bytes of one token, or of two where a token fills 256 bytes.
+// What a thread copies of a tensor's tiles into Rows: 16 bytes of each 128 of one token, the same of every tensor.
 template <class T>
 struct Source {
-    static constexpr int kPerToken = N * sizeof(T) / 16, kTokens = kThreads / kPerToken;
     const char* first;
     int step;  // bytes from tile to tile
-    int length;
 
     DEVICE Source(const WkvTokens& x, const Sequence& s)
-        : first(reinterpret_cast<const char*>(row_of<T>(x, s, thread_index() / kPerToken)) +
-                16 * (thread_index() % kPerToken)),
-          step(static_cast<int>(x.time) * kTile * static_cast<int>(sizeof(T))),
-          length(s.length) {}
+        : first(reinterpret_cast<const char*>(row_of<T>(x, s, thread_index() / 8)) + 16 * (thread_index() % 8)),
+          step(static_cast<int>(x.time) * kTile * static_cast<int>(sizeof(T))) {}
 
-    DEVICE void fetch(int tile, Rows<T>& to) const {
+    // `count` tokens of the tile are there.
+    DEVICE void fetch(int tile, int count, Rows<T>& to) const {
+        const int token = thread_index() / 8;
+        char* at = reinterpret_cast<char*>(to.x[token]) + 16 * (thread_index() % 8);
+        const char* from = first + int64_t{tile} * step;
 #pragma unroll
-        for (int more = 0; more < kTile; more += kTokens) {
-            const int token = more + thread_index() / kPerToken;
-            char* at = reinterpret_cast<char*>(to.x[token]) + 16 * (thread_index() % kPerToken);
-            const char* from = first + int64_t{tile} * step + more * (step / kTile);
-            copy_async(at, from, tile * kTile + token < length);
+        for (int more = 0; more < N * static_cast<int>(sizeof(T)); more += 128) {
+            copy_async(at + more, from + more, token < count);
         }
     }
 };
 
-// Where a thread writes four neighbouring channels of `token` of each tile and of the one after it.
+// Where a head of a sequence lies in a tensor that is written.
 struct Target {
     int64_t first;  // elements from the tensor's start
-    int step, token, length;
+    int time;
 
-    DEVICE Target(const WkvTokens& x, const Sequence& s, int of_tile, int channel)
-        : first(offset_of(x, s, of_tile) + channel),
-          step(static_cast<int>(x.time) * kTile),
-          token(of_tile),
-          length(s.length) {}
+    DEVICE Target(const WkvTokens& x, const Sequence& s)
+        : first(offset_of(x, s, 0)), time(static_cast<int>(x.time)) {}
 
-    template <class T>
-    DEVICE void store(T* data, int tile, int next, const float (&x)[4], int channels_on = 0) const {
-        if (tile * kTile + token + next < length) {
-            store4(data + first + int64_t{tile} * step + next * (step / kTile) + channels_on, x);
-        }
+    DEVICE int64_t at(int tile, int token, int channel) const {
+        return first + int64_t{tile * kTile + token} * time + channel;
     }
 };
 
@@ -123,6 +114,23 @@ DEVICE void load_rates(const Rows<Decay>& w, int count, Lane lane, Own& rates) {
             rates[token][i] = fminf(exp2_fast(rates[token][i] * kLog2E + kLog2OfLog2E), most);
         }
     }
+}
+
+// `after` and the sum of what the lanes with later tokens own; and the sum over all lanes.
+DEVICE float sum_after(float own, float after, Lane lane, float& all) {
+    const float next = shuffle_xor(own, 4), pair = own + next;
+    const float next_pair = shuffle_xor(pair, 8), half = pair + next_pair, other = shuffle_xor(half, 16);
+    if (!(lane.g & 1)) {
+        after += next;
+    }
+    if (!(lane.g & 2)) {
+        after += next_pair;
+    }
+    if (!(lane.g & 4)) {
+        after += other;
+    }
+    all = half + other;
+    return after;
 }
 
 // Of one key: what the rates add up to from the middle of the tile to before each of the lane's tokens and after them,
@@ -231,9 +239,11 @@ DEVICE void mask(float (&pairs)[2][4], const float (&diagonal)[2], Lane lane) {
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int row = 2 * lane.g + i / 2, column = 4 * lane.t + 2 * (i % 2) + half;
-            const float other = row == column ? diagonal[i / 2] : 0.0f;
-            pairs[half][i] = (kEarlier ? column < row : column > row) ? pairs[half][i] : other;
+            // A row's token less its column's is twice `apart` and this: so few comparisons serve all.
+            const int apart = lane.g - 2 * lane.t - i % 2, more = i / 2 - half;
+            const float other = more == 0 && apart == 0 ? diagonal[i / 2] : 0.0f;
+            const bool keep = kEarlier ? apart >= (more > 0 ? 0 : 1) : apart < (more < 0 ? 1 : 0);
+            pairs[half][i] = keep ? pairs[half][i] : other;
         }
     }
 }
@@ -278,13 +288,18 @@ struct Parts {
     }
 
     // The sum of the warps' parts; a thread writes twice four values of one token. Needs a barrier before and after.
-    DEVICE void store_sum(void* data, const Target& to, int tile) const {
+    DEVICE void store_sum(void* data, const Target& to, int tile, int count) const {
         const int token = thread_index() / 8, value = 4 * (thread_index() % 8);
+        In* at = static_cast<In*>(data) + to.at(tile, token, value);
+        if (token >= count) {
+            return;
+        }
 #pragma unroll
         for (int more = 0; more < N; more += 32) {
-            float sum[4] = {};
+            float sum[4];
+            load4(&x[0][token][value + more], sum);
 #pragma unroll
-            for (int warp = 0; warp < kWarps; warp++) {
+            for (int warp = 1; warp < kWarps; warp++) {
                 float part[4];
                 load4(&x[warp][token][value + more], part);
 #pragma unroll
@@ -292,13 +307,9 @@ struct Parts {
                     sum[i] += part[i];
                 }
             }
-            to.store(static_cast<In*>(data), tile, 0, sum, more);
+            store4(at + more, sum);
         }
     }
 };
-
-DEVICE Target target_of_sums(const WkvTokens& x, const Sequence& s) {
-    return Target(x, s, thread_index() / 8, 4 * (thread_index() % 8));
-}
 
 }  // namespace tiles

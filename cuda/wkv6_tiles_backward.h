@@ -15,24 +15,26 @@
 
 namespace tiles {
 
-// 16 x 16 numbers of a warp, to be transposed.
-using Square = float[16 * 16];
+// 16 x 16 numbers of a warp, to be transposed: rows lie 18 apart, where few lanes meet in a bank.
+using Square = float[16][18];
 
-// Lane 4 g + t lays down columns 2g and 2g + 1 of rows 4t to 4t + 3. Rows lie where neither side meets itself in a
-// bank: four in 64 numbers, of which those of odd t change sides by pairs, and those of t over 1 by half rows.
+// Lane 4 g + t lays down columns 2g and 2g + 1 of rows 4t to 4t + 3.
 DEVICE void lay_down(const Own& x, Square& square, Lane lane) {
-    const int t = lane.t, place = 64 * t + 16 * (t % 2) + 4 * ((lane.g / 2) ^ (2 * (t / 2))) + 2 * (lane.g % 2);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        *reinterpret_cast<Float2*>(&square[(place ^ (16 * (i % 2))) + 32 * (i / 2)]) = {{x[0][i], x[1][i]}};
+        *reinterpret_cast<Float2*>(&square[4 * lane.t + i][2 * lane.g]) = {{x[0][i], x[1][i]}};
     }
 }
 
 // After a warp_barrier: columns 4t to 4t + 3 of rows 4 (g / 2) + g % 2 and two further: tokens of a key.
 DEVICE void pick_up(const Square& square, Lane lane, Own& y) {
-    const int four = lane.g / 2, place = 64 * four + 16 * ((lane.g + four) % 2) + 4 * (lane.t ^ (2 * (four / 2)));
-    load4(&square[place], y[0]);
-    load4(&square[place + 32], y[1]);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const float* from = &square[StateRows::key(lane) % 16 + 2 * (i / 4)][4 * lane.t + i % 4];
+        const Float2 two = *reinterpret_cast<const Float2*>(from);
+        y[i / 4][i % 4] = two.x[0];
+        y[i / 4][i % 4 + 1] = two.x[1];
+    }
 }
 
 // What a lane owns as operand a: its tokens by its keys.
@@ -45,9 +47,11 @@ DEVICE SplitA split_own(const Own& x) {
     return a;
 }
 
-struct WarpScratch {
-    Square square;
-    float decay[16];
+// What the way forwards over a tile leaves for the way back.
+struct Left {
+    float r_dr[2][kThreads][4];    // of each thread's own tokens and keys
+    float before[kThreads][4];     // of each thread's own keys: Sums::before[0]
+    float factors[kWarps][16][2];  // of each key: exp(m), exp(c_16 - m)
 };
 
 template <class Decay>
@@ -59,11 +63,15 @@ struct BackwardStage {
 template <class Decay>
 struct BackwardShared {
     BackwardStage<Decay> stages[2];
-    WarpScratch scratch[kWarps];
-    Parts dv;
-    float r_dr[kTilesOfState][2][kThreads][4];  // of each thread's own tokens and keys
+    Square squares[kWarps];
+    union {
+        Parts dv;
+        KeptState gradient;  // on the way forwards, which needs its registers
+    };
+    Left left[kTilesOfState];
     float u[N];
     // Kept here, for registers are scarce; all threads write the same.
+    Target of_keys, of_values;  // of dr, dk and dw, and of dv
     const KeptState* kept;
     float *dstate, *du;
 };
@@ -73,12 +81,12 @@ struct BackwardSources {
     Source<In> r, k, v, dy;
     Source<Decay> w;
 
-    DEVICE void fetch(int tile, BackwardStage<Decay>& to) const {
-        r.fetch(tile, to.r);
-        k.fetch(tile, to.k);
-        v.fetch(tile, to.v);
-        dy.fetch(tile, to.dy);
-        w.fetch(tile, to.w);
+    DEVICE void fetch(int tile, int count, BackwardStage<Decay>& to) const {
+        r.fetch(tile, count, to.r);
+        k.fetch(tile, count, to.k);
+        v.fetch(tile, count, to.v);
+        dy.fetch(tile, count, to.dy);
+        w.fetch(tile, count, to.w);
         commit_copies();
     }
 };
@@ -90,26 +98,66 @@ struct Scaled {
     float first[4], second[4];  // exp(m), exp(c_16 - m)
 
     template <class Decay>
-    DEVICE Scaled(const BackwardStage<Decay>& stage, int count, float* decay, Lane lane) {
+    DEVICE void load(const BackwardStage<Decay>& stage, int count, Lane lane) {
         load_own(stage.r, lane, r);
         load_own(stage.k, lane, k);
         load_rates(stage.w, count, lane, rates);
+    }
+
+    // `before` and `factors` are as in Left.
+    DEVICE void scale(const float (&before)[4], const float (&factors)[2][4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const Sums sums = sums_of_key(rates, i, lane);
-            first[i] = exp2_fast(-sums.first);
-            second[i] = exp2_fast(-sums.second);
-            decay[4 * lane.t + i] = first[i] * second[i];  // the same in all lanes of this t
+            first[i] = factors[i / 2][i % 2 * 2];
+            second[i] = factors[i / 2][i % 2 * 2 + 1];
+            float at = before[i];
 #pragma unroll
             for (int token = 0; token < 2; token++) {
-                r_factor[token][i] = exp2_fast(-sums.before[token]);
-                k_factor[token][i] = exp2_fast(sums.before[token + 1]);
+                r_factor[token][i] = exp2_fast(-at);
+                at += rates[token][i];
+                k_factor[token][i] = exp2_fast(at);
                 r[token][i] = to_tf32(r[token][i] * r_factor[token][i]);
                 k[token][i] = to_tf32(k[token][i] * k_factor[token][i]);
             }
         }
     }
+
+    template <class Decay>
+    DEVICE void set(const BackwardStage<Decay>& stage, int count, Lane lane, Left& left) {
+        load(stage, count, lane);
+        float before[4], factors[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const Sums sums = sums_of_key(rates, i, lane);
+            before[i] = sums.before[0];
+            factors[i / 2][i % 2 * 2] = exp2_fast(-sums.first);
+            factors[i / 2][i % 2 * 2 + 1] = exp2_fast(-sums.second);
+        }
+        store4(left.before[thread_index()], before);
+        store4(left.factors[lane.warp][4 * lane.t], factors[0]);  // the same in all lanes of this t
+        store4(left.factors[lane.warp][4 * lane.t + 2], factors[1]);
+        scale(before, factors);
+    }
+
+    template <class Decay>
+    DEVICE void set_again(const BackwardStage<Decay>& stage, int count, Lane lane, const Left& left) {
+        load(stage, count, lane);
+        float before[4], factors[2][4];
+        load4(left.before[thread_index()], before);
+        load4(left.factors[lane.warp][4 * lane.t], factors[0]);
+        load4(left.factors[lane.warp][4 * lane.t + 2], factors[1]);
+        scale(before, factors);
+    }
 };
+
+// The decays over the tile of the keys of a lane's rows of the state.
+DEVICE void decay_of_rows(const float (*factors)[2], Lane lane, float (&decay)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const Float2 both = *reinterpret_cast<const Float2*>(factors[StateRows::key(lane) % 16 + 2 * i]);
+        decay[i] = both.x[0] * both.x[1];
+    }
+}
 
 // x scaled by a number of each key.
 DEVICE void times(const Own& x, const float (&factors)[4], Own& y) {
@@ -167,9 +215,9 @@ DEVICE void add_pairs(const float (&factors)[4], const float (&pairs)[2][4], con
         }
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-            const float(&pair)[4] = pairs[step];
-            const float a[4] = {to_tf32(pair[0]), to_tf32(pair[2]), to_tf32(pair[1]), to_tf32(pair[3])};
-            matmul(c[half], a, x[half][step], x[half][step + 2]);
+            // Not rounded: the tensor cores cut them off, in both directions alike.
+            const float a[4] = {pairs[0][step], pairs[0][step + 2], pairs[1][step], pairs[1][step + 2]};
+            matmul(c[half], a, x[half][2 * step], x[half][2 * step + 1]);
         }
     }
 }
@@ -179,13 +227,15 @@ DEVICE float& of_own(float (&c)[2][4], int token, int i) { return c[i / 2][2 * t
 
 // Forwards over one tile: writes dr, keeps r dr for the way back.
 template <class Decay>
-DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage, int tile, int count, const Target& to,
-                          const float* u_of_head, WarpScratch& scratch, float (*r_dr)[kThreads][4], StateRows& state,
-                          Lane lane) {
-    const Scaled x(stage, count, scratch.decay, lane);
-    Own k_transposed, k;
+DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage, int tile, int count,
+                          BackwardShared<Decay>& m, Left& left, StateRows& state, Lane lane) {
+    Square& square = m.squares[lane.warp];
+    Scaled x;
+    x.set(stage, count, lane, left);
+    Own k_transposed, raw_k, k;
+    load_own(stage.k, lane, raw_k);
     float pairs[2][4] = {}, d[2][4] = {}, diagonal[2], u[4];
-    lay_down(x.k, scratch.square, lane);
+    lay_down(x.k, square, lane);
     warp_barrier();
 #pragma unroll
     for (int part = 0; part < N / 16; part++) {
@@ -193,10 +243,11 @@ DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage
     }
     diagonal_of(pairs, lane, diagonal);
     mask<true>(pairs, {0.0f, 0.0f}, lane);
-    pick_up(scratch.square, lane, k_transposed);
+    pick_up(square, lane, k_transposed);
     add_pairs(x.first, pairs, k_transposed, d);
-    load_own(stage.k, lane, k);
-    load4(u_of_head + lane.key(), u);
+    load4(m.u + lane.key(), u);
+    const int64_t at = m.of_keys.at(tile, 2 * lane.g, lane.key());
+    const int time = m.of_keys.time;
 #pragma unroll
     for (int token = 0; token < 2; token++) {
         float product[4], out[4];
@@ -204,13 +255,17 @@ DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage
         for (int i = 0; i < 4; i++) {
             const float of_scaled = of_own(d, token, i);
             product[i] = x.r[token][i] * of_scaled;
-            out[i] = of_scaled * x.r_factor[token][i] + diagonal[token] * u[i] * k[token][i];
+            out[i] = of_scaled * x.r_factor[token][i] + diagonal[token] * u[i] * raw_k[token][i];
         }
-        store4(r_dr[token][thread_index()], product);
-        to.store(static_cast<In*>(p.dr.data), tile, token, out);
+        store4(left.r_dr[token][thread_index()], product);
+        if (2 * lane.g + token < count) {
+            store4(static_cast<In*>(p.dr.data) + at + token * time, out);
+        }
     }
     times(x.k, x.second, k);
-    state.pass_tile(scratch.decay, turned_a(k), stage.v, lane);
+    float decay[2];
+    decay_of_rows(left.factors[lane.warp], lane, decay);
+    state.pass_tile(decay, turned_a(k), stage.v);
 }
 
 // The gradients of the log decays of the lane's own tokens and keys: `sums` is S . G after the tile, and then before
@@ -218,22 +273,12 @@ DEVICE void pass_forwards(const WkvProblem& p, const BackwardStage<Decay>& stage
 DEVICE void decay_gradients(const Own& r_dr, const Own& k_dk, float (&sums)[4], Lane lane, Own& gradients) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float second = r_dr[1][i] - k_dk[1][i], own = r_dr[0][i] - k_dk[0][i] + second;
-        const float next = shuffle_xor(own, 4), pair = own + next;
-        const float next_pair = shuffle_xor(pair, 8), half = pair + next_pair, other = shuffle_xor(half, 16);
-        float after = sums[i];
-        if (!(lane.g & 1)) {
-            after += next;
-        }
-        if (!(lane.g & 2)) {
-            after += next_pair;
-        }
-        if (!(lane.g & 4)) {
-            after += other;
-        }
+        const float second = r_dr[1][i] - k_dk[1][i];
+        float all;
+        const float after = sum_after(r_dr[0][i] - k_dk[0][i] + second, sums[i], lane, all);
         gradients[1][i] = after - k_dk[1][i];
         gradients[0][i] = after + second - k_dk[0][i];
-        sums[i] += half + other;
+        sums[i] += all;
     }
 }
 
@@ -270,34 +315,38 @@ struct KeySums {
 // Backwards over one tile: writes dk and dw, the warp's part of dv.
 template <class Decay>
 DEVICE void pass_backwards(const WkvProblem& p, const BackwardStage<Decay>& stage, int tile, int count,
-                           const Target& to, const float* u_of_head, WarpScratch& scratch,
-                           const float (*r_dr)[kThreads][4], Parts& dv, StateRows& gradient, KeySums& sums, Lane lane) {
-    const Scaled x(stage, count, scratch.decay, lane);
+                           BackwardShared<Decay>& m, const Left& left, StateRows& gradient, KeySums& sums, Lane lane) {
+    Square& square = m.squares[lane.warp];
+    Scaled x;
+    x.set_again(stage, count, lane, left);
     Own r, k, r_transposed, k_dk, of_r, dlog;
     float scores[2][4] = {}, pairs[2][4] = {}, d[2][4] = {}, bonus[2], diagonal[2], u[4];
     load_own(stage.r, lane, r);
     load_own(stage.k, lane, k);
-    load4(u_of_head + lane.key(), u);
+    load4(m.u + lane.key(), u);
     bonus_of(r, k, u, bonus);
     pairs_of_own(x.k, x.r, scores);
     mask<false>(scores, bonus, lane);
-    lay_down(x.r, scratch.square, lane);
+    lay_down(x.r, square, lane);
     warp_barrier();
-    const float decay[2] = {scratch.decay[gradient.key(lane) % 16], scratch.decay[gradient.key(lane) % 16 + 2]};
+    float decay[2];
+    decay_of_rows(left.factors[lane.warp], lane, decay);
     times(x.k, x.second, k);
     times(x.r, x.first, r);
     const SplitA k_of_end = split_own(k), r_of_start = turned_a(r), all_scores = split_accumulators(scores);
 #pragma unroll
     for (int part = 0; part < N / 16; part++) {
-        pass_values_backwards(stage, part, k_of_end, all_scores, r_of_start, decay, gradient, pairs, d, dv, lane);
+        pass_values_backwards(stage, part, k_of_end, all_scores, r_of_start, decay, gradient, pairs, d, m.dv, lane);
     }
     diagonal_of(pairs, lane, diagonal);
     mask<false>(pairs, {0.0f, 0.0f}, lane);
-    pick_up(scratch.square, lane, r_transposed);
+    pick_up(square, lane, r_transposed);
     add_pairs(x.second, pairs, r_transposed, d);
     load_own(stage.r, lane, r);
     load_own(stage.k, lane, k);
-    load4(u_of_head + lane.key(), u);
+    load4(m.u + lane.key(), u);
+    const int64_t at = m.of_keys.at(tile, 2 * lane.g, lane.key());
+    const int time = m.of_keys.time;
 #pragma unroll
     for (int token = 0; token < 2; token++) {
         float out[4];
@@ -305,11 +354,14 @@ DEVICE void pass_backwards(const WkvProblem& p, const BackwardStage<Decay>& stag
         for (int i = 0; i < 4; i++) {
             const float of_scaled = of_own(d, token, i);
             k_dk[token][i] = x.k[token][i] * of_scaled;
-            out[i] = of_scaled * x.k_factor[token][i] + diagonal[token] * u[i] * r[token][i];
-            sums.du[i] += diagonal[token] * (r[token][i] * k[token][i]);
+            const float of_bonus = diagonal[token] * r[token][i];
+            out[i] = of_scaled * x.k_factor[token][i] + of_bonus * u[i];
+            sums.du[i] += of_bonus * k[token][i];
         }
-        to.store(static_cast<In*>(p.dk.data), tile, token, out);
-        load4(r_dr[token][thread_index()], of_r[token]);
+        if (2 * lane.g + token < count) {
+            store4(static_cast<In*>(p.dk.data) + at + token * time, out);
+        }
+        load4(left.r_dr[token][thread_index()], of_r[token]);
     }
     decay_gradients(of_r, k_dk, sums.overlap, lane, dlog);
 #pragma unroll
@@ -319,7 +371,9 @@ DEVICE void pass_backwards(const WkvProblem& p, const BackwardStage<Decay>& stag
             const float rate = x.rates[token][i];  // a decay that was cut has no gradient
             dlog[token][i] = rate < kMaxRate ? -kLn2 * rate * dlog[token][i] : 0.0f;
         }
-        to.store(static_cast<Decay*>(p.dw.data), tile, token, dlog[token]);
+        if (2 * lane.g + token < count) {
+            store4(static_cast<Decay*>(p.dw.data) + at + token * time, dlog[token]);
+        }
     }
 }
 
@@ -331,11 +385,11 @@ backward(WkvProblem p) {
     const Lane lane = lane_of_thread();
     const Sequence s = sequence_of_turn(p, block_index());
     const BackwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.dy, s}, {p.w, s}};
-    const Target of_keys(p.dr, s, 2 * lane.g, lane.key()), of_values = target_of_sums(p.dv, s);
+    m.of_keys = Target(p.dr, s);
+    m.of_values = Target(p.dv, s);
     m.kept = static_cast<const KeptState*>(p.scratch) + first_kept(p, s, kKeptEvery) * p.heads + s.head;
     m.dstate = matrix_of(p.dstate, s);
     m.du = p.du + (s.index * p.heads + s.head) * N;
-    WarpScratch& scratch = m.scratch[lane.warp];
     StateRows gradient;
     gradient.load(matrix_of(p.dlast, s), lane);
     KeySums sums = {};
@@ -343,39 +397,40 @@ backward(WkvProblem p) {
         m.u[thread_index()] = load_either<In>(p.u, s.head * N + thread_index(), p.bonus_type);
     }
     int turn = 0;
-    // The stage of the tile that was fetched last, after which `next` is fetched, if there is one.
+    // The stage of the tile that was fetched last, after which `next` is fetched; zeros if it is negative.
     const auto advance = [&](int next) -> const BackwardStage<Decay>& {
         wait_copies<0>();
         barrier();
         turn = 1 - turn;
-        if (next >= 0) {
-            sources.fetch(next, m.stages[turn]);
-        }
+        sources.fetch(next, next < 0 ? 0 : s.length - next * kTile, m.stages[turn]);
         return m.stages[1 - turn];
     };
     const int tiles = tiles_of(s), last = (tiles + kTilesOfState - 1) / kTilesOfState * kTilesOfState - kTilesOfState;
     if (tiles > 0) {
-        sources.fetch(last, m.stages[0]);
+        sources.fetch(last, s.length - last * kTile, m.stages[0]);
     }
 #pragma unroll 1
     for (int begin = last; begin >= 0; begin -= kTilesOfState) {
         const int end = begin + kTilesOfState < tiles ? begin + kTilesOfState : tiles;
+        barrier();
+        gradient.store(m.gradient, lane);
         StateRows state;
         state.load(m.kept[begin / kTilesOfState * p.heads], lane);
 #pragma unroll 1
         for (int tile = begin; tile < end; tile++) {
             const auto& stage = advance(tile + 1 < end ? tile + 1 : tile);
-            pass_forwards(p, stage, tile, s.length - tile * kTile, of_keys, m.u, scratch, m.r_dr[tile - begin], state,
-                          lane);
+            const int count = s.length - tile * kTile;
+            pass_forwards(p, stage, tile, count, m, m.left[tile - begin], state, lane);
         }
+        gradient.load(m.gradient, lane);
         state.overlap(gradient, lane, sums.overlap);
 #pragma unroll 1
         for (int tile = end - 1; tile >= begin; tile--) {
             const auto& stage = advance(tile > begin ? tile - 1 : begin - kTilesOfState);
-            pass_backwards(p, stage, tile, s.length - tile * kTile, of_keys, m.u, scratch, m.r_dr[tile - begin], m.dv,
-                           gradient, sums, lane);
+            const int count = s.length - tile * kTile;
+            pass_backwards(p, stage, tile, count, m, m.left[tile - begin], gradient, sums, lane);
             barrier();
-            m.dv.store_sum(p.dv.data, of_values, tile);
+            m.dv.store_sum(p.dv.data, m.of_values, tile, count);
         }
     }
     gradient.store(m.dstate, lane);

@@ -25,11 +25,11 @@ struct ForwardSources {
     Source<In> r, k, v;
     Source<Decay> w;
 
-    DEVICE void fetch(int tile, ForwardStage<Decay>& to) const {
-        r.fetch(tile, to.r);
-        k.fetch(tile, to.k);
-        v.fetch(tile, to.v);
-        w.fetch(tile, to.w);
+    DEVICE void fetch(int tile, int count, ForwardStage<Decay>& to) const {
+        r.fetch(tile, count, to.r);
+        k.fetch(tile, count, to.k);
+        v.fetch(tile, count, to.v);
+        w.fetch(tile, count, to.w);
         commit_copies();
     }
 };
@@ -107,9 +107,9 @@ forward(WkvProblem p) {
     const Lane lane = lane_of_thread();
     const Sequence s = sequence_of_turn(p, block_index());
     const ForwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.w, s}};
-    const Target y = target_of_sums(p.y, s);
+    const Target y(p.y, s);
     if (s.length > 0) {
-        sources.fetch(0, m.stages[0]);
+        sources.fetch(0, s.length, m.stages[0]);
     }
     StateColumns state;
     state.load(matrix_of(p.state, s), lane);
@@ -122,14 +122,13 @@ forward(WkvProblem p) {
         const ForwardStage<Decay>& stage = m.stages[tile % 2];
         wait_copies<0>();
         barrier();
-        if ((tile + 1) * kTile < s.length) {
-            sources.fetch(tile + 1, m.stages[(tile + 1) % 2]);
-        }
+        const int count = s.length - tile * kTile;
+        sources.fetch(tile + 1, count - kTile, m.stages[(tile + 1) % 2]);  // zeros after the last tile
         Own r, k, rates, r_scaled, k_scaled;
         float u[4], bonus[2], scores[2][4] = {}, decay[4];
         load_own(stage.r, lane, r);
         load_own(stage.k, lane, k);
-        load_rates(stage.w, s.length - tile * kTile, lane, rates);
+        load_rates(stage.w, count, lane, rates);
         load4(m.u + lane.key(), u);
         bonus_of(r, k, u, bonus);
 #pragma unroll
@@ -151,7 +150,7 @@ forward(WkvProblem p) {
         mask<true>(scores, bonus, lane);
         pass_tile(stage.v, r, split_accumulators(scores), turn(k), decay, state, m.y, lane);
         barrier();
-        m.y.store_sum(p.y.data, y, tile);
+        m.y.store_sum(p.y.data, y, tile, count);
     }
     state.store(m.last, lane);
 }

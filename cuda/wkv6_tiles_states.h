@@ -67,8 +67,7 @@ struct StateRows {
         matmul(c[n], x.low, rows_0, rows_1);
     }
 
-    DEVICE void pass_tile(const float* decay_of_keys, const SplitA& x, const Rows<In>& rows, Lane lane) {
-        const float decay[2] = {decay_of_keys[key(lane) % 16], decay_of_keys[key(lane) % 16 + 2]};
+    DEVICE void pass_tile(const float (&decay)[2], const SplitA& x, const Rows<In>& rows) {
 #pragma unroll
         for (int part = 0; part < N / 16; part++) {
             uint32_t values[4];
@@ -112,12 +111,11 @@ states(WkvProblem p) {
     const Source<In> source_k(p.k, s), source_v(p.v, s);
     const Source<Decay> source_w(p.w, s);
     KeptState* kept = static_cast<KeptState*>(p.scratch) + first_kept(p, s, kKeptEvery) * p.heads + s.head;
-    const auto fetch = [&](int tile) {
-        if (tile * kTile < s.length) {
-            source_k.fetch(tile, m.k[tile % 2]);
-            source_v.fetch(tile, m.v[tile % 2]);
-            source_w.fetch(tile, m.w[tile % 2]);
-        }
+    const auto fetch = [&](int tile) {  // zeros after the last tile
+        const int count = s.length - tile * kTile;
+        source_k.fetch(tile, count, m.k[tile % 2]);
+        source_v.fetch(tile, count, m.v[tile % 2]);
+        source_w.fetch(tile, count, m.w[tile % 2]);
         commit_copies();
     };
     fetch(0);
@@ -137,14 +135,15 @@ states(WkvProblem p) {
         load_rates(m.w[tile % 2], s.length - tile * kTile, lane, rates);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const Sums sums = sums_of_key(rates, i, lane);
-            k[0][i] *= exp2_fast(sums.before[1] - sums.second);
-            k[1][i] *= exp2_fast(sums.before[2] - sums.second);
-            decay[4 * lane.t + i] = exp2_fast(-sums.first - sums.second);  // the same in all lanes of this t
+            float all;
+            const float after = sum_after(rates[0][i] + rates[1][i], 0.0f, lane, all);
+            k[0][i] *= exp2_fast(-after - rates[1][i]);
+            k[1][i] *= exp2_fast(-after);
+            decay[4 * lane.t + i] = exp2_fast(-all);  // the same in all lanes of this t
         }
         const SplitA turned = turned_a(k);
         warp_barrier();
-        state.pass_tile(decay, turned, m.v[tile % 2], lane);
+        state.pass_tile({decay[state.key(lane) % 16], decay[state.key(lane) % 16 + 2]}, turned, m.v[tile % 2]);
     }
 }
 

@@ -65,22 +65,6 @@ DEVICE Products step(float (&S)[N / kParts], const ForwardShared<N>& m, int t, i
     return {u, with_r ? over_parts(y) : 0.0f};
 }
 
-template <int N>
-DEVICE void read_row(const float* row, int part, float (&S)[N / kParts]) {
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        S[i] = row[key_of(part, i)];
-    }
-}
-
-template <int N>
-DEVICE void write_row(const float (&S)[N / kParts], int part, float* row) {
-#pragma unroll
-    for (int i = 0; i < N / kParts; i++) {
-        row[key_of(part, i)] = S[i];
-    }
-}
-
 // kStates: instead of y and the last state, writes what is kept of every tile to `scratch`, for the backward pass.
 template <int N, class In, bool kStates>
 KERNEL(Shape<N>::kThreads, 1)

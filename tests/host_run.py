@@ -26,6 +26,19 @@ def host_program() -> Path:
     return build.compiled(build.host_run())
 
 
+def without_barrier(file: str, after: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program of sources that lack the barrier before the line of `file` that begins with `after`."""
+    sources = folder / "cuda"
+    shutil.copytree(build.SOURCES, sources)
+    source = (sources / file).read_text()
+    whole = f"        barrier();\n        {after}"
+    assert source.count(whole) == 1
+    (sources / file).write_text(source.replace(whole, f"        {after}"))
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "CACHE", folder / "build")
+    return host_program()
+
+
 def _bytes(x: Tensor) -> bytes:
     """The memory of x, from its first to its last element, in whatever order its strides say."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0

@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
+from lm_cases import make_model
+from tiny_models import RANDOM_TENSORS
 
 from rwkv_speech.decoding.graph import StepGraph
 from rwkv_speech.decoding.transcribe import SpeechLM
@@ -8,6 +12,16 @@ from rwkv_speech.models.state import State
 
 def test_a_cpu_has_no_graph(model: SpeechLM):
     assert StepGraph.of(model.lm, model.lm.zero_state(2)) is None
+
+
+@pytest.mark.parametrize("family", RANDOM_TENSORS)
+def test_a_step_asks_the_device_for_no_number(family: str, tmp_path: Path):
+    """A graph cannot hold that; on the meta device, where there are no numbers, it is an error."""
+    lm = make_model(tmp_path, family).to("meta")
+    logits = lm.step(torch.zeros(3, dtype=torch.int64, device="meta"), lm.zero_state(3))
+    assert logits.shape == (3, lm.sizes.vocab)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        logits.argmax().item()
 
 
 @pytest.mark.requires_cuda

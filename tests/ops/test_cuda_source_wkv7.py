@@ -5,18 +5,16 @@ test_cuda_source.py.
 # B batch · T time · H heads · N head size · S sequences of a packed batch
 
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from assertions import assert_rms_close
-from host_run import HostRun, host_program
+from host_run import HostRun, host_program, without_barrier
 from torch import Tensor
 from wkv6_cases import DW_TOLERANCES, PACKED, TOLERANCES, compare, run
 
 from ops.test_wkv7 import NAMES, random_inputs
-from rwkv_speech.ops import build
 from rwkv_speech.ops.wkv7_ref import wkv7_ref
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -121,14 +119,6 @@ BARRIERS = [
 @pytest.mark.soak
 @pytest.mark.parametrize(("file", "after"), BARRIERS, ids="-".join)
 def test_host_run_notices_a_missing_barrier(file: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sources = tmp_path / "cuda"
-    shutil.copytree(build.SOURCES, sources)
-    source = (sources / file).read_text()
-    whole = f"        barrier();\n        {after}"
-    assert source.count(whole) == 1
-    (sources / file).write_text(source.replace(whole, f"        {after}"))
-    monkeypatch.setattr(build, "SOURCES", sources)
-    monkeypatch.setattr(build, "CACHE", tmp_path / "build")
-    program, inputs = host_program(), random_inputs(1, 40, 1, 64, BFLOAT16)
+    program, inputs = without_barrier(file, after, tmp_path, monkeypatch), random_inputs(1, 40, 1, 64, BFLOAT16)
     results = [run(HostRun(program, tmp_path, "steps", order, names=NAMES), inputs, names=NAMES) for order in (0, 1, 2)]
     assert any(not torch.equal(x, other[name]) for other in results[1:] for name, x in results[0].items())
