@@ -78,6 +78,28 @@ struct Source {
     }
 };
 
+// What every direction reads of a tile.
+template <class Decay>
+struct Stage {
+    Rows<In> r, k, v;
+    Rows<Decay> w;
+};
+
+template <class Decay>
+struct Sources {
+    Source<In> r, k, v;
+    Source<Decay> w;
+
+    DEVICE Sources(const WkvProblem& p, const Sequence& s) : r(p.r, s), k(p.k, s), v(p.v, s), w(p.w, s) {}
+
+    DEVICE void fetch(int tile, int count, Stage<Decay>& to) const {
+        r.fetch(tile, count, to.r);
+        k.fetch(tile, count, to.k);
+        v.fetch(tile, count, to.v);
+        w.fetch(tile, count, to.w);
+    }
+};
+
 // Where a head of a sequence lies in a tensor that is written.
 struct Target {
     int64_t first;  // elements from the tensor's start

@@ -55,9 +55,8 @@ struct Left {
 };
 
 template <class Decay>
-struct BackwardStage {
-    Rows<In> r, k, v, dy;
-    Rows<Decay> w;
+struct BackwardStage : Stage<Decay> {
+    Rows<In> dy;
 };
 
 template <class Decay>
@@ -74,21 +73,6 @@ struct BackwardShared {
     Target of_keys, of_values;  // of dr, dk and dw, and of dv
     const KeptState* kept;
     float *dstate, *du;
-};
-
-template <class Decay>
-struct BackwardSources {
-    Source<In> r, k, v, dy;
-    Source<Decay> w;
-
-    DEVICE void fetch(int tile, int count, BackwardStage<Decay>& to) const {
-        r.fetch(tile, count, to.r);
-        k.fetch(tile, count, to.k);
-        v.fetch(tile, count, to.v);
-        dy.fetch(tile, count, to.dy);
-        w.fetch(tile, count, to.w);
-        commit_copies();
-    }
 };
 
 // What both directions make of a lane's own tokens and keys.
@@ -384,7 +368,13 @@ backward(WkvProblem p) {
     auto& m = *reinterpret_cast<BackwardShared<Decay>*>(shared_memory());
     const Lane lane = lane_of_thread();
     const Sequence s = sequence_of_turn(p, block_index());
-    const BackwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.dy, s}, {p.w, s}};
+    const Sources<Decay> sources(p, s);
+    const Source<In> source_dy(p.dy, s);
+    const auto fetch = [&](int tile, int count, BackwardStage<Decay>& to) {
+        sources.fetch(tile, count, to);
+        source_dy.fetch(tile, count, to.dy);
+        commit_copies();
+    };
     m.of_keys = Target(p.dr, s);
     m.of_values = Target(p.dv, s);
     m.kept = static_cast<const KeptState*>(p.scratch) + first_kept(p, s, kKeptEvery) * p.heads + s.head;
@@ -402,12 +392,12 @@ backward(WkvProblem p) {
         wait_copies<0>();
         barrier();
         turn = 1 - turn;
-        sources.fetch(next, next < 0 ? 0 : s.length - next * kTile, m.stages[turn]);
+        fetch(next, next < 0 ? 0 : s.length - next * kTile, m.stages[turn]);
         return m.stages[1 - turn];
     };
     const int tiles = tiles_of(s), last = (tiles + kTilesOfState - 1) / kTilesOfState * kTilesOfState - kTilesOfState;
     if (tiles > 0) {
-        sources.fetch(last, s.length - last * kTile, m.stages[0]);
+        fetch(last, s.length - last * kTile, m.stages[0]);
     }
 #pragma unroll 1
     for (int begin = last; begin >= 0; begin -= kTilesOfState) {
@@ -433,6 +423,7 @@ backward(WkvProblem p) {
             m.dv.store_sum(p.dv.data, m.of_values, tile, count);
         }
     }
+    wait_copies<0>();
     gradient.store(m.dstate, lane);
 #pragma unroll
     for (int i = 0; i < 4; i++) {

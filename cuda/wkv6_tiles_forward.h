@@ -7,31 +7,11 @@
 namespace tiles {
 
 template <class Decay>
-struct ForwardStage {
-    Rows<In> r, k, v;
-    Rows<Decay> w;
-};
-
-template <class Decay>
 struct ForwardShared {
-    ForwardStage<Decay> stages[2];
+    Stage<Decay> stages[2];
     Parts y;
     float u[N];
     float* last;  // kept here, for registers are scarce; all threads write the same
-};
-
-template <class Decay>
-struct ForwardSources {
-    Source<In> r, k, v;
-    Source<Decay> w;
-
-    DEVICE void fetch(int tile, int count, ForwardStage<Decay>& to) const {
-        r.fetch(tile, count, to.r);
-        k.fetch(tile, count, to.k);
-        v.fetch(tile, count, to.v);
-        w.fetch(tile, count, to.w);
-        commit_copies();
-    }
 };
 
 // The state's columns of the warp's keys: accumulators of values by keys, [16 values][half of the keys].
@@ -106,10 +86,11 @@ forward(WkvProblem p) {
     auto& m = *reinterpret_cast<ForwardShared<Decay>*>(shared_memory());
     const Lane lane = lane_of_thread();
     const Sequence s = sequence_of_turn(p, block_index());
-    const ForwardSources<Decay> sources = {{p.r, s}, {p.k, s}, {p.v, s}, {p.w, s}};
+    const Sources<Decay> sources(p, s);
     const Target y(p.y, s);
     if (s.length > 0) {
         sources.fetch(0, s.length, m.stages[0]);
+        commit_copies();
     }
     StateColumns state;
     state.load(matrix_of(p.state, s), lane);
@@ -119,11 +100,12 @@ forward(WkvProblem p) {
     }
 #pragma unroll 1
     for (int tile = 0; tile * kTile < s.length; tile++) {
-        const ForwardStage<Decay>& stage = m.stages[tile % 2];
+        const Stage<Decay>& stage = m.stages[tile % 2];
         wait_copies<0>();
         barrier();
         const int count = s.length - tile * kTile;
         sources.fetch(tile + 1, count - kTile, m.stages[(tile + 1) % 2]);  // zeros after the last tile
+        commit_copies();
         Own r, k, rates, r_scaled, k_scaled;
         float u[4], bonus[2], scores[2][4] = {}, decay[4];
         load_own(stage.r, lane, r);
@@ -152,6 +134,7 @@ forward(WkvProblem p) {
         barrier();
         m.y.store_sum(p.y.data, y, tile, count);
     }
+    wait_copies<0>();
     state.store(m.last, lane);
 }
 

@@ -145,6 +145,7 @@ states(WkvProblem p) {
         warp_barrier();
         state.pass_tile({decay[state.key(lane) % 16], decay[state.key(lane) % 16 + 2]}, turned, m.v[tile % 2]);
     }
+    wait_copies<0>();
 }
 
 }  // namespace tiles

@@ -117,7 +117,7 @@ BARRIERS = [
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("file", "after"), BARRIERS, ids="-".join)
+@pytest.mark.parametrize(("file", "after"), BARRIERS)
 def test_host_run_notices_a_missing_barrier(file: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program, inputs = without_barrier(file, after, tmp_path, monkeypatch), random_inputs(1, 40, 1, 64, BFLOAT16)
     results = [run(HostRun(program, tmp_path, "steps", order, names=NAMES), inputs, names=NAMES) for order in (0, 1, 2)]
