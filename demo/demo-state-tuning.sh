@@ -18,8 +18,8 @@ esac
 # Sizes are read from the model's file when left empty; a value that contradicts the file is an error.
 case $load_model in
 *-3B-*) n_layer=${n_layer-32} n_embd=${n_embd-2560} ;;
-tiny) # the embedded default, on any computer; without train_data it learns synthetic speech
-    proj_dir=${proj_dir-$root/output/tiny} micro_bsz=${micro_bsz-16} device=${device-cpu} grad_cp=${grad_cp-0}
+tiny | tiny7) # the embedded default, on any computer, or its RWKV-7; without train_data it learns synthetic speech
+    proj_dir=${proj_dir-$root/output/$load_model} micro_bsz=${micro_bsz-16} device=${device-cpu} grad_cp=${grad_cp-0}
     lr_adapter=${lr_adapter-1e-3} warmup_steps=${warmup_steps-30} workers=${workers-0}
     eval_data=${eval_data-$proj_dir/data/test.jsonl}
     if [ -z "${train_data-}" ]; then

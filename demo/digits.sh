@@ -6,7 +6,7 @@ data=${1:-}
 
 . "$root/demo/env.sh"
 needs_manifests "$data" train valid
-export load_model=tiny proj_dir="${proj_dir-$root/output/digits}" train_data="$data/train.jsonl" valid_data="" \
-    eval_data="$data/valid.jsonl" epoch_count="${epoch_count-16}" warmup_steps="${warmup_steps-50}"
+export load_model="${load_model-tiny}" proj_dir="${proj_dir-$root/output/digits}" train_data="$data/train.jsonl" \
+    valid_data="" eval_data="$data/valid.jsonl" epoch_count="${epoch_count-16}" warmup_steps="${warmup_steps-50}"
 OP=train sh "$root/demo/demo-state-tuning.sh"
 OP=eval sh "$root/demo/demo-state-tuning.sh"

@@ -4,7 +4,8 @@
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-export load_model=tiny proj_dir="${proj_dir-$root/output/quickstart-tasks}" epoch_count="${epoch_count-12}"
+export load_model="${load_model-tiny}" proj_dir="${proj_dir-$root/output/quickstart-tasks}"
+export epoch_count="${epoch_count-12}"
 data=$proj_dir/data
 
 . "$root/demo/env.sh"

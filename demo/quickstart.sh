@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything once, on any computer: environment, synthetic speech, training, scores on unseen speakers, a prediction.
+# Everything once, on any computer: environment, synthetic speech, training, scores on unseen speakers, a prediction;
+# load_model=tiny7 takes the embedded RWKV-7.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-export load_model=tiny ctc="${ctc-1}" proj_dir="${proj_dir-$root/output/quickstart}"
+export load_model="${load_model-tiny}" ctc="${ctc-1}" proj_dir="${proj_dir-$root/output/quickstart}"
 data=$proj_dir/data
 export train_data="$data/train.jsonl" valid_data="$data/valid.jsonl" eval_data="$data/test.jsonl"
 

@@ -15,12 +15,15 @@ export encoder="${encoder-openai/whisper-tiny.en}"
 
 . "$root/demo/env.sh"
 needs_manifests "$data" prompts/asr.train stamps/asr.train emotion/emotion.train
-if [ ! -f "$base/rwkv6.safetensors" ]; then
-    echo "base=$base: found no rwkv6.safetensors there; make one with demo/pretrain-small.sh, or name its folder" >&2
+lm=$base/rwkv6.safetensors
+[ -f "$lm" ] || lm=$base/rwkv7.safetensors
+if [ ! -f "$lm" ]; then
+    echo "base=$base: found neither rwkv6.safetensors nor rwkv7.safetensors there; make one with" \
+        "demo/pretrain-small.sh, or name its folder" >&2
     exit 2
 fi
 setup_environment
-export load_model="$base/rwkv6.safetensors" device="${device-cpu}" grad_cp=0 workers="${workers-2}" valid_data=""
+export load_model="$lm" device="${device-cpu}" grad_cp=0 workers="${workers-2}" valid_data=""
 # whisper-tiny.en knows English alone: of other languages its earlier layers say more than the last one.
 set -- --vocab_file "$base/vocab.txt" --stack 3 --adapter_hidden 1024 --encoder_layers "${encoder_layers-2,3,4}" \
     --feature_cache "$run/frames" --feature_dtype float16

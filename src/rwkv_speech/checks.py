@@ -128,9 +128,9 @@ def check_devices(config: ModelConfig) -> None:
 
 
 def _check_model_files(config: ModelConfig) -> None:
-    for flag in ("load_model", "vocab_file"):
+    for flag, embedded in (("load_model", [*tiny.BASE_MODELS]), ("vocab_file", [tiny.NAME])):
         given = getattr(config, flag)
-        if given and given != tiny.NAME and not Path(given).is_file():
+        if given and given not in embedded and not Path(given).is_file():
             raise UserError(f"--{flag}: no such file {given!r}; put it there, or give the right path")
     if getattr(config, "input", "") == TEXT:  # it is not read
         return

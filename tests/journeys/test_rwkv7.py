@@ -1,4 +1,4 @@
-"""A base model of the RWKV-7 family from training to prediction: planned, resumed to the bit, scored, one file read."""
+"""The embedded RWKV-7 from training to prediction: planned, resumed to the bit, scored, one file read."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import eval as eval_script
 import predict as predict_script
 import pytest
 import train as train_script
-from run_files import command_line, finish, random_base, results
-from tiny_models import random_rwkv7_tensors
+from run_files import command_line, finish, results, tiny_run
 
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
@@ -15,21 +14,16 @@ from rwkv_speech.synthetic.make_corpus import Flags, make_corpus
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four training utterances and two others, and beside them a random model with the embedded vocabulary."""
+    """Four training utterances and two others."""
     folder = tmp_path_factory.mktemp("rwkv7")
     make_corpus(Flags(str(folder), seed=3, train=4, valid=1, test=1))
-    random_base(folder / "base.pth", random_rwkv7_tensors, C=64, ffn=256)
     return folder
 
 
 def arguments(corpus: Path, run: Path, **more: object) -> list[str]:
-    values = {
-        "load_model": corpus / "base.pth", "encoder": "tiny", "vocab_file": "tiny", "stack": 3, "adapter_hidden": 16,
-        "train_data": corpus / "train.jsonl", "valid_data": corpus / "valid.jsonl", "proj_dir": run, "device": "cpu",
-        "micro_bsz": 2, "workers": 0, "log_every": 1, "warmup_steps": 1, "lr_adapter": 1e-3, "epoch_count": 2,
-        **more,
-    }  # fmt: skip
-    return command_line(**values)
+    values: dict[str, object] = {"load_model": "tiny7", "valid_data": corpus / "valid.jsonl", "micro_bsz": 2}
+    values |= {"lr_adapter": 1e-3, "epoch_count": 2}
+    return tiny_run(corpus, run, **values | more)
 
 
 def test_rwkv7_is_planned_trained_resumed_scored_and_read_with(
@@ -44,6 +38,8 @@ def test_rwkv7_is_planned_trained_resumed_scored_and_read_with(
     assert results(resumed) == results(whole)
     trained = load_trained(whole / "last.safetensors")
     assert all((state != 0).any() for state in trained.initial_states.values())
+    assert trained.parts is not None
+    assert (trained.parts.load_model, trained.parts.encoder, trained.parts.stack) == ("tiny7", "tiny", 3)
     capsys.readouterr()
     argv = command_line(proj_dir=whole, eval_data=corpus / "test.jsonl", device="cpu", max_new_tokens=4)
     assert eval_script.main(argv) == 0

@@ -1,5 +1,6 @@
 """Every shipped shell script runs, by the shell it names, from another directory, on the tiny model."""
 
+import filecmp
 import itertools
 import os
 import re
@@ -90,8 +91,9 @@ def test_published_setting_is_the_default(pretender: Path, tmp_path: Path):
     assert other["--n_layer"] == other["--n_embd"] == ""
 
 
-def test_tiny_makes_its_data_when_none_is_named(pretender: Path, tmp_path: Path):
-    settings = {"PYTHON": pretender, "load_model": "tiny", "proj_dir": tmp_path / "run"}
+@pytest.mark.parametrize("name", ["tiny", "tiny7"])
+def test_tiny_makes_its_data_when_none_is_named(pretender: Path, tmp_path: Path, name: str):
+    settings = {"PYTHON": pretender, "load_model": name, "proj_dir": tmp_path / "run"}
     done = shell("demo-state-tuning.sh", cwd=tmp_path, **settings)
     assert "rwkv_speech.synthetic.make_corpus\n--out\n" in done.stdout
     flags = flags_of(done.stdout)
@@ -153,7 +155,9 @@ def test_quickstart(tmp_path: Path):
 
 @pytest.mark.soak
 def test_pretrain_tiny(tmp_path: Path):
-    settings = {"steps": 2, "hours": 0.02, "epoch_count": 1}
+    settings = {"steps": 2, "steps7": 2, "hours": 0.02, "epoch_count": 1}
     done = shell("pretrain-tiny.sh", str(tmp_path / "tiny"), cwd=tmp_path, program="bash", **settings)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tiny/rwkv6.safetensors").is_file() and (tmp_path / "tiny/wavlm/model.safetensors").is_file()
+    for file in ("rwkv6.safetensors", "rwkv7/rwkv7.safetensors", "wavlm/model.safetensors"):
+        assert (tmp_path / "tiny" / file).is_file()
+    assert filecmp.cmp(tmp_path / "tiny/vocab.txt", tmp_path / "tiny/rwkv7/vocab.txt", shallow=False)

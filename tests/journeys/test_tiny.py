@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from rwkv_speech import tiny
-from rwkv_speech.models.rwkv6 import RWKV6
+from rwkv_speech.models.families import read_lm
 from rwkv_speech.synthetic import corpus, pretrain_encoder, world
 from rwkv_speech.synthetic.phones import LANGUAGES
 from rwkv_speech.synthetic.rooms import augment
 from rwkv_speech.tokenizer import WorldTokenizer
 
-WEIGHTS = tiny.BASE_MODEL.parent
+WEIGHTS = tiny.VOCAB_FILE.parent
 
 
 def test_weights_are_small_and_described():
-    files = [tiny.BASE_MODEL, tiny.ENCODER / "model.safetensors"]
+    files = [*tiny.BASE_MODELS.values(), tiny.ENCODER / "model.safetensors"]
     assert sum(file.stat().st_size for file in files) <= 16_000_000
     card = (WEIGHTS / "CARD.md").read_text(encoding="utf-8")
     for file in files:
@@ -35,7 +35,9 @@ def test_vocabulary_holds_the_words_of_the_corpus_and_of_the_world():
         assert [tokenizer.decode(found) for found in ids] == [f" {word}" for word in words]
         assert sum(map(len, ids)) <= 2.6 * len(words)
     assert tokenizer.encode("#") == [36]
-    assert RWKV6.from_pretrained(tiny.BASE_MODEL).sizes.vocab == tokenizer.vocab_size
+    families = {name: read_lm(path) for name, path in tiny.BASE_MODELS.items()}
+    assert {name: model.FAMILY for name, model in families.items()} == {"tiny": "x060", "tiny7": "x070"}
+    assert {model.sizes.vocab for model in families.values()} == {tokenizer.vocab_size}
 
 
 def test_corpus_has_150_words_and_repeats_for_a_seed():

@@ -12,6 +12,7 @@ from rwkv_speech.models.parts import Parts
 def test_what_is_left_empty_belongs_to_the_base_model():
     tiny = Parts().filled()
     assert (tiny.load_model, tiny.encoder, tiny.vocab_file, tiny.stack) == ("tiny", "tiny", "tiny", 3)
+    assert Parts("tiny7").filled() == replace(tiny, load_model="tiny7")
     assert Parts(load_model="x.pth").filled() == Parts("x.pth", "microsoft/wavlm-large", "", 5, 2048, "#")
     assert Parts("x.pth", "y", "z", 2, 16, "|").filled() == Parts("x.pth", "y", "z", 2, 16, "|")
 

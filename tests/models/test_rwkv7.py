@@ -6,8 +6,10 @@ import pytest
 import torch
 from assertions import assert_rms_close
 from lm_cases import check_against_pip, make_model, pip_rwkv, random_ids
+from safetensors.torch import load_file
 from tiny_models import random_rwkv7_tensors
 
+from rwkv_speech import tiny
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV7Sizes
 from rwkv_speech.models.rwkv7 import RWKV7
@@ -29,6 +31,13 @@ def test_rwkv7_logits_equal_pip_rwkv(name: str, tmp_path: Path):
     assert isinstance(model, RWKV7)
     assert {key: getattr(model.sizes, key) for key in SIZES[name]} == SIZES[name]
     check_against_pip(model, tmp_path / "base.pth", v7=True, tolerance=1e-4)
+
+
+def test_the_embedded_rwkv7_is_pip_rwkv_s(tmp_path: Path):
+    """What was trained has decays, rates and gates of its own."""
+    file = tiny.BASE_MODELS["tiny7"]
+    torch.save({name: x.float() for name, x in load_file(file).items()}, tmp_path / "base.pth")
+    check_against_pip(RWKV7.from_pretrained(file), tmp_path / "base.pth", v7=True, tolerance=1e-3)
 
 
 def test_rwkv7_takes_a_file_with_a_value_mix_of_the_first_layer(tmp_path: Path):

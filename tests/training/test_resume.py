@@ -244,12 +244,13 @@ def test_other_batches_keep_the_best_and_the_place_in_the_schedule(corpus: Path,
 
 def test_moved_run_and_data_are_the_same_run(corpus: Path, tmp_path: Path):
     shutil.copytree(corpus, tmp_path / "here")
-    shutil.copy(tiny.BASE_MODEL, tmp_path / f"base{tiny.BASE_MODEL.suffix}")
+    base = tiny.BASE_MODELS[tiny.NAME]
+    shutil.copy(base, tmp_path / base.name)
     argv = arguments(tmp_path / "here", tmp_path / "run", epoch_count=1, keep_best=1)
     assert train_script.main(argv) == 0
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "here").rename(tmp_path / "there")
-    flags = {"load_model": tmp_path / f"base{tiny.BASE_MODEL.suffix}", "encoder": tiny.ENCODER, "epoch_count": 2,
+    flags = {"load_model": tmp_path / base.name, "encoder": tiny.ENCODER, "epoch_count": 2,
              "vocab_file": tiny.VOCAB_FILE, "stack": tiny.STACK, "adapter_hidden": tiny.ADAPTER_HIDDEN,
              "keep_best": 1}  # fmt: skip
     assert train_script.main(arguments(tmp_path / "there", tmp_path / "moved", **flags)) == 0

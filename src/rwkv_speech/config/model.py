@@ -13,7 +13,9 @@ from rwkv_speech.flags import Flags, flag
 class _ModelFlags:
     group: ClassVar[str] = "model"
     load_model: str = flag(
-        "", "base model, a .pth or .safetensors file; empty: the checkpoint's, else the embedded 'tiny'"
+        "",
+        "base model, a .pth or .safetensors file, or 'tiny' or 'tiny7', which are embedded; empty: the checkpoint's, "
+        "else 'tiny'",
     )
     encoder: str = flag("", "speech encoder, a hub id or a folder; empty: microsoft/wavlm-large, or the tiny one")
     encoder_padding: float | None = flag(

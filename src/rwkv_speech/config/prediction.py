@@ -133,7 +133,7 @@ class PredictConfig(_ChatFlags, _SessionFlags, _StreamFlags, _OutputFlags, Decod
 @dataclass(frozen=True)
 class _AnswerModelFlags:
     group: ClassVar[str] = "model"
-    load_model: str = flag("", "base model, a .pth or .safetensors file; empty: the embedded 'tiny'")
+    load_model: str = flag("", "base model, a .pth or .safetensors file, or tiny7; empty: the embedded 'tiny'")
     vocab_file: str = flag("", "vocabulary in the World format; empty: the World vocabulary, or the tiny one")
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU; int8, nf4: fewer bits", PRECISIONS)

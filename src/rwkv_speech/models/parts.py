@@ -40,11 +40,12 @@ class FrameOptions:
 class Parts:
     """Where the frozen parts come from and how the trained ones are shaped; what is empty is derived.
 
-    "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike; an empty `vocab_file` is the
-    World vocabulary. The sizes and `base_sha256` are those of the base model's file, once it was read; `encoder_sha256`
-    is that of the encoder's weights in what was shared, else empty. The tasks that it `transcribes` first say what they
-    heard and the separator before their text. `quant` says how the language model's matrices are packed,
-    `encoder_quant` how the encoder's, `lora` and `train_parts` what is trained of the language model.
+    "tiny" names the embedded default, for `load_model`, `encoder` and `vocab_file` alike, "tiny7" the same with an
+    RWKV-7, for `load_model` alone; an empty `vocab_file` is the World vocabulary. The sizes and `base_sha256` are those
+    of the base model's file, once it was read; `encoder_sha256` is that of the encoder's weights in what was shared,
+    else empty. The tasks that it `transcribes` first say what they heard and the separator before their text. `quant`
+    says how the language model's matrices are packed, `encoder_quant` how the encoder's, `lora` and `train_parts` what
+    is trained of the language model.
     """
 
     load_model: str = ""
@@ -84,7 +85,7 @@ class Parts:
 
     def filled(self) -> "Parts":
         """Every part that was left empty takes what belongs to the base model; paths become absolute."""
-        embedded = self.load_model in ("", tiny.NAME)
+        embedded = not self.load_model or self.load_model in tiny.BASE_MODELS
         return replace(
             self,
             load_model=_absolute(self.load_model) or tiny.NAME,
@@ -155,7 +156,7 @@ class Parts:
 
     def base_file(self) -> Path:
         """The base model's file."""
-        return tiny.BASE_MODEL if self.load_model == tiny.NAME else Path(self.load_model)
+        return tiny.BASE_MODELS.get(self.load_model) or Path(self.load_model)
 
     def encoder_name(self) -> str | Path:
         """The encoder's folder or hub id."""
@@ -215,12 +216,12 @@ class TrainedOn:
 
 def _absolute(name: str) -> str:
     """A path that is there as an absolute one; any other name (a hub id, "tiny") as it is."""
-    return str(Path(name).resolve()) if name and name != tiny.NAME and Path(name).exists() else name
+    return str(Path(name).resolve()) if name and name not in tiny.BASE_MODELS and Path(name).exists() else name
 
 
 def _find(flag: str, name: str, checkpoint: Path, sha256: str = "") -> str:
     """Where a checkpoint's file or folder is: as recorded, else in or beside its folder, of this content; ids stay."""
-    if name == tiny.NAME or Path(name).exists() or not (sha256 or Path(name).is_absolute()):
+    if name in tiny.BASE_MODELS or Path(name).exists() or not (sha256 or Path(name).is_absolute()):
         return name
     folder = checkpoint.resolve().parent
     for found in (folder / Path(name).name, folder.parent / Path(name).name):

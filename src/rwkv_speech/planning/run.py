@@ -35,8 +35,8 @@ def is_from_sizes(config: TrainConfig) -> bool:
 
 
 def _has_model(config: TrainConfig) -> bool:
-    sizes_are_given = config.n_layer is not None and config.n_embd is not None and config.load_model != tiny.NAME
-    return not sizes_are_given or Path(config.load_model).is_file()
+    sizes_are_given = config.n_layer is not None and config.n_embd is not None
+    return not sizes_are_given or config.load_model in tiny.BASE_MODELS or Path(config.load_model).is_file()
 
 
 def plan_run(config: TrainConfig, model: SpeechLM | None = None, dataset: SpeechDataset | None = None) -> str:

@@ -151,7 +151,7 @@ _LICENCES = (
 
 
 def _use(repo: str, parts: Parts, trained: Trained) -> str:
-    given = "" if parts.load_model == tiny.NAME else f" --load_model {parts.load_model}"
+    given = "" if parts.load_model in tiny.BASE_MODELS else f" --load_model {parts.load_model}"
     if trained.adapter and "/" not in parts.encoder and parts.encoder != tiny.NAME:
         given += " --encoder FOLDER"
     states = ", ".join(f"`{name}`" for name in sorted(trained.initial_states))

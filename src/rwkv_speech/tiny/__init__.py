@@ -1,10 +1,11 @@
-"""The embedded default: a tiny frozen RWKV-6 and a tiny frozen WavLM, pretrained by demo/pretrain-tiny.sh."""
+"""The embedded default: a tiny frozen RWKV-6, or RWKV-7, and a tiny frozen WavLM, made by demo/pretrain-tiny.sh."""
 
 from pathlib import Path
 
-NAME = "tiny"
 _WEIGHTS = Path(__file__).parent / "weights"
-BASE_MODEL = _WEIGHTS / "rwkv6.safetensors"
+# The names that `load_model` knows; of the encoder and the vocabulary, which both share, the first alone.
+NAME = "tiny"
+BASE_MODELS = {NAME: _WEIGHTS / "rwkv6.safetensors", "tiny7": _WEIGHTS / "rwkv7.safetensors"}
 VOCAB_FILE = _WEIGHTS / "vocab.txt"
 ENCODER = _WEIGHTS / "wavlm"
 
