@@ -46,7 +46,8 @@ fi
 
 # By seconds, so that short recordings are many in a batch: with 16 in each the CTC head heard them badly.
 echo "== 1 of 4: recognition, a state for each language, and the CTC head that listens with the language model"
-OP=train proj_dir=$run/asr lr_adapter=1e-3 lr_state=1e-2 epoch_count="${asr_epochs-40}" epoch_save=40 epoch_steps=25 ctc=1 \
+OP=train proj_dir=$run/asr lr_adapter=1e-3 lr_state=1e-2 epoch_count="${asr_epochs-40}" epoch_save=40 \
+    epoch_steps="${epoch_steps-25}" ctc=1 \
     train_data="$p/asr.train.jsonl@3,$p/words.train.jsonl,$s/asr.train.jsonl@2,$run/varied/train.jsonl$spoken" \
     sh "$root/demo/demo-state-tuning.sh" "$@" --state_by lang --batch_seconds 68 \
     --ctc_epochs "${ctc_epochs-150}" --ctc_layers 5 --ctc_hidden 320 --lr_ctc 3e-3

@@ -114,8 +114,9 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
             )
         self._plan, self._cut = EpochPlan(durations, cut, parts), cut
         if steps and steps > self._plan.steps:
+            size = cut.micro_batch if cut.batch_seconds is None else f"{cut.batch_seconds:g} s"
             raise UserError(
-                f"--epoch_steps: given {steps}, but {len(durations)} utterances in batches of {cut.micro_batch} on "
+                f"--epoch_steps: given {steps}, but {len(durations)} utterances in batches of {size} on "
                 f"{cut.world_size} device(s) make {self._plan.steps}; leave it empty, or give at most that"
             )
         self.steps = steps or self._plan.steps
