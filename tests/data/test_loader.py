@@ -77,8 +77,8 @@ def test_items_are_what_a_step_accumulates_and_resume_where_a_run_stopped(datase
     assert [[b.ids for b in step] for step in short] == [[b.ids for b in step] for step in loader][1:3]
     with pytest.raises(UserError, match="--epoch_steps: given 5, but 7 utterances in batches of 1 .* make 4"):
         dataset.loader(Cut(1, accumulate=2), steps=5)
-    with pytest.raises(UserError, match="in batches of 900 s on 1 device.* make 1"):
-        dataset.loader(Cut(1, 900.0), steps=2)
+    with pytest.raises(UserError, match="given 2, but 7 utterances in batches of 900 s on 1 device.* make 1"):
+        BatchSampler(seconds(7), Cut(1, 900.0), steps=2)
 
 
 LIMITS: list[tuple[int, float | None]] = [(1, None), (4, None), (4, 30.0)]
