@@ -70,6 +70,8 @@ def test_nothing_to_vary_is_an_error(manifest: Path, tmp_path: Path, capsys: pyt
     for data, words in ((empty, "no recording"), (tmp_path / "no.jsonl", "cannot be read")):
         assert main(["--data", str(data), "--out", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
+    assert main(["--data", " , ", "--out", str(tmp_path / "out")]) == 2
+    assert "--data: found nothing" in capsys.readouterr().err
     manifest.write_text("{}\n")
     assert main(["--data", str(manifest), "--out", str(tmp_path / "out")]) == 2
     assert "line 1" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """`python -m rwkv_speech.synthetic.vary_recordings --data MANIFESTS --out FOLDER`: recordings as others would sound.
 
 A few voices in one studio teach little about other people. Each recording is written again at another speed, which
-moves its pitch and vocal tract, in a room, through a microphone and half of them through a telephone.
+moves its pitch and vocal tract, with noise, through another microphone, some in a room and some over a telephone.
 """
 
 import json
@@ -34,6 +34,12 @@ class Flags(OutFlags):
     data: str = flag("", "manifests of JSON lines, separated by commas")
     copies: int = flag(2, "copies of each recording", at_least=1)
     seed: int = flag(7, "seed of what is done to each", at_least=0, at_most=2**32 - 1)
+
+    def check(self) -> None:
+        """Raises UserError without recordings and a folder for their copies."""
+        super().check()
+        if not self.data.strip(" ,"):
+            raise UserError("--data: found nothing, expected manifests of JSON lines, separated by commas")
 
 
 def vary_recordings(config: Flags) -> None:
@@ -72,7 +78,7 @@ def vary_recordings(config: Flags) -> None:
 
 
 def vary(waveform: Tensor, rng: random.Random) -> Tensor:
-    """(S,) at 16 kHz -> (S',): another speed, level, room, microphone and noise, or a telephone."""
+    """(S,) at 16 kHz -> (S',): another speed, level, microphone and noise, at times a room or a telephone's band."""
     rate = round(SAMPLE_RATE * rng.uniform(*_SPEEDS) / 100) * 100  # coarse: resampling is quick for such ratios
     waveform = F.resample(waveform, rate, SAMPLE_RATE)
     waveform = waveform * (rng.uniform(*_PEAKS) / waveform.abs().max().clamp_min(1e-3))
