@@ -1,11 +1,13 @@
 """Full, slow and failing: what a server promises beyond its answers."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,14 @@ def test_files_without_a_good_key_are_refused(content: bytes | None, tmp_path: P
         read_keys(str(tmp_path / "keys"))
 
 
+def taken(address: str) -> int:
+    """How many transcriptions a server has accepted, those that it has answered included."""
+    with urllib.request.urlopen(f"{address}/metrics") as response:
+        text = response.read().decode()
+    counts = r"^rwkv_speech_requests(?:_in_flight|_total\{path=\"/v1/audio/transcriptions\".*\}) (\S+)$"
+    return sum(int(float(count)) for count in re.findall(counts, text, re.MULTILINE))
+
+
 def test_sigterm_ends_the_command_when_what_it_accepted_is_answered(tmp_path: Path):
     """By the script, on the embedded default with untrained weights."""
     SpeechLM.build(Parts("tiny")).save(tmp_path / "last.safetensors")
@@ -121,7 +131,8 @@ def test_sigterm_ends_the_command_when_what_it_accepted_is_answered(tmp_path: Pa
                 pool.submit(client.audio.transcriptions.create, file=wav(i, 3.0), model="asr", response_format="text")
                 for i in range(4)
             ]
-            time.sleep(0.3)
+            while taken(address) < len(sent):
+                time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             assert all(type(future.result()) is str for future in sent)
         assert process.wait() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
