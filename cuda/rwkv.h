@@ -32,6 +32,7 @@ typedef struct {
     const void *maa_w1, *maa_w2;
     const void *decay, *decay_w1, *decay_w2, *bonus;
     const void *ffn_maa_k, *ffn_maa_r;
+    const void* offset;  // (head size, channels), what is added to the state that r reads, keys first; or null
     RwkvMatrix receptance, key, value, gate, output;
     RwkvMatrix ffn_key, ffn_receptance, ffn_value;
 } Rwkv6Layer;
@@ -43,6 +44,7 @@ typedef struct {
     const void *v0, *v1, *v2;  // null in the first layer
     const void *k_k, *k_a, *r_k;
     const void* ffn_x_k;
+    const void* offset;  // as in RWKV-6
     RwkvMatrix receptance, key, value, output;
     RwkvMatrix ffn_key, ffn_value;
 } Rwkv7Layer;

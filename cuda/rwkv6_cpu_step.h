@@ -86,6 +86,7 @@ class Step6 : public Stages<T> {
         (N == 32 ? step<32> : N == 64 ? step<64> : step<128>)(p, {0, 0, count}, head, state);
         for (int64_t t = i; t < i + count; t++) {
             float* out = y.row(t) + first;
+            this->add_offset(layer.offset, t, first, w);
             norm<T>(out, layer.ln_x, first, N, 64e-5f, out);
             for (int64_t c = 0; c < N; c += LANES) {
                 Vec g = load(gate.row(t) + first + c);

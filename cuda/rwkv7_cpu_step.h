@@ -82,6 +82,7 @@ class Step7 : public Stages<T> {
         float* out = self.y.row(i) + first;
         const float bonus = self.prepare(layer, i, first, token);
         wkv7::token_forward<SIZE>(token, 0, state, state, u, out);
+        self.add_offset(layer.offset, i, first, self.decay);
         norm<T>(out, layer.ln_x, first, SIZE, 64e-5f, out);
         for (int64_t c = 0; c < SIZE; c += LANES)
             store(out + c, (load(out + c) + bonus * load(token.v[0] + c)) * load(self.gate.row(i) + first + c));

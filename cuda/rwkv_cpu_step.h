@@ -161,6 +161,13 @@ class Stages {
         return s.wkv + ((layer * s.slots + slot(i)) * m.heads + head) * N * N;
     }
 
+    // y += what r reads of the layer's state offset, for a head of a token; `read` is scratch.
+    void add_offset(const void* offset, int64_t i, int64_t first, const Activations& read) {
+        if (!offset) return;
+        low_rank<T>(offset, C, r.row(i) + first, N, first, first + N, read.row(i));
+        for (int64_t c = first; c < first + N; c += LANES) store(y.row(i) + c, load(y.row(i) + c) + load(read.row(i) + c));
+    }
+
     void add_to_x(const Activations& part, int64_t i, int64_t first, int64_t end) {
         for (int64_t c = first; c < end; c += LANES) store(x.row(i) + c, load(x.row(i) + c) + load(part.row(i) + c));
     }

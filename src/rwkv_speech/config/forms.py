@@ -17,7 +17,8 @@ SCHEDULES = ("cosine", "constant")
 FREEZE_ADAPTER = "adapter"
 FROZEN = ("none", FREEZE_ADAPTER)
 LOSSES = ("ce", "kl")
-PEFTS = ("none", "lora")
+LORA, STATE_OFFSET = "lora", "state_offset"
+PEFTS = ("none", LORA, STATE_OFFSET)
 # Without a dot they are the time mix's.
 LORA_TARGETS = ("receptance", "key", "value", "output", "gate", "ffn.key", "ffn.value", "ffn.receptance")
 TRAIN_PARTS = ("ln", "time")

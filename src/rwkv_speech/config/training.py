@@ -9,6 +9,7 @@ from rwkv_speech.config.forms import (
     FROZEN,
     LABEL_MODES,
     LIMITS,
+    LORA,
     LOSSES,
     OFF_ON,
     PARTS_FORM,
@@ -160,7 +161,8 @@ class _TuningFlags:
     group: ClassVar[str] = "training"
     peft: str = flag(
         "none",
-        "lora: learn low-rank updates of the language model's matrices, too, which all states share",
+        "what else is learned, which all states share: lora, low-rank updates of the language model's matrices; "
+        "state_offset, what each token reads beside the state, undiminished by time (wants --lr_lm 1e-2)",
         PEFTS,
     )
     lora_rank: int = flag(16, "rank of the updates", at_least=1)
@@ -288,7 +290,7 @@ class TrainConfig(_TuningFlags, _OptimizerFlags, _AudioFlags, _TrainDataFlags, _
     def _check_tuning(self) -> None:
         """Raises UserError for flags of --peft without it, and for what cannot be trained beside a tuned model."""
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_from"):
-            if self.peft == "none" and getattr(self, name) != getattr(TrainConfig, name):
+            if self.peft != LORA and getattr(self, name) != getattr(TrainConfig, name):
                 raise UserError(
                     f"--{name}: found without --peft lora, where it has no effect; add it, or leave this out"
                 )

@@ -263,7 +263,7 @@ def export_published(trained: Trained, path: Path, task: str = "") -> None:
     if trained.lm:
         raise UserError(
             f"{trained.path}: has {len(trained.lm)} trained tensors of the language model, which a published file has "
-            "no place for; make them a part of it first: python -m rwkv_speech merge"
+            "no place for; make them a part of it first, if they are no state offset: python -m rwkv_speech merge"
         )
     task = one_task(trained.path, trained.initial_states, task)
     if trained.parts and task in trained.parts.transcribes:

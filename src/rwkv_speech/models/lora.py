@@ -1,4 +1,5 @@
-"""What a run trains of the frozen language model: low-rank updates of matrices (LoRA), norms, the mixes' own tensors.
+"""What a run trains of the frozen language model: low-rank updates of matrices (LoRA), norms, the mixes' own tensors,
+or what each layer's r reads beside the state (a state offset).
 
 The names are RWKV-PEFT's, `blocks.0.att.key.lora_A` and `lora_B` beside `blocks.0.att.key.weight`. Hugging Face's peft
 is not used: it renames the frozen tensors, which files and the native step know by their published names.
@@ -7,18 +8,19 @@ Source: Hu et al. 2021 (arXiv:2106.09685).
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_speech.config import LORA, STATE_OFFSET
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import check_tensors, read_tensors
 from rwkv_speech.models.linear import Linear
-from rwkv_speech.models.rwkv import RWKV
+from rwkv_speech.models.rwkv import RWKV, Block
 
 _UPDATE = re.compile(r"\.lora_[AB]$")
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
@@ -38,7 +40,7 @@ class LoraSpec:
     @classmethod
     def of(cls, config: Any) -> "LoraSpec | None":
         """What the flags ask for; None without --peft lora, and of commands that have no such flag."""
-        if getattr(config, "peft", "none") == "none":
+        if getattr(config, "peft", "none") != LORA:
             return None
         return cls(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout)
 
@@ -67,6 +69,10 @@ def tune(lm: RWKV, lora: LoraSpec | None, train_parts: str) -> None:
                     "expected matrices of its layers; leave it out"
                 )
             module.add_lora(lora.rank, lora.alpha, lora.dropout)
+    if STATE_OFFSET in train_parts.split(","):
+        sizes, blocks = lm.sizes, cast(Iterable[Block], lm.blocks)
+        for block in blocks:
+            block.att.state_offset = nn.Parameter(torch.zeros(sizes.H, sizes.N, sizes.N, device=lm.emb.weight.device))
     for module, name in _parts(lm, train_parts):
         setattr(module, name, nn.Parameter(getattr(module, name).float()))
 
@@ -130,10 +136,12 @@ def _peft_config(folder: Path) -> dict[str, Any]:
 
 
 def _parts(lm: RWKV, train_parts: str) -> Iterator[tuple[nn.Module, str]]:
-    """The parameters that config.TRAIN_PARTS mean: modules, and names in them."""
+    """The parameters that config.TRAIN_PARTS and a state offset mean: modules, and names in them."""
     kinds = train_parts.split(",")
     blocks: Any = lm.blocks
     mixes = [mix for block in blocks for mix in (block.att, block.ffn)] if "time" in kinds else []
+    offsets = [block.att for block in blocks] if STATE_OFFSET in kinds else []
     norms = [x for x in lm.modules() if isinstance(x, _NORMS)] if "ln" in kinds else []
     for module in (*mixes, *norms):
         yield from ((module, name) for name, _ in module.named_parameters(recurse=False))
+    yield from ((module, STATE_OFFSET) for module in offsets)

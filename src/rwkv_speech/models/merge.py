@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_speech.config import STATE_OFFSET
 from rwkv_speech.devices import Compute
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file, write_atomically
@@ -29,6 +30,11 @@ def merge(run: str | Path, folder: Path, load_model: str = "") -> Path:
     trained = load_trained(find_checkpoint(run))
     if trained.parts is None or not (trained.lm or trained.parts.quant):
         raise UserError(f"{trained.path}: nothing was trained of its language model, expected a run with --peft lora")
+    if STATE_OFFSET in trained.parts.train_parts.split(","):
+        raise UserError(
+            f"{trained.path}: was trained with --peft {STATE_OFFSET}, which no base model's file has a place for; use "
+            "the run as it is"
+        )
     if folder.exists():
         raise UserError(f"{folder}: is there already, expected a new folder; name another")
     parts = trained.parts.recorded_in(trained.path, Parts(load_model), hears=bool(trained.adapter)).filled()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech import tiny
-from rwkv_speech.config import ModelConfig, encoder_layers
+from rwkv_speech.config import STATE_OFFSET, ModelConfig, encoder_layers
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
 from rwkv_speech.models.lora import LoraSpec
@@ -45,7 +45,7 @@ class Parts:
     of the base model's file, once it was read; `encoder_sha256` is that of the encoder's weights in what was shared,
     else empty. The tasks that it `transcribes` first say what they heard and the separator before their text. `quant`
     says how the language model's matrices are packed, `encoder_quant` how the encoder's, `lora` and `train_parts` what
-    is trained of the language model.
+    is trained of the language model, config.STATE_OFFSET being one of the latter.
     """
 
     load_model: str = ""
@@ -69,9 +69,10 @@ class Parts:
     @classmethod
     def of(cls, config: ModelConfig) -> "Parts":
         """The parts that the flags name."""
-        return cls.from_dict(
-            {**vars(config), **{name: getattr(config, name) for name in _QUANTS.values()}, "lora": LoraSpec.of(config)}
-        )
+        known = vars(config) | {name: getattr(config, name) for name in _QUANTS.values()}
+        if getattr(config, "peft", "none") == STATE_OFFSET:
+            known["train_parts"] = ",".join(filter(None, (known["train_parts"], STATE_OFFSET)))
+        return cls.from_dict(known | {"lora": LoraSpec.of(config)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Parts":
@@ -187,7 +188,10 @@ class Parts:
                 f"{theirs.lora.alpha:g} --lora_targets {theirs.lora.targets}; give the same flags, or make it a part "
                 "of the base model: python -m rwkv_speech merge"
             )
-        if missing := set(filter(None, theirs.train_parts.split(","))) - set(self.train_parts.split(",")):
+        missing = set(filter(None, theirs.train_parts.split(","))) - set(self.train_parts.split(","))
+        if STATE_OFFSET in missing:
+            raise UserError(f"{checkpoint}: was trained with --peft {STATE_OFFSET}; give the same flag")
+        if missing:
             raise UserError(
                 f"{checkpoint}: was trained with --train_parts {theirs.train_parts}; expected {min(missing)} among "
                 "those of this run: give the same flag, or make it a part of the base model: python -m rwkv_speech "

@@ -39,6 +39,14 @@ def token_shift(x: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tens
     return previous.sub_(x), x[:, -1]
 
 
+def read_offset(y: Tensor, r: Tensor, offset: Tensor | None) -> Tensor:
+    """y (B, T, H, N) as if each r (B, T, H, N) had read the state plus `offset` (H, N, N), which the state never holds.
+
+    Source: Kang et al. 2025 (arXiv:2503.03499).
+    """
+    return y if offset is None else y + torch.einsum("bthk,hvk->bthv", r, offset.to(r.dtype))
+
+
 class Block(nn.Module):
     """One layer; the first one also normalises the embeddings."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.linear import Linear
-from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
+from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, read_offset, token_shift
 from rwkv_speech.models.state import Packing
 from rwkv_speech.ops.mix import gated, mixes, squared_relu
 from rwkv_speech.ops.wkv6 import wkv6, wkv6_step
@@ -27,6 +27,7 @@ class TimeMix(nn.Module):
     """Attention's place: token shift, five data-dependent mixes, WKV-6, group norm, gate."""
 
     time_maa_x: Tensor
+    state_offset: nn.Parameter | None
 
     def __init__(self, C: int, H: int, mix_rank: int, decay_rank: int, form: str, fuse: bool) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class TimeMix(nn.Module):
         self.time_faaaa = nn.Parameter(torch.zeros(H, self.N))
         self.receptance, self.key, self.value, self.gate, self.output = (Linear(C, C) for _ in range(5))
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)
+        self.register_parameter("state_offset", None)  # (H, N, N) where it is learned
 
     def forward(self, x: Tensor, wkv: Tensor, shift: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), wkv (B, H, N, N), shift (B, C) -> output (B, T, C) and the next wkv and shift."""
@@ -48,14 +50,14 @@ class TimeMix(nn.Module):
         r, k, v, w, gate = self._inputs(x, xx)
         cu_seqlens = None if packing is None else packing.cu_seqlens
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, cu_seqlens, self._form)
-        return self._output(y, gate), wkv, shift
+        return self._output(read_offset(y, r, self.state_offset), gate), wkv, shift
 
     def step(self, x: Tensor, wkv: Tensor, shift: Tensor) -> tuple[Tensor]:
         """One token of each of B slots: x (B, C) -> output (B, C); wkv and shift are updated in place."""
         r, k, v, w, gate = self._inputs(x[:, None], (shift - x)[:, None])
         shift.copy_(x)
         y = wkv6_step(r[:, 0], k[:, 0], v[:, 0], w[:, 0], self.time_faaaa, wkv, self._form)
-        return (self._output(y[:, None], gate)[:, 0],)
+        return (self._output(read_offset(y[:, None], r, self.state_offset), gate)[:, 0],)
 
     def _inputs(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """r, k, v, w (B, T, H, N) and the gate (B, T, C) of tokens x and what they differ by from the ones before."""

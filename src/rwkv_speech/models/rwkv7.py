@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import LMSizes, RWKV7Sizes
 from rwkv_speech.models.linear import Linear
-from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, token_shift
+from rwkv_speech.models.rwkv import GROUP_NORM_EPS, RWKV, Block, read_offset, token_shift
 from rwkv_speech.models.state import Packing
 from rwkv_speech.ops.mix import squared_relu
 from rwkv_speech.ops.time_mix7 import Projections, Weights, attend, tokens
@@ -33,6 +33,7 @@ class TimeMix(nn.Module):
     a1: Tensor
     g1: Tensor
     g2: Tensor
+    state_offset: nn.Parameter | None
     v1: Tensor
     w1: Tensor
 
@@ -50,6 +51,7 @@ class TimeMix(nn.Module):
         self.r_k = nn.Parameter(torch.zeros(self.H, self.N))
         self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
         self.ln_x = nn.GroupNorm(self.H, C, eps=GROUP_NORM_EPS)
+        self.register_parameter("state_offset", None)  # (H, N, N) where it is learned
 
     def _register_low_rank(self, name: str, C: int, rank: int) -> None:
         self.register_parameter(f"{name}1", nn.Parameter(torch.zeros(C, rank)))
@@ -66,6 +68,7 @@ class TimeMix(nn.Module):
         projections, gate, first = self._project(x, xx, first)
         cu_seqlens = None if packing is None else packing.cu_seqlens
         y, wkv, bonus = attend(projections, self._weights(), wkv, cu_seqlens, self._form)
+        y = read_offset(y, projections.r.view(y.shape), self.state_offset)
         return self._output(y, bonus, gate), wkv, shift, first
 
     def step(self, x: Tensor, wkv: Tensor, shift: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,7 +82,8 @@ class TimeMix(nn.Module):
         made, bonus = tokens(projections, self._weights())
         r, w, k, v, a, b = (part[:, 0] for part in made)
         y = wkv7_step(r, w, k, v, a, b, wkv, self._form)
-        return self._output(y[:, None], bonus, gate)[:, 0], first[:, 0]
+        y = read_offset(y[:, None], made.r, self.state_offset)
+        return self._output(y, bonus, gate)[:, 0], first[:, 0]
 
     def _project(self, x: Tensor, xx: Tensor, first: Tensor | None) -> tuple[Projections, Tensor, Tensor]:
         """Of tokens x and what they differ by from the ones before; the gate (B, T, C) and the first layer's values."""

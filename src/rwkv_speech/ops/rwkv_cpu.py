@@ -38,6 +38,7 @@ class _Family(NamedTuple):
         return type("_Layer", (ctypes.Structure,), {"_fields_": fields})
 
 
+_OFFSET = ".state_offset"
 _NORMS = ("ln1", "ln2", "att.ln_x")
 _FAMILIES = {
     "x060": _Family(
@@ -45,7 +46,7 @@ _FAMILIES = {
         ("mix_rank", "decay_rank"),
         ("att.time_maa_x", *(f"att.time_maa_{name}" for name in "wkvrg"), "att.time_maa_w1", "att.time_maa_w2",
          "att.time_decay", "att.time_decay_w1", "att.time_decay_w2", "att.time_faaaa", "ffn.time_maa_k",
-         "ffn.time_maa_r"),
+         "ffn.time_maa_r", "att.state_offset"),
         (*(f"att.{name}" for name in ("receptance", "key", "value", "gate", "output")),
          *(f"ffn.{name}" for name in ("key", "receptance", "value"))),
     ),
@@ -53,7 +54,8 @@ _FAMILIES = {
         7,
         ("decay_rank", "rate_rank", "value_rank", "gate_rank"),
         (*(f"att.x_{name}" for name in "rwkvag"), *(f"att.{name}{i}" for name in "wa" for i in range(3)), "att.g1",
-         "att.g2", *(f"att.v{i}" for i in range(3)), "att.k_k", "att.k_a", "att.r_k", "ffn.x_k"),
+         "att.g2", *(f"att.v{i}" for i in range(3)), "att.k_k", "att.k_a", "att.r_k", "ffn.x_k",
+         "att.state_offset"),
         (*(f"att.{name}" for name in ("receptance", "key", "value", "output")), "ffn.key", "ffn.value"),
     ),
 }  # fmt: skip
@@ -86,7 +88,8 @@ class Stepper:
     def __init__(
         self, library: ctypes.CDLL, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], family: _Family
     ) -> None:
-        self._library, self._tensors = library, tensors
+        self._library = library
+        self._tensors = {name: _keys_first(x) if name.endswith(_OFFSET) else x for name, x in tensors.items()}
         library.rwkv_cpu_scratch.restype = c_int64
         self._dtype = tensors["emb.weight"].dtype
         self._sizes = tuple(sizes[name] for name in ("n_layer", "C", "H", "ffn", "vocab"))
@@ -159,6 +162,11 @@ class Stepper:
             *(self._at(block + name) for name in family.vectors),
             *(self._matrix(block + name) for name in family.matrices),
         )
+
+
+def _keys_first(offset: Tensor) -> Tensor:
+    """A state offset (H, values, keys) as the kernel reads it, (keys, C)."""
+    return offset.permute(2, 0, 1).flatten(1).contiguous()
 
 
 def _type_of(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
