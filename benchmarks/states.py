@@ -1,16 +1,18 @@
 """Task states on the quickstart's run: `python -m benchmarks.states --proj_dir output/quickstart`.
 
 Two tasks that the run has not learned, on its own recordings: the first two words, and the kind of sentence. Each is
-learned as a state on the frozen adapter, as a state and a soft prompt after the audio, and with the adapter trained
-again, all by the same steps, and read with silence before the speech, too. Then come states between two tasks' ones;
-with --data and --pairs those alone, of a run with several states.
+learned as a state on the frozen adapter, as a state and a soft prompt after the audio, as a state and an offset of all
+that is read of states (which changes the run's own task, too), and with the adapter trained again, all by the same
+steps, and read with silence before the speech, too. With --joined the recordings of training and test stand behind
+others of the same answer, up to so many seconds: what a state still says after long audio. Then come states between two
+tasks' ones; with --data and --pairs those alone, of a run with several states.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +23,18 @@ from benchmarks.common import RESULTS, cpu_name, write_result
 from rwkv_speech import SpeechLM
 from rwkv_speech.audio import SAMPLE_RATE
 from rwkv_speech.batch import Sample
+from rwkv_speech.config import STATE_OFFSET
 from rwkv_speech.data.dataset import SpeechDataset, normalise
 from rwkv_speech.data.loader import collate
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.options import GREEDY
+from rwkv_speech.models.lora import tune
 from rwkv_speech.tasks import Naming
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 
 ASR = "asr"
-_BATCH, _LR_ADAPTER, _LR_STATE = 20, 1e-3, 1.0
+_BATCH, _LR_ADAPTER, _LR_STATE, _LR_OFFSET = 20, 1e-3, 1.0, 0.1
 _FIRST_STEPS, _FIRST_BATCH = 375, 16  # of the quickstart, whose encoder has no cache
 _FIRST_WORDS = {"please": "turn", "turn": "turn", "call": "meet", "ask": "meet", "visit": "meet", "meet": "meet",
                 "who": "where", "where": "where", "when": "where"}  # fmt: skip
@@ -46,7 +50,9 @@ def kind(text: str) -> str:
 
 
 TASKS: dict[str, Callable[[str], str]] = {"keyword": lambda text: " ".join(text.split()[:2]), "topic": kind}
-VARIANTS = ("state", "state and soft prompt", "adapter trained again")
+STATE, SOFT_PROMPT, OFFSET, ADAPTER = VARIANTS = (
+    "state", "state and soft prompt", "state and state offset", "adapter trained again"
+)  # fmt: skip
 
 
 def read(model: SpeechLM, manifest: Path, count: int, seconds: float = 0.0) -> list[Sample]:
@@ -66,6 +72,23 @@ def encoded(model: SpeechLM, sample: Sample) -> Sample:
         sample = replace(sample, waveform=normalise(sample.waveform), normalised=True)
     frames, [length] = model.frames(collate([sample]))
     return replace(sample, waveform=torch.empty(0), frames=frames[0, : int(length)])
+
+
+def joined(samples: Sequence[Sample], seconds: float) -> list[Sample]:
+    """Each behind those before it of the same text, as many as make it `seconds` long, itself again if it is alone."""
+    of_text = defaultdict[str, list[Sample]](list)
+    for sample in samples:
+        of_text[sample.text].append(sample)
+    found = list[Sample]()
+    for sample in samples:
+        others, parts, length = of_text[sample.text], [sample.frames], sample.duration
+        number = next(i for i, other in enumerate(others) if other is sample)
+        while length < seconds:
+            number -= 1
+            parts.insert(0, others[number % len(others)].frames)
+            length += others[number % len(others)].duration
+        found.append(replace(sample, frames=torch.cat([x for x in parts if x is not None])))
+    return found
 
 
 def of_task(model: SpeechLM, samples: Sequence[Sample], task: str) -> list[Sample]:
@@ -95,7 +118,9 @@ def batches(samples: Sequence[Sample], epochs: int) -> Iterator[list[Sample]]:
 def train(model: SpeechLM, samples: Sequence[Sample], epochs: int) -> tuple[float, int]:
     """Train what is not frozen: the CPU's seconds, and the steps."""
     steps = epochs * math.ceil(len(samples) / _BATCH)
-    optimizer = make_optimizer(model.adapter.parameters(), model.task_parameters(), _LR_ADAPTER, _LR_STATE, 0.01)
+    rates = _LR_ADAPTER, _LR_STATE, 0.01
+    tuned = {"lm": model.tuned.values(), "lr_lm": _LR_OFFSET}
+    optimizer = make_optimizer(model.adapter.parameters(), model.task_parameters(), *rates, **tuned)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", min(10, steps // 2), steps))
     start = time.process_time()
     for chosen in batches(samples, epochs):
@@ -112,12 +137,15 @@ def with_task(run: Path, task: str, variant: str) -> SpeechLM:
     """The run's model with a new state of a task, and what the variant trains with it."""
     model = SpeechLM.from_pretrained(run)
     model.initial_states[task] = torch.nn.Parameter(torch.zeros_like(model.initial_states[ASR]))
-    if variant == "state and soft prompt":
+    if variant == SOFT_PROMPT:
         model.add_soft_prompts([task], 4)
-    if variant == "adapter trained again":
+    if variant == ADAPTER:
         model.initial_states[ASR].requires_grad_(False)
     else:
         model.freeze_all_but([task])
+    if variant == OFFSET:
+        model.parts = replace(model.parts, train_parts=STATE_OFFSET)
+        tune(model.lm, None, STATE_OFFSET)
     return model
 
 
@@ -144,22 +172,27 @@ def table(run: Path, given: argparse.Namespace) -> tuple[list[dict[str, object]]
     start = time.process_time()
     heard = read(base, data / "train.jsonl", given.train)
     encoding = time.process_time() - start
-    lengths = [0.0, *given.seconds]
-    tests = {seconds: read(base, data / "test.jsonl", given.test, seconds) for seconds in lengths}
-    asr = right(base, of_task(base, tests[0.0], ASR))
-    rows.append({"task": ASR, "variant": "the run's own", **by_length(base, tests, ASR)})
+    plain = read(base, data / "test.jsonl", given.test)
+    silent = {seconds: read(base, data / "test.jsonl", given.test, seconds) for seconds in given.seconds}
+    asr = right(base, of_task(base, plain, ASR))
+    rows.append({"task": ASR, "variant": "the run's own", "right": asr, **by_length(base, silent, "of silence")})
     for task in TASKS:
+        short, tested = of_task(base, heard, task), of_task(base, plain, task)
+        learned = [*short, *(sample for seconds in given.joined for sample in joined(short, seconds))]
+        quiet = {seconds: of_task(base, samples, task) for seconds, samples in silent.items()}
+        long = {seconds: joined(tested, seconds) for seconds in given.joined}
         for variant in VARIANTS:
             model = with_task(run, task, variant)
-            taken, steps = train(model, of_task(model, heard, task), given.epochs)
+            taken, steps = train(model, learned, given.epochs)
             model.eval()
-            row = {"task": task, "variant": variant, **by_length(model, tests, task), "steps": steps}
-            row |= {"majority": majority(of_task(model, tests[0.0], task))}
+            row = {"task": task, "variant": variant, "right": right(model, tested), "steps": steps}
+            row |= by_length(model, quiet, "of silence") | by_length(model, long, "joined")
+            row |= {"majority": majority(tested)}
             row |= {"time against the first task's": (taken + encoding) / first}
-            row |= {"recognition still right": right(model, of_task(model, tests[0.0], ASR)) / max(asr, 1e-9)}
+            row |= {"recognition still right": right(model, of_task(model, plain, ASR)) / max(asr, 1e-9)}
             rows.append(row)
             print(row, flush=True)
-            if variant == "state":
+            if variant == STATE:
                 kept[task] = model
     return rows, kept
 
@@ -169,12 +202,9 @@ def majority(samples: Sequence[Sample]) -> float:
     return Counter(sample.text for sample in samples).most_common(1)[0][1] / len(samples)
 
 
-def by_length(model: SpeechLM, tests: dict[float, list[Sample]], task: str) -> dict[str, float]:
-    """The share that is right, as the recordings are and with silence before them."""
-    return {
-        f"right, {seconds:g} s" if seconds else "right": right(model, of_task(model, samples, task))
-        for seconds, samples in tests.items()
-    }
+def by_length(model: SpeechLM, tests: dict[float, list[Sample]], how: str) -> dict[str, float]:
+    """The share that is right, of recordings that are so long."""
+    return {f"right, {seconds:g} s {how}": right(model, samples) for seconds, samples in tests.items()}
 
 
 def curves(model: SpeechLM, pairs: Sequence[str], tests: dict[str, list[Sample]]) -> list[dict[str, object]]:
@@ -215,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, nargs="*", default=[2.0, 8.0, 25.0], help="lengths with silence before"
     )
+    parser.add_argument("--joined", type=float, nargs="*", default=[], help="lengths with others before")
     parser.add_argument("--pairs", nargs="*", default=["asr:keyword", "keyword:topic"], help="states to go between")
     parser.add_argument("--data", type=Path, help="test lines of the run's own states, whose curves alone are wanted")
     given = parser.parse_args(argv)

@@ -17,7 +17,8 @@ echo "== 1 of 4: synthesising the corpus into $data"
 
 echo "== 2 of 4: training the adapter, the initial state and the CTC head of the tiny model"
 OP=train sh "$root/demo/demo-state-tuning.sh"
-if [ "${train_utterances-1200}" -ge 1000 ]; then # after less nearly all words are wrong
+# Without the head there is nothing to calibrate, and after less training nearly all words are wrong.
+if [ "$ctc" = 1 ] && [ "${train_utterances-1200}" -ge 1000 ]; then
     "$python" -m rwkv_speech calibrate "$proj_dir" --data "$valid_data"
 fi
 

@@ -48,15 +48,17 @@ def test_parameters_are_those_of_the_model_from_its_files():
 
 
 def test_packed_and_tuned_models_are_counted_as_they_are_built():
-    lora = LoraSpec(4, 8.0, "key,gate")
+    lora, parts = LoraSpec(4, 8.0, "key,gate"), "ln,state_offset"
     for quant in ("", "int8", "nf4"):
-        model = SpeechLM.build(Parts("tiny", quant=quant, lora=lora, train_parts="ln"))
-        sizes = Sizes(model.lm.sizes, stack=3, adapter_hidden=512, quant=quant, lora=lora, train_parts="ln")
+        model = SpeechLM.build(Parts("tiny", quant=quant, lora=lora, train_parts=parts))
+        sizes = Sizes(
+            model.lm.sizes, stack=3, adapter_hidden=512, quant=quant, lora=lora, train_parts="ln,state_offset"
+        )
         tuned = {id(x) for x in model.tuned.values()}
         assert sizes.lm_bytes(torch.float32) == sum(x.nbytes for x in model.lm.parameters() if id(x) not in tuned)
         assert sizes.parameters["tuned"] == sum(x.numel() for x in model.tuned.values())
         assert sizes.parameters["lm"] + sizes.parameters["tuned"] == Sizes(model.lm.sizes).parameters["lm"] + sum(
-            x.numel() for name, x in model.tuned.items() if "lora_" in name
+            x.numel() for name, x in model.tuned.items() if "lora_" in name or name.endswith("state_offset")
         )
 
 

@@ -51,6 +51,27 @@ def test_a_tuned_and_packed_run_is_resumed_to_the_bit(corpus: Path, tmp_path: Pa
     assert column(tmp_path / "whole", "lr_lm")[0] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("family", [{}, RWKV7], ids=["x060", "x070"])
+def test_a_run_with_a_state_offset_is_resumed_to_the_bit_and_gets_more_states(
+    corpus: Path, tmp_path: Path, family: dict[str, object]
+):
+    flags = {"micro_bsz": 2, "lr_schedule": "constant", **family}
+    if family:
+        flags["load_model"] = corpus / "rwkv7.pth"
+    tuned = {"lr_adapter": 1e-3, "peft": "state_offset", "lr_lm": 1e-2, **flags}
+    finish(tiny_run(corpus, tmp_path / "whole", epoch_count=2, **tuned))
+    for count in (1, 2):
+        finish(tiny_run(corpus, tmp_path / "resumed", epoch_count=count, **tuned))
+    assert results(tmp_path / "resumed") == results(tmp_path / "whole")
+    trained = load_trained(tmp_path / "whole/last.safetensors")
+    assert trained.lm and all(name.endswith("att.state_offset") and (x != 0).any() for name, x in trained.lm.items())
+    new = {"init_from": tmp_path / "whole", "freeze": "adapter", "task": "keyword", **flags}
+    finish(tiny_run(corpus, tmp_path / "more", **new))
+    after = load_trained(tmp_path / "more/last.safetensors")
+    assert set(after.initial_states) == {"asr", "keyword"} and after.lm.keys() == trained.lm.keys()
+    assert all(torch.equal(x, trained.lm[name]) for name, x in after.lm.items())
+
+
 def test_bfloat16_beside_trained_norms_and_time_parameters(corpus: Path, tmp_path: Path):
     for family in ({}, {"load_model": corpus / "rwkv7.pth", **RWKV7}):
         run = tmp_path / f"run{len(family)}"
