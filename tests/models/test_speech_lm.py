@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from rwkv_speech.batch import Batch, Sample
 from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.errors import UserError
+from rwkv_speech.models.families import read_lm
+from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import Parts
 from rwkv_speech.models.speech_lm import SpeechLM
 
@@ -222,17 +225,22 @@ def naive_divergence(model: SpeechLM, wave: Tensor, ids: list[int], asked: list[
     embed = model.lm.emb(torch.tensor([SEPARATOR_ID, *ids]))
     state = model.lm.zero_state(1)._replace(wkv=model.initial_states["asr"][:, None])
     student = model.lm(inputs_embeds=torch.cat([audio, embed])[None], state=state).logits[0, len(audio) :]
-    teacher = model.lm(torch.tensor([asked + ids])).logits[0, len(asked) - 1 :].detach()
+    frozen = read_lm(model.parts.load_model)
+    teacher = frozen(torch.tensor([asked + ids])).logits[0, len(asked) - 1 :].detach()
     p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
     end = model.tokenizer.ids_with(b"\n\n")
     p = p.index_add(1, torch.tensor([EOS_ID] * len(end)), p[:, end]).index_fill(1, torch.tensor(end), 0.0)
     return temperature**2 * (torch.special.xlogy(p, p) - p * q.log()).sum()
 
 
-def test_answers_are_compared_with_the_frozen_model_that_reads_the_transcript(tiny_parts: Parts, tmp_path: Path):
+@pytest.mark.parametrize("tuned", [{}, {"lora": LoraSpec(4, 6.0, "key,value"), "train_parts": "state_offset"}])
+def test_answers_are_compared_with_the_frozen_model_that_reads_the_transcript(
+    tuned: dict[str, Any], tiny_parts: Parts, tmp_path: Path
+):
     vocab = Path(tiny_parts.vocab_file).read_text() + "261 '\\n\\n' 2\n262 '.\\n\\n' 3\n"
     (tmp_path / "vocab.txt").write_text(vocab)
-    model = build(replace(tiny_parts, vocab_file=str(tmp_path / "vocab.txt")))
+    model = build(replace(tiny_parts, vocab_file=str(tmp_path / "vocab.txt"), **tuned))
+    assert bool(tuned) == bool(model.tuned)
     waves, asked = sounds(LENGTHS), [(), (86, 59), (), (9, 10, 11)]
     batch = batch_of(model, waves, TEXTS)
     loss = model(replace(batch, teacher_ids=asked), kl_temperature=1.7)

@@ -305,7 +305,8 @@ class TrainConfig(_TuningFlags, _OptimizerFlags, _AudioFlags, _TrainDataFlags, _
                 f"{tunes}: found with {what}, which learns states alone, beside others that the change would spoil; "
                 "leave out one of them"
             )
-        if self.loss == "kl":
+        if self.loss == "kl" and self.train_parts:
             raise UserError(
-                f"{tunes}: found with --loss kl, whose teacher is the frozen language model; leave out one of them"
+                f"--train_parts: found {self.train_parts} with --loss kl, whose teacher is the frozen language model; "
+                "leave out one of them, or take --peft in its place"
             )

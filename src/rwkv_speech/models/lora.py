@@ -6,6 +6,7 @@ is not used: it renames the frozen tensors, which files and the native step know
 Source: Hu et al. 2021 (arXiv:2106.09685).
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,6 +93,24 @@ def settle(lm: RWKV, train_parts: str) -> None:
             matrix.lora_A, matrix.lora_B = (nn.Parameter(x.to(lm.dtype)) for x in (matrix.lora_A, matrix.lora_B))
     for module, name in _parts(lm, train_parts):
         setattr(module, name, nn.Parameter(getattr(module, name).to(lm.dtype), requires_grad=False))
+
+
+@contextlib.contextmanager
+def as_frozen(lm: RWKV) -> Iterator[None]:
+    """Meanwhile the model has no low-rank updates and no state offsets; other parts stay as they were trained."""
+    matrices = [(x, x.lora_scale) for x in lm.modules() if isinstance(x, Linear) and x.lora_scale]
+    offsets = [(module, getattr(module, name)) for module, name in _parts(lm, STATE_OFFSET)]
+    try:
+        for matrix, _ in matrices:
+            matrix.lora_scale = 0.0
+        for module, _ in offsets:
+            setattr(module, STATE_OFFSET, None)
+        yield
+    finally:
+        for matrix, scale in matrices:
+            matrix.lora_scale = scale
+        for module, offset in offsets:
+            setattr(module, STATE_OFFSET, offset)
 
 
 def load_updates(lm: RWKV, path: str | Path, lora: LoraSpec, train_parts: str) -> None:

@@ -22,7 +22,7 @@ from rwkv_speech.models.adapter import Adapter
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
-from rwkv_speech.models.lora import settle, tune, tuned
+from rwkv_speech.models.lora import as_frozen, settle, tune, tuned
 from rwkv_speech.models.parts import Parts, TrainedOn
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import Packing, State
@@ -347,7 +347,8 @@ class SpeechLM(nn.Module):
             if ids
         ]
         state = self.lm.zero_state(len(sequences))
-        spliced, hidden, _ = self._read(self._nothing(), sequences, state, keep_state=False)
+        with as_frozen(self.lm):
+            spliced, hidden, _ = self._read(self._nothing(), sequences, state, keep_state=False)
         ends = torch.tensor(self._ends)
         at = (spliced.labels != splice.IGNORE).nonzero()[:, 0]
         rows, ends = (x.to(hidden.device, non_blocking=True) for x in (at, ends))
