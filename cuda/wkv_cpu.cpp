@@ -49,6 +49,9 @@ int64_t longest(const WkvProblem& p) {
 }
 
 // Calls job(sequence, head, thread) for each head, on threads that end with the call: a pool would not survive a fork.
+//
+// Each thread has some heads, side by side, of all sequences, the longest first; when it is done it takes what is left
+// of the others'. If any thread did any head, each one's cache would fetch the others' parts of a token's row, too.
 template <class Job>
 void for_each_head(const WkvProblem& p, int threads, Job job) {
     std::vector<int64_t> order(p.sequences);
@@ -56,11 +59,18 @@ void for_each_head(const WkvProblem& p, int threads, Job job) {
     if (p.bounds)
         std::stable_sort(order.begin(), order.end(),
                          [&](int64_t a, int64_t b) { return span_of(p, a).count > span_of(p, b).count; });
-    std::atomic<int64_t> next(0);
+    struct alignas(64) Count {  // in a cache line of its own
+        std::atomic<int64_t> begun{0};
+    };
+    std::vector<Count> counts(threads);
     auto work = [&](int thread) {
         wkv_cpu::SubnormalsAreZero scope;
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < p.sequences * p.heads;)
-            job(order[i / p.heads], i % p.heads, thread);
+        for (int i = 0; i < threads; i++) {
+            int owner = (thread + i) % threads;
+            int64_t first = p.heads * owner / threads, heads = p.heads * (owner + 1) / threads - first, mine;
+            while ((mine = counts[owner].begun.fetch_add(1, std::memory_order_relaxed)) < p.sequences * heads)
+                job(order[mine / heads], first + mine % heads, thread);
+        }
     };
     std::vector<std::thread> others;
     others.reserve(threads);

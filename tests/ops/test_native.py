@@ -14,7 +14,7 @@ from wkv6_cases import random_inputs
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.ops import build, native
-from rwkv_speech.ops.wkv6 import wkv6
+from rwkv_speech.ops.wkv6 import wkv6, wkv6_backward
 from rwkv_speech.ops.wkv6_ref import wkv6_ref
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
@@ -200,14 +200,18 @@ def test_changed_source_is_built_anew(fresh: Path, monkeypatch: pytest.MonkeyPat
     assert build.compiled(target) != first
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
-def test_threads_do_not_change_a_bit():
-    inputs = random_inputs(3, 257, 5, 64, torch.float32)
+@needs_compiler
+@pytest.mark.parametrize("bounds", [None, [0, 40, 40, 340, 771]], ids=["dense", "packed"])
+def test_threads_do_not_change_a_bit(bounds: list[int] | None):
+    B, T, S = (3, 257, 3) if bounds is None else (1, bounds[-1], len(bounds) - 1)
+    inputs = random_inputs(B, T, 5, 64, torch.float32, sequences=S)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    dy, dlast = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
     threads = torch.get_num_threads()
     results = []
-    for count in (1, 2, 5):
+    for count in (1, 2, 5, 7):  # of 5 heads
         torch.set_num_threads(count)
-        results.append(wkv6(*inputs))
+        results.append((*wkv6(*inputs, cu_seqlens), *wkv6_backward(dy, dlast, *inputs, cu_seqlens, True, "auto")))
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
