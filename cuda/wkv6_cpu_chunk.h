@@ -18,9 +18,11 @@ constexpr int PANEL = V * LANES;
 constexpr int PAIRS = C * (C + 1) / 2;
 constexpr int PADDED_PAIRS = (PAIRS + LANES - 1) / LANES * LANES;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 8;  // of a tile in registers, of which there are 32
+constexpr int ROWS = 8;   // of a tile in registers, of which there are 32
+constexpr int BURST = 1;  // rows of tokens that are fetched together, or more
 #else
 constexpr int ROWS = 4;
+constexpr int BURST = 8;  // one by one, between tiles that are small, each would wait for its page to be found
 #endif
 
 // Vectors of a row that are taken together when scores are summed.
@@ -74,7 +76,7 @@ class Ahead {
     const char* data[most];
     int64_t stride[most];
     int bytes[most];
-    int tensors = 0, next = 0;
+    int tensors = 0, tensor = 0, token = 0, due = 0;
 
    public:
     explicit Ahead(const Place& place) : at(place) {}
@@ -91,9 +93,11 @@ class Ahead {
     template <int N>
     void fetch() {
         constexpr int tiles = N / ROWS * N / PANEL, share = (most * C + tiles - 1) / tiles;
-        for (int i = 0; i < share && next < tensors * at.count; i++, next++) {
-            const char* row = data[next % tensors] + next / tensors * stride[next % tensors];
-            for (int n = 0; n < bytes[next % tensors]; n += 64) __builtin_prefetch(row + n, 0, 2);
+        if ((due += share) < BURST) return;
+        for (; due > 0 && token < at.count; due--) {
+            for (int n = 0; n < bytes[tensor]; n += 64) __builtin_prefetch(data[tensor] + n, 0, 2);
+            data[tensor] += stride[tensor];
+            if (++tensor == tensors) tensor = 0, token++;
         }
     }
 };
@@ -163,7 +167,7 @@ template <int STEPS, int A_ROW, int A_STEP, int B_STEP>
 inline void add_product(Tile& tile, const float* a, const float* b) {
     for (int step = 0; step < STEPS; step++, a += A_STEP, b += B_STEP) {
         Vec row[V];
-        for (int x = 0; x < V; x++) row[x] = load(b + x * LANES);
+        for (int x = 0; x < V; x++) hold(row[x] = load(b + x * LANES));
         for (int m = 0; m < ROWS; m++)
             for (int x = 0; x < V; x++) tile[m][x] += a[m * A_ROW] * row[x];
     }

@@ -61,6 +61,16 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec either(Ints condition, Vec yes, Vec no) { return condition ? yes : no; }
 
+// Holds x in a register. With only 16 of them GCC would read it from memory wherever it is used, and a product of small
+// matrices be as slow as its reads.
+inline void hold(Vec& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm volatile("" : "+x"(x));
+#else
+    (void)x;
+#endif
+}
+
 // exp(x) for x from -87.3 to 88, to 1e-7: 2^(n + f) with n the nearest integer to x log2(e).
 inline Vec exp(Vec x) {
     constexpr float log2_e = 1.44269502f;
