@@ -35,12 +35,12 @@ def wkv6(
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
     """
     state = recurrence.check("wkv6", r, {"k": k, "v": v, "w": w, "u": u}, state, cu_seqlens)
-    y, last = wkv6_forward(r, k, v, w, u, state, cu_seqlens, form)
+    op = wkv6_forward if recurrence.tracked(r, k, v, w, u, state) else _wkv6_untracked
+    y, last = op(r, k, v, w, u, state, cu_seqlens, form)
     return y, last
 
 
-@torch.library.custom_op("rwkv_speech::wkv6", mutates_args=())
-def wkv6_forward(
+def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments; `state` is the type of all sums."""
@@ -49,11 +49,6 @@ def wkv6_forward(
         return kernels.forward(x, cu_seqlens)
     plan = recurrence.plan(r, cu_seqlens)
     return wkv6_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
-
-
-wkv6_forward.register_fake(
-    lambda r, k, v, w, u, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape))
-)
 
 
 @torch.library.custom_op("rwkv_speech::wkv6_backward", mutates_args=())
@@ -100,7 +95,13 @@ def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-wkv6_forward.register_autograd(_gradients, setup_context=_save)
+wkv6_forward, _wkv6_untracked = recurrence.define(
+    "wkv6",
+    _forward,
+    lambda r, k, v, w, u, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape)),
+    _save,
+    _gradients,
+)
 
 
 def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str = "auto") -> Tensor:

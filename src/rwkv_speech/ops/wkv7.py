@@ -32,12 +32,12 @@ def wkv7(
     Gradients reach all seven tensors. Source: Peng et al. 2025 (arXiv:2503.14456), section 3.
     """
     state = recurrence.check("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, state, cu_seqlens)
-    y, last = wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, form)
+    op = wkv7_forward if recurrence.tracked(r, w, k, v, a, b, state) else _wkv7_untracked
+    y, last = op(r, w, k, v, a, b, state, cu_seqlens, form)
     return y, last
 
 
-@torch.library.custom_op("rwkv_speech::wkv7", mutates_args=())
-def wkv7_forward(
+def _forward(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -54,11 +54,6 @@ def wkv7_forward(
         return kernels.forward(x, cu_seqlens)
     plan = recurrence.plan(r, cu_seqlens)
     return wkv7_chunked.forward(x, plan) if plan else (r.new_empty(r.shape), state.clone())
-
-
-wkv7_forward.register_fake(
-    lambda r, w, k, v, a, b, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape))
-)
 
 
 @torch.library.custom_op("rwkv_speech::wkv7_backward", mutates_args=())
@@ -101,7 +96,13 @@ def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-wkv7_forward.register_autograd(_gradients, setup_context=_save)
+wkv7_forward, _wkv7_untracked = recurrence.define(
+    "wkv7",
+    _forward,
+    lambda r, w, k, v, a, b, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape)),
+    _save,
+    _gradients,
+)
 
 
 def wkv7_step(
