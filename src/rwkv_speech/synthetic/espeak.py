@@ -24,6 +24,7 @@ _PHONEME_EVENTS, _PHONEME_IPA = 1, 2
 _CHARS_UTF8, _SSML = 1, 0x10
 _EVENT_LIST_TERMINATED, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7
 _RATE, _PITCH, _RANGE = 1, 3, 4
+_SEED = 1
 
 
 class _Event(ctypes.Structure):
@@ -114,6 +115,8 @@ class Synthesizer:
             raise UserError(f"eSpeak NG has no voice {voice.name!r}; examples: en-us, en-gb+f3, de, cmn")
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
+        # It would draw the noise of some voices by the clock: a corpus made again must be the same.
+        self._lib.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
         self._chunks, self._phonemes, self._words = [], [], []
         self._lib.espeak_SetSynthCallback(self._callback)  # another instance may have set its own
         if pauses:
