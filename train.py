@@ -47,8 +47,8 @@ def train(config: TrainConfig) -> None:
     from rwkv_speech.data.dataset import SpeechDataset
     from rwkv_speech.devices import compute_of
     from rwkv_speech.models.checkpoint import find_checkpoint, load_trained
-    from rwkv_speech.models.lora import load_updates
     from rwkv_speech.models.parts import Parts
+    from rwkv_speech.models.peft import load_updates
     from rwkv_speech.models.speech_lm import SpeechLM
     from rwkv_speech.training.ctc import fit_ctc
     from rwkv_speech.training.data import make_datasets, open_train_and_valid, state_names, transcribing

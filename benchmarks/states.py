@@ -29,7 +29,7 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.data.sources import open_source
 from rwkv_speech.decoding.engine import Engine, Request
 from rwkv_speech.decoding.options import GREEDY
-from rwkv_speech.models.lora import tune
+from rwkv_speech.models.peft import tune
 from rwkv_speech.tasks import Naming
 from rwkv_speech.training.optim import lr_factor, make_optimizer
 

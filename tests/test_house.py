@@ -190,7 +190,7 @@ TESTED_IN = {
     "predict": "journeys/test_predict.py",
     "models.families": "models/test_base.py",
     "models.text_model": "models/test_speech_lm_files.py",
-    "models.merge": "models/test_lora.py",
+    "models.merge": "models/test_peft.py",
     "ops.build": "ops/test_native.py",
     **dict.fromkeys(("ops.chunks", "ops.recurrence", "ops.wkv6_chunked", "ops.wkv6_ref"), "ops/test_wkv6.py"),
     **dict.fromkeys(("ops.wkv7_chunked", "ops.wkv7_ref"), "ops/test_wkv7.py"),

@@ -16,8 +16,8 @@ from rwkv_speech.data.loader import collate
 from rwkv_speech.decoding.reader import Reader, Reading
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.families import read_lm
-from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.peft import LoraSpec
 from rwkv_speech.models.speech_lm import SpeechLM
 
 

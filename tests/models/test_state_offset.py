@@ -16,8 +16,8 @@ from rwkv_speech.__main__ import main
 from rwkv_speech.config import STATE_OFFSET
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.checkpoint import load_trained
-from rwkv_speech.models.lora import settle, tune, tuned
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.peft import settle, tune, tuned
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.speech_lm import SpeechLM
 
@@ -158,4 +158,6 @@ def test_a_checkpoint_holds_it_and_no_base_model_can(
     assert "was trained with --peft state_offset, which no base model's file has a place for" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "a.pth")]) == 2
-    assert "if they are no state offset" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "share the run with push" in error
+    assert "merge" not in error

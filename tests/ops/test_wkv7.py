@@ -229,7 +229,7 @@ def test_wkv7_passes_opcheck(bounds: list[int] | None):
     inputs = random_inputs(B, 9, 2, 4, torch.float32, sequences=S)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     torch.library.opcheck(wkv7_forward, (*(x.clone().requires_grad_() for x in inputs), cu_seqlens, "auto"))
-    torch.library.opcheck(torch.ops.rwkv_speech.wkv7.untracked, (*inputs, cu_seqlens, "auto"))
+    torch.library.opcheck(wkv7_forward, (*inputs, cu_seqlens, "auto"))
     upstream = [torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])]
     torch.library.opcheck(wkv7_backward, (*upstream, *inputs, cu_seqlens, "auto"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_speech.config import TrainConfig
-from rwkv_speech.models.lora import LoraSpec
+from rwkv_speech.models.peft import LoraSpec
 from rwkv_speech.planning import cost
 from rwkv_speech.planning.cost import GIB, Step, idle_share, largest_micro_bsz, memory_advice
 from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, encoding, learning

@@ -9,8 +9,8 @@ from rwkv_speech import tiny
 from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
-from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import FrameOptions, Parts
+from rwkv_speech.models.peft import LoraSpec
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.planning.measure import BASE_MODELS, WAVLM_LARGE, MicroBatch, Sizes, build_encoder, world_sizes
 

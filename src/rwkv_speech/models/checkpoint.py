@@ -261,9 +261,11 @@ def export_published(trained: Trained, path: Path, task: str = "") -> None:
         raise UserError(f"{path}: found {path.suffix or 'no suffix'}, expected the name of a .pth file")
     trained.require_adapter()
     if trained.lm:
+        offset = trained.parts is not None and trained.parts.has_state_offset
         raise UserError(
             f"{trained.path}: has {len(trained.lm)} trained tensors of the language model, which a published file has "
-            "no place for; make them a part of it first, if they are no state offset: python -m rwkv_speech merge"
+            "no place for; "
+            + ("share the run with push" if offset else "make them a part of it first: python -m rwkv_speech merge")
         )
     task = one_task(trained.path, trained.initial_states, task)
     if trained.parts and task in trained.parts.transcribes:

@@ -13,8 +13,8 @@ from rwkv_speech.files import sha256_file, write_atomically
 from rwkv_speech.models.base import open_base
 from rwkv_speech.models.checkpoint import BEST, find_checkpoint, load_trained, write_checkpoint
 from rwkv_speech.models.linear import Embedding, Linear
-from rwkv_speech.models.lora import take_over, tune, tuned
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.peft import take_over, tune, tuned
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.text_model import build_text_model
 
@@ -30,7 +30,7 @@ def merge(run: str | Path, folder: Path, load_model: str = "") -> Path:
     trained = load_trained(find_checkpoint(run))
     if trained.parts is None or not (trained.lm or trained.parts.quant):
         raise UserError(f"{trained.path}: nothing was trained of its language model, expected a run with --peft lora")
-    if STATE_OFFSET in trained.parts.train_parts.split(","):
+    if trained.parts.has_state_offset:
         raise UserError(
             f"{trained.path}: was trained with --peft {STATE_OFFSET}, which no base model's file has a place for; use "
             "the run as it is"

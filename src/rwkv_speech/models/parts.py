@@ -11,7 +11,7 @@ from rwkv_speech import tiny
 from rwkv_speech.config import STATE_OFFSET, ModelConfig, encoder_layers
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import sha256_file
-from rwkv_speech.models.lora import LoraSpec
+from rwkv_speech.models.peft import LoraSpec
 
 logger = logging.getLogger(__name__)
 # The published setting's.
@@ -83,6 +83,11 @@ class Parts:
         if isinstance(lora := known.get("lora"), dict):
             known["lora"] = LoraSpec(**lora)
         return cls(**known)
+
+    @property
+    def has_state_offset(self) -> bool:
+        """Whether what each layer's r reads beside the state is trained, too."""
+        return STATE_OFFSET in self.train_parts.split(",")
 
     def filled(self) -> "Parts":
         """Every part that was left empty takes what belongs to the base model; paths become absolute."""

@@ -22,8 +22,8 @@ from rwkv_speech.models.adapter import Adapter
 from rwkv_speech.models.checkpoint import Trained, find_checkpoint, load_trained, named_tensors, write_checkpoint
 from rwkv_speech.models.ctc import CtcHead
 from rwkv_speech.models.encoder import NoEncoder, SpeechEncoder
-from rwkv_speech.models.lora import as_frozen, settle, tune, tuned
 from rwkv_speech.models.parts import Parts, TrainedOn
+from rwkv_speech.models.peft import as_frozen, settle, tune, tuned
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.state import Packing, State
 from rwkv_speech.models.states import States, adapter_sha256, read_states

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rwkv_speech.ops import chunks, native
 from rwkv_speech.ops.native import Inputs
+
+_PLAIN = {Tensor, nn.Parameter}  # subclasses, as fake tensors, mean that somebody looks on
 
 
 def check(op: str, r: Tensor, others: Mapping[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -63,53 +66,47 @@ def define(
     op: str,
     function: Callable[..., Any],
     fake: Callable[..., Any],
-    save: Callable[..., None],
-    gradients: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    gradients: Callable[..., Any] | None = None,
+    changes: tuple[str, ...] = (),
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator `op` of a function whose results are new tensors, and the same without gradients.
+    """The operator `op` of a function, and a call that takes it only where somebody looks on.
 
-    `fake` gives results of the right shapes, `save` and `gradients` are what `register_autograd` takes. Less is done
-    around such an operator than by `custom_op`, and less again without autograd: each spares a call 14 microseconds,
-    more than its Python needs beside.
-    """
-    schema = torch.library.infer_schema(function, mutates_args=())
-    for name in (f"rwkv_speech::{op}", f"rwkv_speech::{op}.untracked"):
-        torch.library.define(name, schema)
-        torch.library.impl(name, "default")(function)
-        torch.library.register_fake(name)(fake)
-    torch.library.register_autograd(f"rwkv_speech::{op}", gradients, setup_context=save)
-    overloads = getattr(torch.ops.rwkv_speech, op)
-    return overloads.default, overloads.untracked
-
-
-def tracked(*tensors: Tensor) -> bool:
-    """Whether autograd is to give any of them a gradient."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def define_step(op: str, inputs: type[Inputs], portable: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """An operator of one token of each slot on checked arguments, those of `inputs` and the kernel's form.
-
-    `portable` is the chunked form's forward pass. Less is done around an operator that is defined this way than by
-    `custom_op`: a tenth of the time of a call.
+    `fake` gives results of the right shapes, `save` and `gradients` are what `register_autograd` takes, `changes` names
+    the tensors that the function writes to. The operator is what autograd, compilers and modes see; where none of them
+    is there the call is the function itself, which spares ten microseconds, as much as a step's Python needs.
     """
     name = f"rwkv_speech::{op}"
-    tensors = ", ".join(f"Tensor{'(a!)' if field == 'state' else ''} {field}" for field in inputs._fields)
-    torch.library.define(name, f"({tensors}, str form) -> Tensor")
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=changes))
+    torch.library.impl(name, "default")(function)
+    torch.library.register_fake(name)(fake)
+    if gradients:
+        torch.library.register_autograd(name, gradients, setup_context=save)
+    operator: Callable[..., Any] = getattr(torch.ops.rwkv_speech, op).default
 
-    @torch.library.impl(name, "default")
-    def step(*arguments: Any) -> Tensor:
-        x = inputs._make(arguments[:-1])
-        if kernels := native.kernels_for(x.r, arguments[-1]):
-            return kernels.step(x)
-        tokens = inputs(*(part[:, None] if part.dim() == 3 else part for part in x))
-        y, last = portable(tokens, chunks.plan_dense(len(x.r), 1))
-        x.state.copy_(last)
-        return y[:, 0]
+    def call(*arguments: Any) -> Any:
+        return (operator if _observed(arguments) else function)(*arguments)
 
-    torch.library.register_fake(name)(lambda r, *_: r.new_empty(r.shape))
-    operator: Callable[..., Tensor] = getattr(torch.ops.rwkv_speech, op).default
-    return operator
+    return operator, call
+
+
+def _observed(arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd, a compiler or a mode must see what is done with these tensors of one device, or it is "meta"."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or arguments[0].is_meta:
+        return True
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        return True
+    return any(type(x) not in _PLAIN and isinstance(x, Tensor) for x in arguments)
+
+
+def step(x: Inputs, form: str, portable: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """One token of each slot on checked arguments; `portable` is the chunked form's forward pass."""
+    if kernels := native.kernels_for(x.r, form):
+        return kernels.step(x)
+    tokens: Inputs = type(x)(*(part[:, None] if part.dim() == 3 else part for part in x))
+    y, last = portable(tokens, chunks.plan_dense(len(x.r), 1))
+    x.state.copy_(last)
+    return y[:, 0]
 
 
 def native_kernels(r: Tensor, cu_seqlens: Tensor | None, form: str) -> native.Kernels | None:

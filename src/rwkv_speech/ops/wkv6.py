@@ -35,8 +35,7 @@ def wkv6(
     Source: Peng et al. 2024 (arXiv:2404.05892), equations 16 to 18.
     """
     state = recurrence.check("wkv6", r, {"k": k, "v": v, "w": w, "u": u}, state, cu_seqlens)
-    op = wkv6_forward if recurrence.tracked(r, k, v, w, u, state) else _wkv6_untracked
-    y, last = op(r, k, v, w, u, state, cu_seqlens, form)
+    y, last = _wkv6(r, k, v, w, u, state, cu_seqlens, form)
     return y, last
 
 
@@ -95,7 +94,7 @@ def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-wkv6_forward, _wkv6_untracked = recurrence.define(
+wkv6_forward, _wkv6 = recurrence.define(
     "wkv6",
     _forward,
     lambda r, k, v, w, u, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape)),
@@ -111,7 +110,13 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     is not dense float32 (float64 for float64 inputs).
     """
     recurrence.check_step("wkv6_step", r, {"k": k, "v": v, "w": w, "u": u}, state)
-    return _wkv6_step(r, k, v, w, u, state, form)
+    y: Tensor = _wkv6_step(r, k, v, w, u, state, form)
+    return y
 
 
-_wkv6_step = recurrence.define_step("wkv6_step", Inputs, wkv6_chunked.forward)
+def _step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, form: str) -> Tensor:
+    """The operator on checked arguments."""
+    return recurrence.step(Inputs(r, k, v, w, u, state), form, wkv6_chunked.forward)
+
+
+_, _wkv6_step = recurrence.define("wkv6_step", _step, lambda r, *_: r.new_empty(r.shape), changes=("state",))

@@ -32,8 +32,7 @@ def wkv7(
     Gradients reach all seven tensors. Source: Peng et al. 2025 (arXiv:2503.14456), section 3.
     """
     state = recurrence.check("wkv7", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, state, cu_seqlens)
-    op = wkv7_forward if recurrence.tracked(r, w, k, v, a, b, state) else _wkv7_untracked
-    y, last = op(r, w, k, v, a, b, state, cu_seqlens, form)
+    y, last = _wkv7(r, w, k, v, a, b, state, cu_seqlens, form)
     return y, last
 
 
@@ -96,7 +95,7 @@ def _gradients(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-wkv7_forward, _wkv7_untracked = recurrence.define(
+wkv7_forward, _wkv7 = recurrence.define(
     "wkv7",
     _forward,
     lambda r, w, k, v, a, b, state, cu_seqlens, form: (r.new_empty(r.shape), state.new_empty(state.shape)),
@@ -113,7 +112,13 @@ def wkv7_step(
     r, w, k, v, a, b (B, H, N). No gradients. Raises ValueError as `wkv6_step`.
     """
     recurrence.check_step("wkv7_step", r, {"w": w, "k": k, "v": v, "a": a, "b": b}, state)
-    return _wkv7_step(r, w, k, v, a, b, state, form)
+    y: Tensor = _wkv7_step(r, w, k, v, a, b, state, form)
+    return y
 
 
-_wkv7_step = recurrence.define_step("wkv7_step", Inputs, wkv7_chunked.forward)
+def _step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, form: str) -> Tensor:
+    """The operator on checked arguments."""
+    return recurrence.step(Inputs(r, w, k, v, a, b, state), form, wkv7_chunked.forward)
+
+
+_, _wkv7_step = recurrence.define("wkv7_step", _step, lambda r, *_: r.new_empty(r.shape), changes=("state",))

@@ -25,8 +25,8 @@ from rwkv_speech.models import parts
 from rwkv_speech.models.base import LMSizes, RWKV6Sizes
 from rwkv_speech.models.encoder import SpeechEncoder
 from rwkv_speech.models.families import lm_of
-from rwkv_speech.models.lora import LoraSpec
 from rwkv_speech.models.parts import ADAPTER_HIDDEN, STACK, FrameOptions, Parts
+from rwkv_speech.models.peft import LoraSpec
 from rwkv_speech.models.speech_lm import SpeechLM
 from rwkv_speech.tokenizer import WorldTokenizer
 

@@ -246,7 +246,7 @@ class CtcModule(pl.LightningModule):
         """A line that stays, of the first rank's loss since the epoch's start, and of what it could not use."""
         self._said = time.perf_counter()
         loss = float(torch.cat(self._losses).mean()) if self._losses else 0.0
-        left_out = f", {len(self._left_out)} utterances left out" if self._left_out else ""
+        left_out = f", utterances left out: {len(self._left_out)}" if self._left_out else ""
         say(f"CTC head, epoch {self.current_epoch + 1}/{self.epochs}{where}: loss {loss:.3f}{left_out}")
 
     def on_train_epoch_end(self) -> None:

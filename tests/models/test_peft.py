@@ -17,8 +17,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.models.base import open_base
 from rwkv_speech.models.checkpoint import load_trained
 from rwkv_speech.models.families import read_lm
-from rwkv_speech.models.lora import LoraSpec, load_updates, settle, tune, tuned
 from rwkv_speech.models.parts import Parts
+from rwkv_speech.models.peft import LoraSpec, load_updates, settle, tune, tuned
 from rwkv_speech.models.rwkv import RWKV
 from rwkv_speech.models.rwkv6 import RWKV6
 from rwkv_speech.models.rwkv7 import RWKV7
