@@ -192,7 +192,7 @@ TESTED_IN = {
     "models.text_model": "models/test_speech_lm_files.py",
     "models.merge": "models/test_peft.py",
     "ops.build": "ops/test_native.py",
-    **dict.fromkeys(("ops.chunks", "ops.recurrence", "ops.wkv6_chunked", "ops.wkv6_ref"), "ops/test_wkv6.py"),
+    **dict.fromkeys(("ops.chunks", "ops.wkv6_chunked", "ops.wkv6_ref"), "ops/test_wkv6.py"),
     **dict.fromkeys(("ops.wkv7_chunked", "ops.wkv7_ref"), "ops/test_wkv7.py"),
     "reports.render": "reports/test_page.py",
     "scoring.measure": "scoring/test_measures.py",

@@ -91,7 +91,7 @@ def define(
 
 
 def _observed(arguments: tuple[Any, ...]) -> bool:
-    """Whether autograd, a compiler or a mode must see what is done with these tensors of one device, or it is "meta"."""
+    """Whether autograd, a compiler or a mode must see what is done with these tensors, or they have no values."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or arguments[0].is_meta:
         return True
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
