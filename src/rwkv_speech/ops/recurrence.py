@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from rwkv_speech.ops import chunks, native
 from rwkv_speech.ops.native import Inputs
 
-_PLAIN = {Tensor, nn.Parameter}  # subclasses, as fake tensors, mean that somebody looks on
+_PLAIN = {Tensor, nn.Parameter, type(None), str}  # a subclass, as a fake tensor, means that somebody looks on
 
 
 def check(op: str, r: Tensor, others: Mapping[str, Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -94,9 +94,9 @@ def _observed(arguments: tuple[Any, ...]) -> bool:
     """Whether autograd, a compiler or a mode must see what is done with these tensors, or they have no values."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or arguments[0].is_meta:
         return True
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+    if not _PLAIN.issuperset(map(type, arguments)):
         return True
-    return any(type(x) not in _PLAIN and isinstance(x, Tensor) for x in arguments)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def step(x: Inputs, form: str, portable: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
