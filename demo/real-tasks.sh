@@ -4,7 +4,7 @@
 # with valid. The base model is a small one of demo/pretrain-small.sh in `base`, the encoder a Whisper's in `encoder`.
 # With `texts`, the folders that the base model was made of, eSpeak NG speaks 2,000 lines of each language beside; with
 # `voices`, a file of commands, other synthesizers take turns with it (--voices of synthetic.say_texts).
-# Start it again and it is resumed.
+# Start it again and it is resumed. On two cores it takes about two hours.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 data=${1:-}
